@@ -1,0 +1,46 @@
+# The two commands of the README, `make train` and `make test`, set up .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= smoke
+TOKENIZER ?= bpe:4096
+
+.PHONY: setup train test test-long test-cluster matrix soak lint format clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The default run reads the source text of the Python standard library, which needs no network.
+data/smoke/manifest.json: | setup
+	$(BIN)/python tools/stdlib_corpus.py data/stdlib.jsonl
+	$(BIN)/lmscale prepare data/smoke data/stdlib.jsonl --tokenizer $(TOKENIZER)
+
+ifeq ($(CONFIG),smoke)
+train: setup data/smoke/manifest.json
+else
+train: setup
+endif
+	$(BIN)/lmscale train $(CONFIG)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: setup
+	$(BIN)/pytest --durations=15
+
+test-long: setup
+	$(BIN)/pytest -m 'slow and not gpu' --durations=15
+
+clean:
+	rm -rf $(VENV) data/smoke data/stdlib.jsonl

@@ -1,0 +1,1 @@
+"""Checkpoints that know neither engine nor topology: save, load, retain."""

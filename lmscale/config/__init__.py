@@ -1,0 +1,1 @@
+"""The run file as frozen values: decode, override, check, resolve, fingerprint."""

@@ -1,0 +1,72 @@
+"""What may change when a run goes on and what may not: two kinds of keys, and fingerprints."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from lmscale.config.fields import Kind, key_of, kind_of
+from lmscale.config.run import RunConfig
+
+
+def kinds() -> dict[str, Kind]:
+    """Every key of a run file, dotted, with its kind."""
+    found: dict[str, Kind] = {}
+    for section, declared in RunConfig.model_fields.items():
+        model = declared.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+        for name, field in model.model_fields.items():
+            found[f"{section}.{key_of(name, field)}"] = kind_of(field)
+    return found
+
+
+def identity(
+    cfg: RunConfig, *, corpora: Sequence[str], tokenizer: str, streams: int
+) -> dict[str, Any]:
+    """The identity keys and their values, flat.
+
+    `corpora` are the corpora's fingerprints in the order of data.corpora, `tokenizer` the
+    tokenizer's; `streams` is data.streams with its default resolved. Where the files lie is
+    placement; what they hold is not.
+    """
+    assert len(corpora) == len(cfg.data.corpora), "one fingerprint a corpus"
+    weights = [corpus.weight for corpus in cfg.data.corpora]
+    resolved = {
+        "data.corpora": [list(pair) for pair in zip(corpora, weights, strict=True)],
+        "data.tokenizer": tokenizer,
+        "data.streams": streams,
+    }
+    return _select(cfg, "identity") | resolved
+
+
+def placement(cfg: RunConfig) -> dict[str, Any]:
+    """The keys that every start may choose anew, flat; with the paths of corpora and tokenizer."""
+    paths = {
+        "data.corpora": [corpus.path for corpus in cfg.data.corpora],
+        "data.tokenizer": cfg.data.tokenizer,
+    }
+    return _select(cfg, "placement") | paths
+
+
+def _select(cfg: RunConfig, kind: Kind) -> dict[str, Any]:
+    tree = cfg.model_dump(mode="json", by_alias=True)
+    wanted = (dotted.split(".") for dotted, its in kinds().items() if its == kind)
+    return {f"{section}.{key}": tree[section][key] for section, key in wanted}
+
+
+def fingerprint(mapping: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON, in hex: equal for equal mappings on any machine."""
+    text = json.dumps(
+        mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys with another value, or missing on one side; sorted."""
+    absent = object()
+    keys = old.keys() | new.keys()
+    return sorted(key for key in keys if old.get(key, absent) != new.get(key, absent))

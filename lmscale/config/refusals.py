@@ -1,0 +1,91 @@
+"""Settings that have a name but no implementation yet, each with the nearest one that works.
+
+A line leaves this file in the same change that makes its setting work.
+"""
+
+from collections.abc import Iterator
+
+from lmscale.config.run import RunConfig
+from lmscale.errors import Problem
+
+
+def refusals(cfg: RunConfig) -> Iterator[Problem]:
+    """Refuse here, on the user's machine, rather than in a queue or on a cluster."""
+    yield from _parallel(cfg)
+    yield from _engine(cfg)
+    yield from _data(cfg)
+    yield from _rest(cfg)
+
+
+def _not_yet(path: str, value: object, nearest: str) -> Problem:
+    shown = str(value).lower() if isinstance(value, bool) else value
+    return Problem(path, f"{shown} is not supported yet", nearest)
+
+
+def _parallel(cfg: RunConfig) -> Iterator[Problem]:
+    parallel = cfg.parallel
+    if parallel.tp > 1:
+        yield _not_yet("parallel.tp", parallel.tp, "use 1; engine.kind=fsdp shards the model")
+    if parallel.sequence_parallel:
+        yield _not_yet("parallel.sequence_parallel", True, "use false")
+    if parallel.replicate > 1 and cfg.engine.kind == "fsdp":
+        yield _not_yet(
+            "parallel.replicate", parallel.replicate, "use 1, or engine.kind=ddp to replicate only"
+        )
+
+
+def _engine(cfg: RunConfig) -> Iterator[Problem]:
+    engine = cfg.engine
+    if engine.zero_stage != 2:
+        nearest = "use 2, or engine.kind=fsdp to shard weights as well"
+        yield _not_yet("engine.zero_stage", engine.zero_stage, nearest)
+    if engine.offload != "none":
+        yield _not_yet(
+            "engine.offload",
+            engine.offload,
+            "use none, with more ranks or recomputed activations",
+        )
+    if engine.precision == "fp16":
+        yield _not_yet("engine.precision", "fp16", "use bf16 or fp32")
+    recompute = engine.activation_checkpointing
+    if recompute == "selective" or recompute.startswith("budget:"):
+        yield _not_yet("engine.activation_checkpointing", recompute, "use full, every:N or none")
+
+
+def _data(cfg: RunConfig) -> Iterator[Problem]:
+    data = cfg.data
+    if len(data.corpora) > 1:
+        yield _not_yet(
+            "data.corpora",
+            f"training on {len(data.corpora)} corpora at once",
+            "use one; `lmscale prepare OUT INPUT...` joins several inputs",
+        )
+    if data.on_damage == "mask":
+        yield _not_yet("data.on_damage", "mask", "use fail; `lmscale verify` lists the damage")
+    remote = [("data.corpora", corpus.path) for corpus in data.corpora]
+    remote += [("eval.corpora", path) for path in cfg.eval.corpora]
+    for key, path in remote:
+        if "://" in path:
+            yield _not_yet(key, f"the remote corpus {path}", "copy it to a local or shared folder")
+
+
+def _rest(cfg: RunConfig) -> Iterator[Problem]:
+    if cfg.checkpoint.asynchronous:
+        yield _not_yet("checkpoint.async", True, "use false")
+    if cfg.train.check_replicas_every is not None:
+        yield _not_yet("train.check_replicas_every", cfg.train.check_replicas_every, "use null")
+    if cfg.log.layer_stats:
+        yield _not_yet("log.layer_stats", True, "use false")
+    for tracker in cfg.log.trackers:
+        if tracker != "tensorboard":
+            yield _not_yet(
+                "log.trackers",
+                f"the tracker {tracker}",
+                "use [tensorboard] or []; metrics.jsonl has every step",
+            )
+    if cfg.cluster.kind != "local":
+        yield _not_yet(
+            "cluster.kind",
+            cfg.cluster.kind,
+            "use local; in a job of your own, torchrun or mpirun can start `lmscale train`",
+        )

@@ -1,0 +1,1 @@
+"""Corpora on disk: shards, manifest, order, who reads what. numpy only."""

@@ -1,0 +1,141 @@
+"""Training batches, one optimizer step at a time, from one integer: the position.
+
+What a step holds is a pure function of (position, dp_rank, dp_size), so nothing of the loader is in a
+checkpoint; the thread only computes ahead.
+"""
+
+import queue
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmscale.batch import Batch
+from lmscale.corpus.assign import micro_batches, step_positions
+from lmscale.corpus.order import Order
+from lmscale.corpus.reader import Reader
+from lmscale.data.objective import Documents, Ints, Record, causal
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which part of every step this data-parallel rank computes."""
+
+    global_batch: int  # samples of one optimizer step over all ranks
+    micro_batch: int  # rows of one forward on one rank
+    dp_rank: int
+    dp_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """All micro-batches of this rank for one optimizer step."""
+
+    position: int  # samples consumed before this step, globally
+    micro_batches: list[Batch[np.ndarray]]  # the same number on every rank
+
+
+class Loader:
+    """Reads this rank's rows of each step, a few steps ahead."""
+
+    def __init__(
+        self, reader: Reader, order: Order, share: Share, *, documents: Documents, prefetch: int = 2
+    ) -> None:
+        self._reader = reader
+        self._order = order
+        self._share = share
+        self._documents: Documents = documents
+        self._prefetch = prefetch
+
+    def step_at(self, position: int) -> StepBatch:
+        """The step that starts at `position`. Raises DataError where a row cannot be read soundly."""
+        share = self._share
+        mine = step_positions(
+            position,
+            global_batch=share.global_batch,
+            streams=self._order.streams,
+            dp_rank=share.dp_rank,
+            dp_size=share.dp_size,
+        )
+        _, samples = self._order.at(mine)
+        rows = share.micro_batch
+        batches = []
+        for index in range(micro_batches(share.global_batch, share.dp_size, rows)):
+            part = slice(index * rows, (index + 1) * rows)
+            batches.append(self._batch(samples[part], mine[part], rows))
+        return StepBatch(position, batches)
+
+    def _batch(self, samples: Ints, positions: Ints, rows: int) -> Batch[np.ndarray]:
+        return causal(
+            [Record(*self._reader.row(int(sample))) for sample in samples],
+            rows=rows,
+            positions=positions,
+            seq_len=self._reader.seq_len,
+            documents=self._documents,
+        )
+
+    @property
+    def seq_len(self) -> int:
+        """Targets of one sample."""
+        return self._reader.seq_len
+
+    def consumed(self, position: int, *, rows: int = 64) -> Iterator[Batch[np.ndarray]]:
+        """The samples of the positions before `position`, in the order they lie in the corpus: fast to read."""
+        for begin in range(0, position, 65_536):
+            block = np.arange(begin, min(begin + 65_536, position), dtype=np.int64)
+            _, samples = self._order.at(block)
+            samples.sort()
+            for part in np.split(samples, range(rows, len(samples), rows)):
+                yield self._batch(part, part, rows)
+
+    def steps(self, position: int) -> Generator[StepBatch, None, None]:
+        """Steps from `position` on, without end. Close the iterator to end its thread."""
+        if self._prefetch == 0:
+            while True:
+                yield self.step_at(position)
+                position += self._share.global_batch
+        ahead = _Ahead(self, position, self._share.global_batch, self._prefetch)
+        try:
+            while True:
+                yield ahead.take()
+        finally:
+            ahead.close()
+
+
+class _Ahead:
+    """A thread that computes steps ahead and hands over what it made or the error it met."""
+
+    def __init__(self, loader: Loader, position: int, stride: int, depth: int) -> None:
+        self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(loader, position, stride), name="loader", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, loader: Loader, position: int, stride: int) -> None:
+        while not self._closed.is_set():
+            try:
+                made: StepBatch | BaseException = loader.step_at(position)
+            except BaseException as error:  # handed to the consumer, who raises it
+                made = error
+            while not self._closed.is_set():
+                try:
+                    self._queue.put(made, timeout=0.2)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(made, BaseException):
+                return
+            position += stride
+
+    def take(self) -> StepBatch:
+        made = self._queue.get()
+        if isinstance(made, BaseException):
+            raise made
+        return made
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()

@@ -1,0 +1,1 @@
+"""Processes as one machine: process group, mesh, reductions, seeds, device."""

@@ -1,0 +1,1 @@
+"""One optimizer step: FSDP2, DDP or DeepSpeed ZeRO behind one narrow protocol."""

@@ -1,0 +1,1 @@
+"""The language model, written for one device: architecture, attention, loss, initial values."""

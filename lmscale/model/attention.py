@@ -1,0 +1,113 @@
+"""Who may look at whom, and the attention layer.
+
+Shapes: B rows, L tokens a row, D model width, N query heads, K kv heads, H head size.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmscale.batch import Stream
+from lmscale.model.architecture import Architecture
+from lmscale.model.rotary import Rotation
+
+# None: each row is one document, plain causal. Tensor: True where a query (row) may see a key
+# (column), on CPUs and in fp64. Anything else: a FlexAttention BlockMask, on CUDA.
+Mask = Any
+
+
+class Context:
+    """What every layer needs to know of a batch; built once per forward, read by all blocks.
+
+    Deliberately not a pytree: FSDP can cast the tensors it finds among a block's inputs, and the
+    rotary angles must stay in fp32.
+    """
+
+    def __init__(self, mask: Mask, rotation: Rotation | None):
+        self.mask = mask
+        self.rotation = rotation
+
+    @classmethod
+    def of(cls, stream: Stream[Tensor], arch: Architecture, dtype: torch.dtype) -> "Context":
+        """Mask and angles of this batch, for a model that computes in `dtype`."""
+        rotation = None
+        if arch.positions == "rotary":
+            rotation = Rotation(
+                stream.positions_BL, head_dim=arch.head_dim, theta=arch.rope_theta, dtype=dtype
+            )
+        return cls(causal_mask(stream.documents_BL, dtype), rotation)
+
+
+def causal_mask(documents_BL: Tensor | None, dtype: torch.dtype) -> Mask:
+    """Causal, and only within a document.
+
+    Padding (-1) is a document like any other here: it sees itself and is seen by nobody else, so no
+    row of the softmax is empty and no NaN can arise.
+    """
+    if documents_BL is None:
+        return None
+    if documents_BL.is_cuda and dtype != torch.float64:  # FlexAttention has no fp64
+        return _block_mask(documents_BL)
+    length = documents_BL.shape[1]
+    causal_LL = torch.ones(length, length, dtype=torch.bool, device=documents_BL.device).tril()
+    same_BLL = documents_BL[:, :, None] == documents_BL[:, None, :]
+    return (same_BLL & causal_LL)[:, None]
+
+
+def _block_mask(documents_BL: Tensor) -> Mask:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, _head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return (documents_BL[b, q] == documents_BL[b, kv]) & (q >= kv)
+
+    rows, length = documents_BL.shape
+    return create_block_mask(visible, rows, None, length, length, device=documents_BL.device.type)
+
+
+@cache
+def _flex() -> Callable[..., Tensor]:
+    """FlexAttention is a fused kernel only when compiled; eager it would materialise the scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask: Mask) -> Tensor:
+    """Softmax attention, [B, L, N, H]. Without a mask flash kernels apply on every device."""
+    q_BNLH, k_BKLH, v_BKLH = (x.transpose(1, 2) for x in (q_BLNH, k_BLKH, v_BLKH))
+    grouped = q_BNLH.shape[1] != k_BKLH.shape[1]
+    if mask is None or isinstance(mask, Tensor):
+        y_BNLH = F.scaled_dot_product_attention(
+            q_BNLH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
+    else:
+        y_BNLH = _flex()(q_BNLH, k_BKLH, v_BKLH, block_mask=mask, enable_gqa=grouped)
+    return y_BNLH.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values (arXiv:2305.13245)."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.head_dim = arch.head_dim
+        wide, narrow = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+        self.q = nn.Linear(arch.width, wide, bias=arch.biases)
+        self.k = nn.Linear(arch.width, narrow, bias=arch.biases)
+        self.v = nn.Linear(arch.width, narrow, bias=arch.biases)
+        self.out = nn.Linear(wide, arch.width, bias=arch.biases)
+
+    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        """[B, L, D] -> [B, L, D]. The number of heads is read off q, k, v, not off the config."""
+        split = (-1, self.head_dim)
+        q_BLNH = self.q(x_BLD).unflatten(-1, split)
+        k_BLKH = self.k(x_BLD).unflatten(-1, split)
+        v_BLKH = self.v(x_BLD).unflatten(-1, split)
+        if context.rotation is not None:
+            q_BLNH, k_BLKH = context.rotation(q_BLNH), context.rotation(k_BLKH)
+        y_BLNH = attend(q_BLNH, k_BLKH, v_BLKH, context.mask)
+        return self.out(y_BLNH.flatten(-2))

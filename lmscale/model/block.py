@@ -1,0 +1,79 @@
+"""One layer of a stack: attention and feed-forward, each with its norm and residual.
+
+Shapes: B rows, L tokens, D model width, F feed-forward width.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmscale.model.architecture import Architecture
+from lmscale.model.attention import Attention, Context
+
+
+def make_norm(arch: Architecture) -> nn.Module:
+    """RMSNorm (arXiv:1910.07467) or LayerNorm; eps explicit: torch's RMSNorm default is the dtype's."""
+    match arch.norm:
+        case "rms":
+            return nn.RMSNorm(arch.width, eps=arch.norm_eps)
+        case "layer":
+            return nn.LayerNorm(arch.width, eps=arch.norm_eps, bias=arch.biases)
+        case unknown:
+            raise AssertionError(f"norm {unknown!r} passed the config check")
+
+
+class FeedForward(nn.Module):
+    """Two matrices with an activation between, or three for SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.activation = arch.activation
+        if arch.activation == "swiglu":
+            self.gate = nn.Linear(arch.width, arch.feed_forward, bias=arch.biases)
+        self.up = nn.Linear(arch.width, arch.feed_forward, bias=arch.biases)
+        self.down = nn.Linear(arch.feed_forward, arch.width, bias=arch.biases)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        up_BLF = self.up(x_BLD)
+        match self.activation:
+            case "swiglu":
+                hidden_BLF = F.silu(self.gate(x_BLD)) * up_BLF
+            case "gelu":
+                hidden_BLF = F.gelu(up_BLF)
+            case "gelu_tanh":
+                hidden_BLF = F.gelu(up_BLF, approximate="tanh")
+            case "relu":
+                hidden_BLF = F.relu(up_BLF)
+            case unknown:
+                raise AssertionError(f"activation {unknown!r} passed the config check")
+        return self.down(hidden_BLF)
+
+
+class Block(nn.Module):
+    """The unit of activation checkpointing, compilation and sharding.
+
+    Dropout sits on the two residual branches, never on the attention weights: that would leave the
+    flash kernels.
+    """
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.post_norm = arch.norm_place == "post"
+        self.dropout = arch.dropout
+        self.norm_attention = make_norm(arch)
+        self.attention = Attention(arch)
+        self.norm_feed_forward = make_norm(arch)
+        self.feed_forward = FeedForward(arch)
+
+    def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+        if self.post_norm:
+            x_BLD = self.norm_attention(x_BLD + self._drop(self.attention(x_BLD, context)))
+            return self.norm_feed_forward(x_BLD + self._drop(self.feed_forward(x_BLD)))
+        x_BLD = x_BLD + self._drop(self.attention(self.norm_attention(x_BLD), context))
+        return x_BLD + self._drop(self.feed_forward(self.norm_feed_forward(x_BLD)))
+
+    def _drop(self, branch_BLD: Tensor) -> Tensor:
+        if not self.dropout:
+            return branch_BLD
+        return F.dropout(branch_BLD, self.dropout, self.training)

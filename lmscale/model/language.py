@@ -1,0 +1,99 @@
+"""The language model: a stack of blocks, a head, and the loss. One device; no collective.
+
+Shapes: B rows, L tokens, T = B x L, D model width, V vocabulary (P: padded to a multiple of 128).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmscale.batch import Batch, Stream, Sums
+from lmscale.model.architecture import Architecture
+from lmscale.model.attention import Context
+from lmscale.model.block import Block, make_norm
+from lmscale.model.loss import cross_entropy
+from lmscale.model.precision import at_least_fp32
+
+
+class Stack(nn.Module):
+    """Embedding, blocks, and a last norm (none after post-norm blocks: their output is normed)."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.arch = arch
+        self.embedding = nn.Embedding(arch.padded_vocab, arch.width)
+        if arch.positions == "learned":
+            self.positions = nn.Embedding(arch.max_positions, arch.width)
+        self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.layers))
+        self.norm = make_norm(arch) if arch.norm_place == "pre" else nn.Identity()
+
+    def forward(self, stream: Stream[Tensor]) -> Tensor:
+        """Hidden states [B, L, D], ready for a head."""
+        x_BLD = self.embedding(stream.tokens_BL)
+        if self.arch.positions == "learned":
+            x_BLD = x_BLD + self.positions(stream.positions_BL)
+        if self.arch.dropout:
+            x_BLD = F.dropout(x_BLD, self.arch.dropout, self.training)
+        context = Context.of(stream, self.arch, x_BLD.dtype)
+        for block in self.blocks:
+            x_BLD = block(x_BLD, context)
+        return self.norm(x_BLD)
+
+
+class LMHead(nn.Module):
+    """Hidden states -> logits or loss over the real vocabulary.
+
+    The padding's logits never exist: the weight is cut to V rows (a view) before the product, which
+    is the same as -inf logits and cheaper. A tied head has no weight of its own and is handed the
+    embedding's.
+    """
+
+    weight: nn.Parameter | None
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.vocab_size = arch.vocab_size
+        shape = (arch.padded_vocab, arch.width)
+        self.register_parameter("weight", None if arch.tied else nn.Parameter(torch.empty(*shape)))
+
+    def forward(self, hidden_BLD: Tensor, tied_PD: Tensor, batch: Batch[Tensor]) -> Sums[Tensor]:
+        """Sums of the batch's weighted targets."""
+        return cross_entropy(
+            hidden_BLD.flatten(0, 1),
+            self._weight_VD(tied_PD),
+            batch.targets_BL.flatten(),
+            batch.weights_BL.flatten(),
+        )
+
+    def logits(self, hidden_BLD: Tensor, tied_PD: Tensor) -> Tensor:
+        """[..., V], in at least fp32."""
+        logits_BLV = F.linear(hidden_BLD, self._weight_VD(tied_PD))
+        return logits_BLV.to(at_least_fp32(logits_BLV.dtype))
+
+    def _weight_VD(self, tied_PD: Tensor) -> Tensor:
+        weight_PD = tied_PD if self.weight is None else self.weight
+        return weight_PD[: self.vocab_size]
+
+
+class LanguageModel(nn.Module):
+    """A decoder and its language-model head."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        self.arch = arch
+        self.decoder = Stack(arch)
+        self.heads = nn.ModuleDict({"lm": LMHead(arch)})
+
+    def forward(self, batch: Batch[Tensor]) -> Sums[Tensor]:
+        """Sum of the weighted losses of this micro-batch and the sum of its weights."""
+        return self.heads["lm"](self.decoder(batch.inputs), self.decoder.embedding.weight, batch)
+
+    def logits(self, batch: Batch[Tensor]) -> Tensor:
+        """[B, L, V], cut to the real vocabulary; the logits at token t predict target t."""
+        return self.next_logits(batch.inputs, slice(None))
+
+    def next_logits(self, stream: Stream[Tensor], tokens: slice = slice(-1, None)) -> Tensor:
+        """Logits at some of the row's tokens only (default: the last), for generation."""
+        head = self.heads["lm"]
+        assert isinstance(head, LMHead)
+        return head.logits(self.decoder(stream)[:, tokens], self.decoder.embedding.weight)

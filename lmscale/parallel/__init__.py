@@ -1,0 +1,1 @@
+"""Ordered passes over a built model: activation checkpointing, compilation, sharding."""

@@ -1,0 +1,1 @@
+"""From raw text to corpora: parallel, resumable, the same bytes for any number of workers."""

@@ -1,0 +1,156 @@
+"""The documents of an input, one after the other, as streams of text blocks."""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+from lmscale.errors import DataError
+from lmscale.prepare.decompress import decompressed, explained
+from lmscale.prepare.inputs import Slice, Source, Span, check_unchanged, open_source
+
+Document = Iterator[str]  # blocks of one document; used up before the next document is asked for
+
+_BLOCK_BYTES = 1 << 20
+_MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+
+
+def documents(
+    work: Slice, text_key: str, consumed: Callable[[int], None] = lambda _: None
+) -> Iterator[Document]:
+    """All documents of a slice in order, empty ones included.
+
+    `consumed` hears how many bytes on disk have been read, now and then. Raises DataError with file
+    and place: not UTF-8 (byte offset), broken JSON or no text (line number), damaged compression.
+    """
+    done = 0
+    for span in work.spans:
+        with open_source(span.source) as file, explained(span.source):
+            stream = decompressed(span.source, file)
+            if span.source.format == "lines":
+                start = done - span.start
+                for text in _lines(span, stream, text_key):
+                    yield iter((text,))
+                    consumed(min(start + file.tell(), done + span.stop - span.start))
+            else:
+                yield _text(span.source, stream, lambda: consumed(done + file.tell()))  # noqa: B023
+            check_unchanged(span.source, file)
+        done += span.stop - span.start
+        consumed(done)
+
+
+def digest(work: Slice) -> str:
+    """SHA-256 over the raw bytes of a slice and how they are read; names and times do not count."""
+    total = hashlib.sha256()
+    for span in work.spans:
+        source = span.source
+        total.update(f"{source.format} {source.compression} {span.start} {span.stop}\n".encode())
+        with open_source(source) as file, explained(source):
+            file.seek(span.start)
+            left = span.stop - span.start
+            while left and (block := file.read(min(left, _BLOCK_BYTES))):
+                total.update(block)
+                left -= len(block)
+    return total.hexdigest()
+
+
+def _text(source: Source, stream: BinaryIO, read: Callable[[], None]) -> Document:
+    """The one document of a text file, in blocks; a byte order mark at its start is dropped."""
+    offset, rest = 0, b""
+    while True:
+        with explained(source):
+            block = stream.read(_BLOCK_BYTES)
+        data = rest + block
+        try:
+            text, used = codecs.utf_8_decode(data, "strict", not block)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(source, offset + error.start, data[error.start], data) from error
+        if offset == 0:
+            text = text.removeprefix("\ufeff")
+        if text:
+            yield text
+        if not block:
+            return
+        offset, rest = offset + used, data[used:]
+        read()
+
+
+def _lines(span: Span, stream: BinaryIO, text_key: str) -> Iterator[str]:
+    """The text of each JSON line that begins in the span; blank lines are none."""
+    source = span.source
+    whole = bool(source.compression)
+    if span.start:
+        stream.seek(span.start - 1)
+        stream.readline()
+    offset = stream.tell() if span.start else 0
+    number = 0  # of the line within what this span has read
+    while whole or offset < span.stop:
+        line = stream.readline()
+        if not line:
+            return
+        number += 1
+        if line.strip():
+            yield _line_text(source, line, offset, text_key, number if not span.start else None)
+        offset += len(line)
+
+
+def _line_text(source: Source, line: bytes, offset: int, text_key: str, number: int | None) -> str:
+    def wrong(fact: str) -> DataError:
+        known = number if number is not None else _line_number(source, offset)
+        return DataError(f"input {source.path}, line {known}: {fact}")
+
+    try:
+        decoded = line.decode()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(source, offset + error.start, line[error.start], line) from error
+    if offset == 0:
+        decoded = decoded.removeprefix("\ufeff")
+    try:
+        record = json.loads(decoded)
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"not JSON: {error}; JSON Lines hold one object on each line") from error
+    if not isinstance(record, dict):
+        raise wrong(f'holds {_kind(record)}, not an object like {{"{text_key}": "..."}}')
+    if text_key not in record:
+        keys = ", ".join(sorted(map(repr, record))[:8]) or "none"
+        raise wrong(f"no key {text_key!r} (keys: {keys}); name the right one with --text-key")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise wrong(f"key {text_key!r} holds {_kind(text)}, not a text")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise wrong(
+                f"key {text_key!r}, character {error.start}: half a surrogate pair "
+                f"(\\u{ord(text[error.start]):04x}) is not Unicode text; correct or drop the line"
+            ) from error
+    return text
+
+
+def _line_number(source: Source, offset: int) -> int:
+    """The number, from 1, of the line that begins at a byte of a plain file; reads all before it."""
+    count, left = 1, offset
+    with open(source.path, "rb") as file:
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
+            count += block.count(b"\n")
+            left -= len(block)
+    return count
+
+
+def _not_utf8(source: Source, offset: int, byte: int, data: bytes) -> DataError:
+    hint = "convert it (iconv -t UTF-8) or leave it out"
+    for magic, suffix in _MAGIC.items():
+        if offset < len(magic) and data.startswith(magic):
+            hint = f"it looks compressed: name it with {suffix} at the end"
+    unpacked = " of the decompressed text" if source.compression else ""
+    return DataError(
+        f"input {source.path}: not UTF-8 at byte {offset}{unpacked} (0x{byte:02x}); {hint}"
+    )
+
+
+def _kind(value: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value",
+             int: "a number", float: "a number"}  # fmt: skip
+    return names.get(type(value), "null")

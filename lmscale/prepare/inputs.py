@@ -1,0 +1,190 @@
+"""Which files are read, in which order, and in which slices workers share them."""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lmscale.errors import DataError, UsageError
+
+MIN_SLICE_BYTES = 4 << 20
+MAX_SLICES = 4096  # about; so a terabyte has slices of 256 MiB and few files in the scratch folder
+MAX_SLICE_FILES = 4096
+
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_REFUSED = {".bz2", ".xz", ".zip", ".7z", ".tar", ".tgz", ".lz4", ".parquet", ".arrow"}
+_LINES = {".jsonl", ".ndjson"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input file as it was when the work was planned."""
+
+    path: str  # absolute
+    format: str  # "text": the file is one document | "lines": JSON Lines, one document a line
+    compression: str  # "" | "gzip" | "zstd"
+    size: int  # bytes on disk
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes [start, stop) of a source; of JSON Lines, the lines that begin there."""
+
+    source: Source
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A piece of work: spans of the input, the same whoever works on them."""
+
+    number: int
+    spans: tuple[Span, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(span.stop - span.start for span in self.spans)
+
+    def as_json(self) -> dict[str, Any]:
+        """For a worker process."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Slice":
+        """The inverse of `as_json`."""
+        spans = (
+            Span(Source(**span["source"]), span["start"], span["stop"]) for span in value["spans"]
+        )
+        return cls(value["number"], tuple(spans))
+
+
+def discover(inputs: Sequence[Path], out: Path) -> list[Source]:
+    """All files of the inputs: arguments in their order, folders by path; names with a leading dot are left out.
+
+    Raises UsageError for an input that is missing or contains OUT, DataError for what cannot be read.
+    """
+    if not inputs:
+        raise UsageError("no input: name at least one text file, JSON Lines file or folder")
+    sources: list[Source] = []
+    for given in inputs:
+        path = given.absolute()
+        if not path.exists():
+            raise UsageError(f"input {given}: no such file or folder")
+        if not path.is_dir():
+            sources.append(_source(path))
+            continue
+        if out.absolute().is_relative_to(path):
+            raise UsageError(
+                f"input {given} contains the output {out}, which would be read as text; "
+                "write the corpus outside the input folder"
+            )
+        found = [_source(file) for file in _files(path)]
+        if not found:
+            raise DataError(
+                f"input {given}: the folder holds no file; give a folder with text in it"
+            )
+        sources += found
+    seen: set[str] = set()
+    for source in sources:
+        if source.path in seen:
+            raise UsageError(
+                f"input {source.path} is given twice; name each file or its folder once"
+            )
+        seen.add(source.path)
+    if not any(source.size for source in sources):
+        raise DataError(
+            f"input: all {len(sources)} files are empty, e.g. {sources[0].path}; there is no text"
+        )
+    return sources
+
+
+def slices(sources: Sequence[Source]) -> list[Slice]:
+    """Cut the input into slices of similar size; depends on the sources alone.
+
+    Plain JSON Lines are cut inside; a compressed file or a document is read by one worker from end to end.
+    """
+    total = sum(source.size for source in sources)
+    target = max(MIN_SLICE_BYTES, -(-total // MAX_SLICES))
+    result: list[Slice] = []
+    held: list[Span] = []
+    held_bytes = 0
+
+    def close() -> None:
+        nonlocal held_bytes
+        if held:
+            result.append(Slice(len(result), tuple(held)))
+            held.clear()
+            held_bytes = 0
+
+    for source in sources:
+        if source.format == "lines" and not source.compression and source.size > target:
+            close()
+            count = -(-source.size // target)
+            cuts = [source.size * index // count for index in range(count + 1)]
+            for start, stop in pairwise(cuts):
+                held.append(Span(source, start, stop))
+                close()
+            continue
+        held.append(Span(source, 0, source.size))
+        held_bytes += source.size
+        if held_bytes >= target or len(held) >= MAX_SLICE_FILES:
+            close()
+    close()
+    return result
+
+
+def open_source(source: Source) -> BinaryIO:
+    """The raw bytes of a source, refused where it is no longer the file that was planned."""
+    try:
+        file = open(source.path, "rb")  # noqa: SIM115 - the caller closes it
+    except OSError as error:
+        raise DataError(f"input {source.path}: cannot be read: {error.strerror}") from error
+    check_unchanged(source, file)
+    return file
+
+
+def check_unchanged(source: Source, file: BinaryIO) -> None:
+    """Raise DataError if the open file is not as it was when the work was planned."""
+    now = os.fstat(file.fileno())
+    if (now.st_size, now.st_mtime_ns) != (source.size, source.mtime_ns):
+        file.close()
+        raise DataError(
+            f"input {source.path}: changed while it was being prepared; "
+            "run the same command again when nothing writes to it"
+        )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise DataError(f"input {error.filename}: cannot be read: {error.strerror}") from error
+
+    found: list[str] = []
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    # by path parts, as bytes: the same on every machine, whatever its locale
+    return map(Path, sorted(found, key=lambda path: os.fsencode(path).split(b"/")))
+
+
+def _source(path: Path) -> Source:
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in _REFUSED:
+        raise DataError(
+            f"input {path}: {suffixes[-1]} is not read; give UTF-8 text or JSON Lines, plain, .gz or .zst"
+        )
+    compression = _COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
+    inner = suffixes[:-1] if compression else suffixes
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise DataError(f"input {path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(facts.st_mode):
+        raise DataError(f"input {path}: not a regular file; write it to a file first")
+    kind = "lines" if inner and inner[-1] in _LINES else "text"
+    return Source(str(path), kind, compression, facts.st_size, facts.st_mtime_ns)

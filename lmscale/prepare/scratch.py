@@ -1,0 +1,150 @@
+"""OUT/.prepare: what a killed run leaves behind, so that the next one goes on from there.
+
+lock             held (flock) by the run and by each of its workers
+job.json         which input and options the rest belongs to
+tokenizer.json
+slices/000012.json               last file of a finished slice; says what the others hold
+slices/000012-0003.tokens        raw ids of whole documents, framed by bos and eos
+slices/000012-0003.documents     int64 pairs: ids, bytes of text; one pair a document
+cuts.json        where the documents of each part lie
+train/ heldout/  the parts, moved to OUT when they are whole
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lmscale.errors import RetryableError, UsageError
+
+SCRATCH_NAME = ".prepare"
+_LOCK_PATIENCE_S = 5.0  # workers of a run killed just now need a moment to die
+
+
+class Scratch:
+    """Paths of the scratch folder of one OUT."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.job = path / "job.json"
+        self.lock = path / "lock"
+        self.tokenizer = path / "tokenizer.json"
+        self.cuts = path / "cuts.json"
+        self.slices = path / "slices"
+
+    def slice(self, number: int) -> Path:
+        """The file that says a slice is finished."""
+        return self.slices / f"{number:06d}.json"
+
+    def segment(self, number: int, segment: int, kind: str) -> Path:
+        """A data file of a slice; kind: tokens | documents."""
+        return self.slices / f"{number:06d}-{segment:04d}.{kind}"
+
+    def part(self, name: str) -> Path:
+        """Where a part is built."""
+        return self.path / name
+
+    def shard_entry(self, part: str, shard: int) -> Path:
+        """The file that says a shard is finished."""
+        return self.path / f"{part}-entries" / f"{shard:06d}.json"
+
+    def clear(self) -> None:
+        """Remove all but the lock."""
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry != self.lock:
+                entry.unlink()
+
+    @contextmanager
+    def locked(self) -> Iterator[int]:
+        """Hold the folder against a second run; gives the descriptor that workers keep open too.
+
+        A file system without locks (some NFS) goes unguarded.
+        """
+        descriptor = os.open(self.lock, os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            self._take(descriptor)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _take(self, descriptor: int) -> None:
+        deadline = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UsageError(
+                        f"{self.path.parent}: another `lmscale prepare` is at work here; "
+                        "let it finish or end it, then run the command again"
+                    ) from None
+                time.sleep(0.05)
+            except OSError:
+                return
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that appears whole or not at all, also after a power cut."""
+    with replaced(path) as scratch:
+        scratch.write_text(json.dumps(value))
+
+
+def read_json(path: Path) -> Any:  # what write_json wrote
+    """The value of a JSON file, None where there is none or it is broken."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A name to write to that becomes `path` at the end; removed after an error."""
+    scratch = path.with_name(f"{path.name}.tmp")
+    try:
+        yield scratch
+        flush(scratch)
+        scratch.rename(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk(out: Path) -> Iterator[None]:
+    """Turn a failed write under OUT into words."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or out
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = 0
+            with contextlib.suppress(OSError):
+                free = shutil.disk_usage(out).free
+            raise RetryableError(
+                f"{place}: the disk is full or a limit on file sizes is reached ({error.strerror}; "
+                f"{free >> 20} MiB free at {out}). Make room for about twice the size of the corpus and run "
+                "the same command again: it goes on where it stopped"
+            ) from error
+        raise RetryableError(
+            f"{place}: writing failed: {error.strerror or error}; "
+            "run the same command again, it goes on where it stopped"
+        ) from error

@@ -1,0 +1,147 @@
+"""First pass: a slice of the input becomes raw ids in scratch files. One call is one piece of work of a worker."""
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from lmscale.corpus.shard import DTYPES, dtype_for
+from lmscale.prepare.documents import digest, documents
+from lmscale.prepare.inputs import Slice
+from lmscale.prepare.scratch import Scratch, flush, read_json, write_json
+from lmscale.text.pieces import pieces
+from lmscale.text.tokenizer import Tokenizer
+
+# A slice that unpacks to more is kept in several segments: bounds the tables of the second pass.
+SEGMENT_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Whole documents of a slice, in order, as one pair of scratch files."""
+
+    slice: int
+    number: int
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceResult:
+    """What a finished slice holds."""
+
+    source: str  # SHA-256 of the raw input
+    segments: tuple[Segment, ...]
+
+    @property
+    def documents(self) -> int:
+        """Documents of all segments."""
+        return sum(segment.documents for segment in self.segments)
+
+    @property
+    def tokens(self) -> int:
+        """Ids of all segments, frames included."""
+        return sum(segment.tokens for segment in self.segments)
+
+
+def tokenize(
+    work: Slice,
+    *,
+    scratch: Scratch,
+    tokenizer: Tokenizer,
+    text_key: str,
+    consumed: Callable[[int], None],
+) -> SliceResult:
+    """Write the segments of a slice, its .json last; nothing of an earlier try is kept."""
+    dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
+    writer = _Segments(work.number, scratch, dtype)
+    before, after = tokenizer.special.frame()
+    with writer:
+        for document in documents(work, text_key, consumed):
+            writer.add(before)
+            for piece in pieces(document) if tokenizer.cuttable else ["".join(document)]:
+                writer.add(tokenizer.encode(piece))
+                writer.text_bytes += len(piece) if piece.isascii() else len(piece.encode())
+            writer.add(after)
+            writer.end_document()
+    result = SliceResult(digest(work), tuple(writer.done))
+    rows = [[s.documents, s.tokens, s.text_bytes] for s in result.segments]
+    write_json(scratch.slice(work.number), {"source": result.source, "segments": rows})
+    return result
+
+
+def finished_slice(number: int, scratch: Scratch, itemsize: int) -> SliceResult | None:
+    """The result of an earlier run, None if it is not all there."""
+    value = read_json(scratch.slice(number))
+    if value is None:
+        return None
+    segments = tuple(Segment(number, index, *row) for index, row in enumerate(value["segments"]))
+    for segment in segments:
+        want = {"tokens": segment.tokens * itemsize, "documents": segment.documents * 16}
+        for kind, size in want.items():
+            path = scratch.segment(number, segment.number, kind)
+            if not path.is_file() or path.stat().st_size != size:
+                return None
+    return SliceResult(value["source"], segments)
+
+
+class _Segments:
+    """Writes documents to segment files, a new pair each time one is long enough."""
+
+    def __init__(self, number: int, scratch: Scratch, dtype: np.dtype[Any]) -> None:
+        self._number, self._scratch, self._dtype = number, scratch, dtype
+        self.done: list[Segment] = []
+        self.text_bytes = 0  # of the document at hand
+        self._files: tuple[IO[bytes], IO[bytes]] | None = None
+        self._document_tokens = 0
+        self._totals = [0, 0, 0]  # documents, tokens, bytes of the segment at hand
+
+    def __enter__(self) -> "_Segments":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._close(keep=kind is None)
+
+    def add(self, ids: list[int] | tuple[int, ...]) -> None:
+        """Append ids to the document at hand."""
+        tokens, _ = self._open()
+        tokens.write(np.asarray(ids, dtype=self._dtype).tobytes())
+        self._document_tokens += len(ids)
+
+    def end_document(self) -> None:
+        """The next ids belong to the next document."""
+        _, table = self._open()
+        table.write(array("q", [self._document_tokens, self.text_bytes]).tobytes())
+        for index, count in enumerate((1, self._document_tokens, self.text_bytes)):
+            self._totals[index] += count
+        self._document_tokens = self.text_bytes = 0
+        if self._totals[1] >= SEGMENT_TOKENS:
+            self._close(keep=True)
+
+    def _paths(self) -> Iterator[Path]:
+        for kind in ("tokens", "documents"):
+            yield self._scratch.segment(self._number, len(self.done), kind)
+
+    def _open(self) -> tuple[IO[bytes], IO[bytes]]:
+        if self._files is None:
+            tokens, table = (path.open("wb") for path in self._paths())
+            self._files = tokens, table
+        return self._files
+
+    def _close(self, *, keep: bool) -> None:
+        if self._files is None:
+            return
+        try:
+            for file in self._files:
+                file.close()
+        finally:
+            self._files = None
+        if keep:
+            for path in self._paths():
+                flush(path)
+            self.done.append(Segment(self._number, len(self.done), *self._totals))
+            self._totals = [0, 0, 0]

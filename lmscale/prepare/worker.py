@@ -1,0 +1,64 @@
+"""One worker process: reads pieces of work as JSON lines, answers with JSON lines.
+
+Started as `python -m lmscale.prepare.worker PARENT_PID` by pool.py. It never outlives its parent.
+"""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from lmscale.errors import LmscaleError
+from lmscale.prepare.work import do
+
+_REPORT_S = 0.2
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the parent dies, however it dies (Linux; elsewhere the closed pipe ends the worker)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+def answer(line: str, report: Callable[[int], None]) -> dict[str, Any]:
+    """Do one piece of work and say how it went."""
+    try:
+        return {"done": do(json.loads(line), report)}
+    except LmscaleError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    except Exception:
+        return {"error": "bug", "message": traceback.format_exc()}
+
+
+def main(parent: int) -> None:
+    """Serve until standard input ends."""
+    die_with_parent(parent)
+    # What libraries print must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    last = time.monotonic()
+
+    def report(consumed: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= _REPORT_S:
+            last = now
+            say({"consumed": consumed})
+
+    def say(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    for line in sys.stdin:
+        say(answer(line, report))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

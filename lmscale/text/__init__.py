@@ -1,0 +1,1 @@
+"""Tokenizers: load, train, encode without loss, decode, fingerprint."""

@@ -1,0 +1,34 @@
+"""Cut long texts where byte-level BPE starts a new word anyway, so that memory stays bounded."""
+
+from collections.abc import Iterable, Iterator
+
+PIECE_CHARS = 1 << 20
+
+
+def pieces(blocks: Iterable[str], size: int = PIECE_CHARS) -> Iterator[str]:
+    """The text in pieces of at most `size` characters, cut after a word and before white space.
+
+    There GPT-2's pattern ends a word whatever comes next, so the ids of the pieces put together are
+    the ids of the whole. (Not after a line break: where a run of white space ends depends on what
+    follows it.) A stretch of `size` characters without such a place is cut at its end: nothing is
+    lost, one word may be split. A function of the text alone, however it comes in blocks.
+    """
+    held = ""
+    for block in blocks:
+        held += block
+        start = 0
+        while len(held) - start > size:
+            cut = _word_end(held, start, start + size)
+            yield held[start:cut]
+            start = cut
+        held = held[start:]
+    if held:
+        yield held
+
+
+def _word_end(text: str, start: int, stop: int) -> int:
+    """The last place in (start, stop] where a word ends before white space, else `stop`. text[stop] exists."""
+    for place in range(stop, start, -1):
+        if text[place] in " \n\r\t" and not text[place - 1].isspace():
+            return place
+    return stop

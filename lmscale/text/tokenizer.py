@@ -1,0 +1,189 @@
+"""Text to ids and back, without loss, over Hugging Face `tokenizers`.
+
+Text is always ordinary: a document that contains "<eos>" or "<|endoftext|>" is encoded as those
+characters, never as the special token. Specials are put in by who builds a stream, as ids.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from lmscale.errors import ConfigError
+from lmscale.text.byte_level import token_to_bytes
+from lmscale.text.special import Special, config_beside, special_of
+
+_BYTE_LEVEL, _SENTENCEPIECE = "byte-level", "sentencepiece"
+
+
+class Tokenizer:
+    """A vocabulary and its rules. Immutable; one thread a process is enough to keep encoding exact."""
+
+    def __init__(self, document: dict[str, Any], special: Special | None = None) -> None:
+        # A file from elsewhere may cut at 512 tokens, pad, or drop merges at random: none of it here.
+        self._document = {**document, "truncation": None, "padding": None}
+        model = self._document.get("model")
+        if isinstance(model, dict) and model.get("dropout"):
+            self._document["model"] = {**model, "dropout": None}
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._document))
+        self._tokenizer.encode_special_tokens = True  # "<eos>" in a text is text
+        self._kind = _kind(self._document)
+        self._added: dict[int, str] = {}  # added tokens that are text, e.g. runs of spaces
+        special_ids: dict[str, int] = {}
+        for token in self._document.get("added_tokens", ()):
+            if token["special"]:
+                special_ids[token["content"]] = token["id"]
+            else:
+                self._added[token["id"]] = token["content"]
+        self.special = special_of(special_ids, {}) if special is None else special
+        self._special_ids = frozenset(special_ids.values()) | {
+            role for role in self.special.as_dict().values() if role is not None
+        }
+
+    @classmethod
+    def load(cls, path: Path, special: Special | None = None) -> "Tokenizer":
+        """Read a tokenizer.json. Roles come from `special`, else tokenizer_config.json beside it, else names."""
+        document = _read_json(path)
+        if not isinstance(document, dict) or "model" not in document:
+            raise ConfigError(
+                f"{path} is not a tokenizer.json of Hugging Face tokenizers (no `model` in it); "
+                "give such a file, `bytes`, or `bpe:SIZE` to train one"
+            )
+        beside = config_beside(path)
+        if special is None and beside.exists():
+            names = {
+                token["content"]: token["id"]
+                for token in document.get("added_tokens", ())
+                if token["special"]
+            }
+            config = _read_json(beside)
+            special = special_of(names, config if isinstance(config, Mapping) else {})
+        try:
+            return cls(document, special)
+        except ConfigError:
+            raise
+        except Exception as error:  # tokenizers raises bare Exception for what it cannot read
+            raise ConfigError(f"{path}: the tokenizers library cannot read it: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write a tokenizer.json that `load` and Hugging Face tokenizers read; appears whole or not at all."""
+        scratch = path.with_name(f"{path.name}.tmp")
+        with scratch.open("w", encoding="utf-8") as file:
+            json.dump(self._document, file, ensure_ascii=False, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.rename(path)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over what decides the ids of a text; layout of the file and library version do not."""
+        essence = {
+            k: v for k, v in self._document.items() if k not in ("version", "post_processor")
+        }
+        return hashlib.sha256(
+            json.dumps(essence, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether a long text may be encoded in pieces (text/pieces.py): nothing is added or normalised."""
+        return (
+            self._kind == _BYTE_LEVEL
+            and self._document.get("normalizer") is None
+            and not any(
+                stage.get("add_prefix_space") for stage in _stages(self._document, "pre_tokenizer")
+            )
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text, no specials. Raises UnicodeEncodeError for a lone surrogate."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, no specials; on all cores unless TOKENIZERS_PARALLELISM=false."""
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:
+            for text in texts:
+                text.encode()  # a lone surrogate: says where
+            raise
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; specials are dropped, a broken UTF-8 sequence becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes of the ids; specials are dropped."""
+        if self._kind == _BYTE_LEVEL:
+            return b"".join(self._pieces[index] for index in ids)
+        kept = [index for index in ids if index not in self._special_ids]
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        return text.encode()
+
+    def token_bytes(self) -> list[int]:
+        """For each id the number of UTF-8 bytes it stands for, 0 for specials: for bits per byte."""
+        return [len(piece) for piece in self._pieces]
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        pieces = [b""] * self.vocab_size
+        for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if index in self._special_ids:
+                continue
+            if index in self._added:
+                pieces[index] = self._added[index].encode()
+            elif self._kind == _BYTE_LEVEL:
+                pieces[index] = token_to_bytes(token)
+            elif token.startswith("<0x") and token.endswith(">") and len(token) == 6:
+                pieces[index] = bytes([int(token[3:5], 16)])
+            else:
+                pieces[index] = token.replace("▁", " ").encode()
+        return pieces
+
+
+def _stages(document: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """The stages of a pre-tokenizer or decoder, nested sequences flattened."""
+    stage = document.get(key)
+    if not stage:
+        return []
+    if stage["type"] == "Sequence":
+        return [
+            inner
+            for item in stage["pretokenizers" if key == "pre_tokenizer" else "decoders"]
+            for inner in _stages({key: item}, key)
+        ]
+    return [stage]
+
+
+def _kind(document: Mapping[str, Any]) -> str:
+    kinds = {stage["type"] for stage in _stages(document, "pre_tokenizer")}
+    decoders = {stage["type"] for stage in _stages(document, "decoder")}
+    if "ByteLevel" in kinds | decoders:
+        return _BYTE_LEVEL
+    if document["model"].get("byte_fallback"):
+        return _SENTENCEPIECE
+    raise ConfigError(
+        f"tokenizer: a {document['model'].get('type')} model that is neither byte-level nor has byte fallback "
+        "loses text it does not know; use `bpe:SIZE`, `bytes` or a byte-level tokenizer.json"
+    )
+
+
+def _read_json(path: Path) -> Any:  # whatever the file holds
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"tokenizer {path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"tokenizer {path}: not JSON: {error}") from error

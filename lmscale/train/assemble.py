@@ -1,0 +1,273 @@
+"""Builds one rank's parts, floor by floor, and runs the loop to its end."""
+
+import contextlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmscale.checkpoint.load import load
+from lmscale.config.identity import fingerprint, identity, placement
+from lmscale.config.run import RunConfig
+from lmscale.corpus.assign import wasted_frac
+from lmscale.data.loader import Loader, Share
+from lmscale.dist.group import choose_device, distributed
+from lmscale.dist.mesh import make_mesh
+from lmscale.engine.build import build_engine
+from lmscale.errors import ExitCode
+from lmscale.model.build import build_model
+from lmscale.model.flops import flops_per_token, num_parameters
+from lmscale.model.language import LanguageModel
+from lmscale.run.events import EventLog
+from lmscale.run.folder import RunFolder
+from lmscale.train.attempt import Attempt, check_identity, choose, resumed_state
+from lmscale.train.corpora import Corpora, build_order, open_corpora, total_steps
+from lmscale.train.environment import environment, peak_of, provenance
+from lmscale.train.evaluate import Validation
+from lmscale.train.finish import farewell, finish
+from lmscale.train.listen import Listeners, cut_after, open_listeners
+from lmscale.train.loop import Loop, Trace
+from lmscale.train.main import write_config
+from lmscale.train.memory import explained, is_out_of_memory
+from lmscale.train.profile import profile_of
+from lmscale.train.rank import Rank
+from lmscale.train.record import Line, Recorder
+from lmscale.train.save import Saver
+from lmscale.train.signals import StopRequest
+from lmscale.train.state import TrainState
+from lmscale.world import World
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def train(
+    cfg: RunConfig, world: World, stop: StopRequest, *, folder: RunFolder, events: EventLog | None
+) -> ExitCode:
+    """Open the corpora, meet the other ranks, train. Raises LmscaleError with what to do."""
+    corpora = open_corpora(cfg)
+    device = choose_device(world)
+    # Refuses kernels whose sums depend on timing; the CPU kernels used here are deterministic anyway.
+    torch.use_deterministic_algorithms(cfg.train.deterministic)
+    with distributed(world, device=device):
+        rank = Rank(cfg, make_mesh(cfg.parallel, world, device.type), device, folder, events)
+        try:
+            return _train(rank, corpora, stop)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise explained(cfg, error) from error
+            raise
+
+
+def _train(rank: Rank, corpora: Corpora, stop: StopRequest) -> ExitCode:
+    cfg = rank.cfg
+    steps = total_steps(cfg, corpora.train.num_samples)
+    source = rank.on_root(lambda: choose(rank))
+    state = resumed_state(source, streams=cfg.data.streams or cfg.train.global_batch)
+    same = _identity(cfg, corpora, streams=state.streams)
+    if source is not None:
+        check_identity(cfg, source.body, same)
+        if source.step >= steps:
+            log.info(
+                "finished: %s stands at step %d of %d. Its report: %s. To train on, raise train.steps with "
+                "train.allow_change='[train.steps]'", rank.folder.path, source.step, steps, rank.folder.report,
+            )  # fmt: skip
+            return ExitCode.DONE
+    rank.on_root(lambda: write_config(rank.folder, cfg))
+    _say_waste(rank)
+    model = _build_model(cfg, corpora.manifest.tokenizer.vocab_size)
+    parameters = num_parameters(model).total
+    engine = build_engine(cfg, model, rank.mesh, rank.device)
+    attempt = Attempt(rank)
+    source = attempt.begin(engine, source, placement=_placement(rank), total_steps=steps)
+    state = resumed_state(source, streams=state.streams)
+    body = _checkpoint_body(rank, same, state)
+    saver = Saver(
+        rank, engine, attempt=attempt.number, body=body, newest_step=source.step if source else None
+    )
+    with contextlib.ExitStack() as stack:
+        ears = stack.enter_context(open_listeners(rank, total_steps=steps, from_step=state.step))
+        loop = Loop(
+            rank=rank,
+            engine=engine,
+            loader=_loader(rank, corpora, state, mesh_share=True),
+            state=state,
+            total_steps=steps,
+            recorder=_recorder(rank, corpora, ears, parameters=parameters),
+            validation=_validation(rank, corpora),
+            saver=saver,
+            stop=stop,
+            ears=ears,
+            trace=_trace(rank, corpora, state, attempt=attempt.number, ears=ears, stack=stack),
+            profile=stack.enter_context(profile_of(rank)),
+        )
+        code = loop.fit()
+        if loop.state.step >= steps:
+            code = finish(loop, corpora, counted=_loader(rank, corpora, state, mesh_share=False))
+        farewell(loop, code)
+    return code
+
+
+def _say_waste(rank: Rank) -> None:
+    train, mesh = rank.cfg.train, rank.mesh
+    wasted = wasted_frac(train.global_batch, mesh.dp_size, train.micro_batch)
+    if wasted:
+        log.info(
+            "%.1f %% of the rows computed are masked: train.global_batch=%d on %d ranks in micro-batches of %d",
+            100 * wasted, train.global_batch, mesh.dp_size, train.micro_batch,
+        )  # fmt: skip
+
+
+def _identity(cfg: RunConfig, corpora: Corpora, *, streams: int) -> dict[str, Any]:
+    """The run's identity, with the fingerprints of what it reads."""
+    manifest = corpora.manifest
+    found = identity(
+        cfg,
+        corpora=[manifest.fingerprint],
+        tokenizer=manifest.tokenizer.fingerprint,
+        streams=streams,
+    )
+    return dict(found)
+
+
+def _placement(rank: Rank) -> dict[str, Any]:
+    mesh, cfg = rank.mesh, rank.cfg
+    return {
+        "world_size": mesh.world.size,
+        "engine": cfg.engine.kind,
+        "shard": mesh.dp_size if cfg.engine.kind == "fsdp" else 1,
+        "tp": mesh.tp_size,
+        "micro_batch": cfg.train.micro_batch,
+    }
+
+
+def _checkpoint_body(rank: Rank, same: Mapping[str, Any], state: TrainState) -> dict[str, Any]:
+    """What stands in every checkpoint of this attempt besides tensors and the moving state."""
+    cfg = rank.cfg
+    config = cfg.model_dump(mode="json", by_alias=True)
+    order = {
+        "version": 1,
+        "seq_len": cfg.train.seq_len,
+        "streams": state.streams,
+        "shuffle_window": cfg.data.shuffle_window,
+        "mix_block": cfg.data.mix_block,
+    }
+    return {
+        "identity": dict(same),
+        "fingerprints": {"identity": fingerprint(same), "placement": fingerprint(placement(cfg))},
+        "config": config,
+        "provenance": provenance(config, rank.mesh.world),
+        "state": {"seed": cfg.train.seed, "order": order},
+    }
+
+
+def _build_model(cfg: RunConfig, vocab_size: int) -> LanguageModel:
+    return build_model(
+        cfg.model,
+        vocab_size=cfg.model.vocab_size or vocab_size,
+        max_positions=cfg.model.max_positions or cfg.train.seq_len,
+        seed=cfg.train.seed,
+    )
+
+
+def _loader(rank: Rank, corpora: Corpora, state: TrainState, *, mesh_share: bool) -> Loader:
+    """This rank's share of each step; without mesh_share whole steps, to count what the run was trained on."""
+    cfg, mesh = rank.cfg, rank.mesh
+    dp_rank, dp_size = (mesh.dp_rank, mesh.dp_size) if mesh_share else (0, 1)
+    return Loader(
+        corpora.train,
+        build_order(cfg, corpora.train, streams=state.streams),
+        Share(cfg.train.global_batch, cfg.train.micro_batch, dp_rank, dp_size),
+        documents=cfg.data.documents,
+        prefetch=cfg.data.prefetch,
+    )
+
+
+def _validation(rank: Rank, corpora: Corpora) -> Validation:
+    cfg = rank.cfg
+    return Validation(
+        corpora.held_out,
+        token_bytes=corpora.tokenizer.token_bytes(),
+        documents=cfg.data.documents,
+        micro_batch=cfg.train.micro_batch,
+        max_samples=cfg.eval.max_samples,
+    )
+
+
+def _recorder(rank: Rank, corpora: Corpora, ears: Listeners, *, parameters: int) -> Recorder:
+    cfg, mesh = rank.cfg, rank.mesh
+    peak = peak_of(rank.device, _DTYPES[cfg.engine.precision])
+    full, causal = (
+        flops_per_token(
+            cfg.model,
+            seq_len=cfg.train.seq_len,
+            vocab_size=cfg.model.vocab_size or corpora.manifest.tokenizer.vocab_size,
+            causal=causal,
+        )
+        for causal in (False, True)
+    )
+    facts = environment(mesh.world, rank.device, engine=cfg.engine.kind, peak=peak)
+    facts["FLOPs per token"] = f"{full:,.0f} (full, used for MFU); {causal:,.0f} (causal)"
+    rank.write_event("environment", parameters=parameters, **facts)
+
+    def mfu_at(tokens_per_s: float) -> float | None:
+        if peak.flops_per_s is None:
+            return None
+        return tokens_per_s * full / (peak.flops_per_s * mesh.world.size)
+
+    return Recorder(
+        ears.recorded, seq_len=cfg.train.seq_len, max_skips=cfg.optim.max_skips, mfu_at=mfu_at
+    )
+
+
+def _trace(
+    rank: Rank,
+    corpora: Corpora,
+    state: TrainState,
+    *,
+    attempt: int,
+    ears: Listeners,
+    stack: contextlib.ExitStack,
+) -> Trace | None:
+    if not rank.cfg.data.trace or rank.mesh.tp_rank != 0:
+        return None
+    mine = rank.folder.trace(rank.mesh.world.rank)
+    if rank.is_root:  # files of ranks that an earlier attempt had and this one has not
+        for number in _ranks_traced(mine.parent):
+            if number >= rank.mesh.world.size:
+                cut_after(rank.folder.trace(number), state.step).close()
+    file = stack.enter_context(cut_after(mine, state.step))
+    ears.files.append(file)
+    order = build_order(rank.cfg, corpora.train, streams=state.streams)
+    return Trace(file, attempt, order, np.dtype(corpora.manifest.dtype))
+
+
+def _ranks_traced(folder: Path) -> list[int]:
+    names = (path.name for path in folder.glob("rank-*.jsonl"))
+    return [int(name.removeprefix("rank-").removesuffix(".jsonl")) for name in names]
+
+
+def score(cfg: RunConfig, world: World, *, checkpoint: Path, step: int) -> list[Line]:
+    """Validation of a checkpoint's weights by any number of ranks, the lines of eval.jsonl."""
+    corpora = open_corpora(cfg)
+    device = choose_device(world)
+    with distributed(world, device=device):
+        mesh = make_mesh(cfg.parallel, world, device.type)
+        rank = Rank(cfg, mesh, device, RunFolder(checkpoint.parent.parent), None)
+        model = _build_model(cfg, corpora.manifest.tokenizer.vocab_size)
+        engine = build_engine(cfg, model, mesh, device)
+        tensors = {name: t for name, t in engine.state().items() if name.startswith("model.")}
+        load(checkpoint, tensors)
+        return _validation(rank, corpora).score(engine, rank, step=step)
+
+
+def load_model(cfg: RunConfig, checkpoint: Path, *, vocab_size: int) -> LanguageModel:
+    """A model with a checkpoint's weights, in this process."""
+    model = _build_model(cfg, vocab_size)
+    load(checkpoint, {f"model.{name}": p.data for name, p in model.named_parameters()})
+    model.eval()
+    return model

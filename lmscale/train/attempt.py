@@ -1,0 +1,170 @@
+"""How a start becomes the run's newest attempt, and from which checkpoint it goes on.
+
+choose   rank 0 lists checkpoints; identity and `finished` are judged before anything is touched
+claim    attempts/k.json with from: null ends older attempts at their next publish
+load     all ranks; a checkpoint proven damaged is left out, loudly, and the next one is tried
+settle   from = the loaded step fences what older attempts publish late; list once more
+cut      metrics, eval and trace lines after that step go, by copy and rename
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lmscale.checkpoint.load import load, read_body
+from lmscale.config.identity import differing
+from lmscale.config.run import RunConfig
+from lmscale.engine.protocol import Engine
+from lmscale.errors import CheckpointError, ConfigError, Problem, RetryableError
+from lmscale.run import attempts
+from lmscale.run.checkpoints import newest_valid, reason_to_reload
+from lmscale.train.rank import Rank
+from lmscale.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+_RELOADS = 2  # a newer checkpoint may be published while we load; then load anew, this often
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint to go on from."""
+
+    path: Path
+    step: int
+    body: Mapping[str, Any]
+    foreign: bool = False  # of another run (train.resume: PATH)
+
+
+def choose(rank: Rank, *, damaged: frozenset[Path] = frozenset()) -> Source | None:
+    """The checkpoint to go on from; None: the run has none yet. Called on rank 0.
+
+    The newest valid one of the run folder, else the one that train.resume names. Raises CheckpointError
+    when the folder's are all damaged (`damaged` adds those that a load has proven so), ConfigError when
+    train.resume forbids to go on.
+    """
+    folder, resume = rank.folder, rank.cfg.train.resume
+    found = newest_valid(folder, damaged=damaged)
+    if found is None:
+        return None if resume in ("auto", "never") else source_of(Path(resume), foreign=True)
+    if resume == "never":
+        raise ConfigError(
+            [
+                Problem(
+                    "train.resume",
+                    f"never, but {folder.path} holds checkpoints",
+                    "choose another train.run_dir, or train.resume: auto",
+                )
+            ]
+        )
+    return source_of(found.path)
+
+
+def report_damage(rank: Rank, path: Path, error: Exception) -> None:
+    """Say loudly that a checkpoint is damaged and left out."""
+    if rank.is_root:
+        log.warning("checkpoint %s is damaged and left out: %s", path, error)
+    rank.write_event("damage", path=str(path), reason=str(error))
+
+
+def check_identity(cfg: RunConfig, body: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys that differ and are allowed to. Raises ConfigError naming those that are not."""
+    before = body["identity"]
+    changed = differing(before, now)
+    refused = [key for key in changed if key not in cfg.train.allow_change]
+    if refused:
+        raise ConfigError(
+            Problem(
+                key,
+                f"{now.get(key)!r}, but the checkpoint was trained with {before.get(key)!r}",
+                f"set it back, or allow it with train.allow_change: [{key}], or choose another train.run_dir",
+            )
+            for key in refused
+        )
+    return changed
+
+
+class Attempt:
+    """This start's number, and the moves that make it the run's newest."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.number = 0
+        self._rank = rank
+        self._damaged: frozenset[Path] = frozenset()
+
+    def begin(
+        self,
+        engine: Engine,
+        source: Source | None,
+        *,
+        placement: Mapping[str, Any],
+        total_steps: int,
+    ) -> Source | None:
+        """Claim, load and settle. Collective. The checkpoint that was loaded; None for a fresh run."""
+        rank = self._rank
+        self.number = rank.on_root(lambda: attempts.claim(rank.folder, dict(placement)))
+        for _ in range(_RELOADS + 1):
+            source = self._load(engine, source)
+            overtaking = rank.on_root(partial(self._settle, source))
+            if not overtaking:
+                step = source.step if source else 0
+                rank.write_event(
+                    "attempt", attempt=self.number, from_step=step, total_steps=total_steps
+                )
+                return source
+            if rank.is_root:
+                log.warning("loading anew: %s", overtaking)
+            source = rank.on_root(partial(choose, rank, damaged=self._damaged))
+        raise RetryableError(
+            f"{rank.folder.path}: checkpoints kept appearing or vanishing while loading; another start of "
+            "this run is still publishing. Start again when it has ended"
+        )
+
+    def _load(self, engine: Engine, source: Source | None) -> Source | None:
+        """Load `source` or, where it is proven damaged, the next one down that is not."""
+        while source is not None:
+            damage = self._try_load(engine, source)
+            if damage is None:
+                break
+            report_damage(self._rank, source.path, damage)
+            self._damaged |= {source.path}
+            source = self._rank.on_root(partial(choose, self._rank, damaged=self._damaged))
+        return source
+
+    def _try_load(self, engine: Engine, source: Source) -> CheckpointError | None:
+        """None when all ranks loaded; else the damage, the same on all ranks. Collective."""
+        try:
+            load(source.path, engine.state(loading=True))
+        except Mismatch:  # sound, but of another model: an older one would not fit either
+            raise
+        except CheckpointError as error:
+            return error
+        engine.loaded(optim_step=int(source.body["state"]["train"]["updates"]))
+        return None
+
+    def _settle(self, source: Source | None) -> str:
+        """Set `from`; where that came too late, take it back and say why."""
+        folder = self._rank.folder
+        foreign = str(source.path) if source and source.foreign else None
+        attempts.settle(folder, self.number, source.step if source else 0, source=foreign)
+        own = source.path if source and not source.foreign else None
+        why = reason_to_reload(folder, self.number, loaded=own, damaged=self._damaged)
+        if why:
+            attempts.settle(folder, self.number, None)
+        return why
+
+
+def source_of(path: Path, *, foreign: bool = False) -> Source:
+    """A checkpoint as a place to go on from. Raises CheckpointError where its manifest is damaged."""
+    body = read_body(path)
+    return Source(path, int(body["step"]), body, foreign)
+
+
+def resumed_state(source: Source | None, *, streams: int) -> TrainState:
+    """The state to go on with."""
+    if source is None:
+        return TrainState(streams=streams)
+    return TrainState.from_json(source.body["state"]["train"])

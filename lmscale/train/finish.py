@@ -1,0 +1,99 @@
+"""The end of a run: last validation, counted baselines, sampled text, last checkpoint, report, parting words."""
+
+import logging
+from collections.abc import Sequence
+
+from lmscale.data.held_out import held_out
+from lmscale.data.loader import Loader
+from lmscale.errors import ExitCode
+from lmscale.run.attempts import mark_finished
+from lmscale.train.corpora import Corpora
+from lmscale.train.loop import Loop
+from lmscale.train.record import Line
+from lmscale.train.report.page import write_report
+from lmscale.train.sample import continuations
+
+log = logging.getLogger(__name__)
+
+_SAMPLES = 2
+_PROMPT_TOKENS = 16
+_NEW_TOKENS = 96
+_TEMPERATURE = 0.8
+
+
+def finish(loop: Loop, corpora: Corpora, *, counted: Loader) -> ExitCode:
+    """Close a run that has done its last step. Collective. RETRY when the last checkpoint could not be saved."""
+    loop.evaluate()
+    rank, step = loop.rank, loop.state.step
+    if rank.is_root and corpora.held_out:
+        lines = loop.validation.count_baselines(
+            counted,
+            position=loop.state.position,
+            vocab_size=corpora.manifest.tokenizer.vocab_size,
+            step=step,
+        )
+        loop.announce(lines)
+        for path in corpora.held_out:
+            log.info(verdict(path, [*loop.scores, *lines]))
+    _sample(loop, corpora)
+    if not loop.save():
+        return ExitCode.RETRY
+    rank.on_root(lambda: mark_finished(rank.folder, loop.saver.attempt, step))
+    return ExitCode.DONE
+
+
+def farewell(loop: Loop, code: ExitCode) -> None:
+    """Say how the start ended and how to go on, and draw the report. No collective."""
+    rank, state = loop.rank, loop.state
+    if not rank.is_root:
+        return
+    report = write_report(rank.folder)
+    if code == ExitCode.RETRY:
+        log.error(
+            "step %d of %d: the last checkpoint could not be saved. Free some space, then start the same "
+            "command again: it goes on from step %s", state.step, loop.total_steps, loop.saver.newest_step or 0,
+        )  # fmt: skip
+    elif state.step < loop.total_steps:
+        why = "stopped at" if code == ExitCode.DONE else "stopped on request and saved at"
+        log.info(
+            "%s step %d of %d. The same command goes on from there",
+            why,
+            state.step,
+            loop.total_steps,
+        )
+    else:
+        log.info(
+            "finished %d steps, %s tokens", state.step, f"{state.position * loop.loader.seq_len:,}"
+        )
+    log.info("report: %s", report)
+
+
+def _sample(loop: Loop, corpora: Corpora) -> None:
+    """Continue the beginnings of held-out samples, to look at. Collective."""
+    if not corpora.held_out:
+        return
+    seq_len = loop.loader.seq_len
+    reader = next(iter(corpora.held_out.values()))
+    batch = next(held_out(reader, documents="joined", micro_batch=_SAMPLES, max_samples=_SAMPLES))
+    length = min(_PROMPT_TOKENS, seq_len // 2)
+    prompts = [row[:length].tolist() for row in batch.inputs.tokens_BL[batch.rows_B >= 0]]
+    texts = continuations(
+        loop.engine, loop.rank.device, prompts,
+        max_new=_NEW_TOKENS, seq_len=seq_len, temperature=_TEMPERATURE, seed=loop.rank.cfg.train.seed,
+    )  # fmt: skip
+    for prompt, text in zip(prompts, texts, strict=True):
+        before, after = corpora.tokenizer.decode(prompt), corpora.tokenizer.decode(text)
+        loop.rank.write_event("sample", prompt=before, text=after)
+        log.info("sample, continuing %r:\n%s", before, after)
+
+
+def verdict(corpus: str, lines: Sequence[Line]) -> str:
+    """Validation against counting, in words."""
+    values = {line["metric"]: line["value"] for line in lines if line["corpus"] == corpus}
+    model = values["bits_per_byte"]
+    unigram, bigram = values["bits_per_byte_unigram"], values["bits_per_byte_bigram"]
+    than = "below both" if model < min(unigram, bigram) else "not yet below both"
+    return (
+        f"validation: {model:.3f} bits per byte, {than} models counted on the same tokens "
+        f"(unigram {unigram:.3f}, bigram {bigram:.3f}) on {corpus}"
+    )

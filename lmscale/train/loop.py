@@ -1,0 +1,166 @@
+"""The loop owns time: which step is next, when to validate, save and stop. The engine owns the step."""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lmscale.corpus.order import Order
+from lmscale.data.loader import Loader, StepBatch
+from lmscale.data.trace import trace_lines
+from lmscale.dist.device import to_device
+from lmscale.dist.reduce import agree
+from lmscale.dist.seeds import seed_step
+from lmscale.engine.protocol import Engine
+from lmscale.errors import ExitCode
+from lmscale.optim.schedule import lr_at
+from lmscale.run.lines import LineFile
+from lmscale.train.evaluate import Validation
+from lmscale.train.listen import Listeners
+from lmscale.train.profile import Profile
+from lmscale.train.rank import Rank
+from lmscale.train.record import Line, Recorder
+from lmscale.train.save import Saver
+from lmscale.train.signals import StopRequest
+from lmscale.train.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Where this rank writes what it trained on."""
+
+    file: LineFile
+    attempt: int
+    order: Order
+    dtype: np.dtype[Any]
+
+    def write(self, batch: StepBatch, *, step: int) -> None:
+        """One line a sample."""
+        for line in trace_lines(
+            batch, step=step, attempt=self.attempt, order=self.order, dtype=self.dtype
+        ):
+            self.file.append(line)
+
+
+@dataclass
+class Loop:
+    """One attempt of a run, from its state to its end. Methods are collective: every rank calls each."""
+
+    rank: Rank
+    engine: Engine
+    loader: Loader
+    state: TrainState
+    total_steps: int
+    recorder: Recorder
+    validation: Validation
+    saver: Saver
+    stop: StopRequest
+    ears: Listeners
+    trace: Trace | None
+    profile: Profile
+    scores: list[Line] = field(default_factory=list)  # of the last validation
+    _evaluated: int = -1  # its step
+    _stop_seen: float = 0.0
+
+    def fit(self) -> ExitCode:
+        """Train to the last step, to train.stop_at, or to a request to stop. The state is saved in all three."""
+        stop_at = self.rank.cfg.train.stop_at
+        last = self.total_steps if stop_at is None else min(stop_at, self.total_steps)
+        self.recorder.resume(
+            position=self.state.position, updates=self.state.updates, skipped=self.state.skipped
+        )
+        with closing(self.loader.steps(self.state.position)) as batches:
+            asked = agree({"stop": self._stop_asked(), "save": 0})
+            while self.state.step < last and not asked["stop"]:
+                self._step(next(batches))
+                due = self.rank.is_root and self.saver.due(self.state.step)
+                asked = agree({"stop": self._stop_asked(), "save": int(due)})
+                if self._eval_due():
+                    self.evaluate()
+                if asked["save"] and self.state.step < last:
+                    self.save()
+        self.recorder.flush()
+        if self.state.step >= self.total_steps:
+            return ExitCode.DONE
+        if not self.save():
+            return ExitCode.RETRY
+        return ExitCode.SAVED if self.state.step < last else ExitCode.DONE
+
+    def _step(self, batch: StepBatch) -> None:
+        step = self.state.step + 1
+        lr = lr_at(step, self.rank.cfg.optim, self.total_steps)
+        self.profile.before(step)
+        seed_step(
+            self.rank.cfg.train.seed,
+            step=step,
+            dp_rank=self.rank.mesh.dp_rank,
+            tp_rank=self.rank.mesh.tp_rank,
+        )
+        convert = partial(to_device, device=self.rank.device)
+        result = self.engine.step([convert(micro) for micro in batch.micro_batches], lr=lr)
+        if self.trace is not None:
+            self.trace.write(batch, step=step)
+        self.state.step = step
+        self.state.position = batch.position + self.rank.cfg.train.global_batch
+        self.recorder.note(step=step, position=self.state.position, lr=lr, result=result)
+        if path := self.profile.after(step):
+            log.info("profile of steps up to %d: %s", step, path)
+
+    def evaluate(self) -> None:
+        """Validate now, unless this step has been validated."""
+        if self._evaluated == self.state.step:
+            return
+        with self._paused():
+            self.recorder.flush()
+            self.scores = self.validation.score(self.engine, self.rank, step=self.state.step)
+            self._evaluated = self.state.step
+            self.announce(self.scores)
+
+    def announce(self, lines: Sequence[Line]) -> None:
+        """Hand validation lines to whoever listens."""
+        for line in lines:
+            for listener in self.ears.evaluated:
+                listener(line)
+
+    def save(self) -> bool:
+        """Publish a checkpoint of this step, unless it stands already."""
+        if self.saver.newest_step == self.state.step:
+            return True
+        with self._paused():
+            self.recorder.flush()
+            self.state.updates, self.state.skipped = self.recorder.updates, self.recorder.skipped
+            if not self.saver.save(self.state, self.ears.files):
+                return False
+        for listener in self.ears.saved:
+            listener(self.state.step)
+        return True
+
+    def _eval_due(self) -> bool:
+        every = self.rank.cfg.eval.every_steps
+        return every is not None and self.state.step % every == 0
+
+    def _stop_asked(self) -> int:
+        """The signal that asks this rank to stop; rank 0 also looks for RUN/stop, every five seconds."""
+        if self.stop.signal is not None:
+            return int(self.stop.signal)
+        now = time.monotonic()
+        if self.rank.is_root and now - self._stop_seen > 5:
+            self._stop_seen = now
+            if self.rank.folder.stop.exists():
+                return 1
+        return 0
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.recorder.pause(time.perf_counter() - begun)

@@ -1,0 +1,250 @@
+"""What a run amounts to: its status, its verdict in words, and the numbers on the tiles."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmscale.errors import ExitCode
+from lmscale.train.report.read import Evaluation, Event, Record
+from lmscale.train.report.shape import half_width, smooth
+from lmscale.units import show_count, show_seconds
+
+_ENDS = {
+    ExitCode.DONE: "done",
+    ExitCode.BUG: "failed: a bug",
+    ExitCode.USAGE: "refused: command line",
+    ExitCode.DATA: "failed: damaged data",
+    ExitCode.RETRY: "failed: may be tried again",
+    ExitCode.CONFIG: "refused: configuration",
+    ExitCode.SAVED: "saved and stopped on request",
+    ExitCode.DIVERGED: "diverged",
+    ExitCode.OVERTAKEN: "overtaken by a newer attempt",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How the run stands; mood is "good", "bad" or ""."""
+
+    text: str
+    mood: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One number of the summary."""
+
+    label: str
+    value: str
+    below: str = ""
+
+
+def status(record: Record) -> Status:
+    """Finished, stopped, failed or going on: by the steps done and the newest start's events."""
+    last = int(record.steps[-1]) if len(record.steps) else 0
+    total = total_steps(record)
+    if total and last >= total:
+        return Status("finished", "good")
+    newest = _since_newest_start(record)
+    code = next((c for e in reversed(newest) if (c := exit_code(e)) is not None), None)
+    if code is not None:
+        mood = "" if code in (ExitCode.DONE, ExitCode.SAVED) else "bad"
+        end = f"stopped at step {last:,}" if code == ExitCode.DONE else how_it_ended(code)
+        return Status(end, mood)
+    if any(event.kind == "stop" for event in newest):
+        return Status(f"stopped at step {last:,}")
+    return Status(f"at step {last:,} of {total:,}" if total else f"at step {last:,}")
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code in words."""
+    if code in _ENDS:
+        return _ENDS[ExitCode(code)]
+    return f"died by signal {code - 128}" if code > 128 else f"exit code {code}"
+
+
+def exit_code(event: Event) -> int | None:
+    """The code that the last event of a start holds."""
+    code = event.number("code", "exit_code") if event.kind in ("exit", "stop") else None
+    return None if code is None else int(code)
+
+
+def total_steps(record: Record) -> int | None:
+    """How many steps the run is meant to take, where the run file or an event says so."""
+    told = [e.number("total_steps") for e in record.of_kind("attempt", "start")]
+    for value in [record.config("train.steps"), *reversed(told)]:
+        if isinstance(value, (int, float)) and value > 0:
+            return int(value)
+    return None
+
+
+def verdict(record: Record) -> list[str]:
+    """Sentences; text between asterisks is for emphasis."""
+    if not len(record.steps):
+        return ["No step has finished yet."]
+    return [_training(record), *_not_finite(record), *_validation(record)]
+
+
+def tiles(record: Record) -> list[Tile]:
+    """Steps, tokens, wall time, speed, size and best validation."""
+    steps = int(record.steps[-1]) if len(record.steps) else 0
+    total, tokens = total_steps(record), tokens_seen(record)
+    speed = median(record.columns["tokens_per_s"])
+    mfu = median(record.columns["mfu"])
+    wall, in_steps = wall_seconds(record), _seconds_in_steps(record)
+    parameters = parameter_count(record)
+    best = best_evaluation(record)
+    unknown = "–"
+    return [
+        Tile("Steps", _whole(steps), f"of {_whole(total)}" if total else ""),
+        Tile("Tokens", show_count(tokens), _per_step(record)),
+        Tile(
+            "Wall time",
+            unknown if wall is None else show_seconds(wall),
+            "" if in_steps is None else f"{show_seconds(in_steps)} in steps",
+        ),
+        Tile(
+            "Tokens/s",
+            unknown if speed is None else show_count(speed),
+            "median"
+            if mfu is None
+            else f"median, MFU\N{NO-BREAK SPACE}{100 * mfu:.1f}\N{NO-BREAK SPACE}%",
+        ),
+        Tile("Parameters", unknown if parameters is None else show_count(parameters)),
+        _best_tile(best),
+    ]
+
+
+def tokens_seen(record: Record) -> float:
+    """Tokens after the last step."""
+    known = record.columns["tokens"][np.isfinite(record.columns["tokens"])]
+    return float(known[-1]) if len(known) else 0.0
+
+
+def median(values: np.ndarray) -> float | None:
+    """Of the known values; None where there is none."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else None
+
+
+def parameter_count(record: Record) -> float | None:
+    """Where an event tells it, as `parameters`."""
+    told = [e.number("parameters") for e in record.of_kind("environment", "start", "attempt")]
+    return next((value for value in reversed(told) if value is not None), None)
+
+
+def wall_seconds(record: Record) -> float | None:
+    """First to last event of each start, added up: waiting in a queue is not counted."""
+    by_start: dict[str, list[float]] = {}
+    for event in record.events:
+        if event.time is not None:
+            by_start.setdefault(event.start, []).append(event.time)
+    spans = [times[-1] - times[0] for times in by_start.values()]
+    return sum(spans) if any(span > 0 for span in spans) else None
+
+
+def best_evaluation(record: Record) -> tuple[Evaluation, str] | None:
+    """The lowest bits per byte of the first corpus (else the lowest loss), and which of the two."""
+    for metric in ("bits_per_byte", "loss"):
+        known = [
+            e for e in of_first_corpus(record) if math.isfinite(e.values.get(metric, math.nan))
+        ]
+        if known:
+            return min(known, key=lambda e: e.values[metric]), metric
+    return None
+
+
+def of_first_corpus(record: Record) -> list[Evaluation]:
+    """The evaluations the verdict speaks of."""
+    corpora = record.corpora
+    return [e for e in record.evaluations if e.corpus == corpora[0]] if corpora else []
+
+
+def short_corpus(corpus: str) -> str:
+    """A corpus's name for a heading: the last two parts of a path."""
+    return "/".join(corpus.replace("\\", "/").rstrip("/").split("/")[-2:]) or "corpus"
+
+
+def _training(record: Record) -> str:
+    steps, count = int(record.steps[-1]), len(record.steps)
+    loss = float(smooth(record.columns["loss"])[-1])
+    behind = half_width(count) + 1
+    over = f" (mean of the last {behind:,} steps)" if behind > 1 else ""
+    plural = "step" if steps == 1 else "steps"
+    value = f"*{loss:.3f}* nats per token{over}" if math.isfinite(loss) else "*not finite*"
+    tokens = show_count(tokens_seen(record))
+    return f"After {steps:,} {plural} and {tokens} tokens the training loss is {value}."
+
+
+def _not_finite(record: Record) -> list[str]:
+    count = int((~np.isfinite(record.columns["loss"])).sum())
+    return [f"The loss was not finite at {count:,} of the steps."] if count else []
+
+
+def _validation(record: Record) -> list[str]:
+    evaluations, best = of_first_corpus(record), best_evaluation(record)
+    if not evaluations or best is None:
+        return ["No validation was measured."]
+    best_at, metric = best
+    last = evaluations[-1].values.get(metric, math.nan)
+    where = f" on {short_corpus(best_at.corpus)}" if len(record.corpora) > 1 else ""
+    if not math.isfinite(last):
+        first = f"The last validation{where} is *not finite*."
+    elif metric == "loss":
+        first = f"The validation loss{where} is *{last:.3f}* nats per token."
+    else:
+        beside = _against(last, record.baselines.get(best_at.corpus, {}))
+        first = f"Validation{where} is at *{last:.3f}* bits per byte{beside}."
+    lowest = best_at.values[metric]
+    if math.isfinite(last) and last <= lowest * 1.002:
+        return [first]
+    return [first, f"The best was {lowest:.3f} at step {best_at.step:,}."]
+
+
+def _against(value: float, baselines: Mapping[str, float]) -> str:
+    """How far below the baselines, in words; above is said as plainly."""
+    said = []
+    for name, what in (("unigram", "single tokens"), ("bigram", "pairs of tokens")):
+        level = baselines.get(name)
+        if level:
+            share = 100 * (1 - value / level)
+            side = f"{abs(share):.0f} % {'below' if share >= 0 else 'above'}"
+            said.append(f"{side} the {level:.3f} of counting {what} ({name})")
+    return ": " + " and ".join(said) if said else ""
+
+
+def _best_tile(best: tuple[Evaluation, str] | None) -> Tile:
+    if best is None:
+        return Tile("Best validation", "–", "not measured")
+    evaluation, metric = best
+    unit = "bits per byte" if metric == "bits_per_byte" else "nats per token"
+    return Tile(
+        "Best validation",
+        f"{evaluation.values[metric]:.3f}",
+        f"{unit}, step\N{NO-BREAK SPACE}{evaluation.step:,}",
+    )
+
+
+def _per_step(record: Record) -> str:
+    known = record.columns["tokens"][np.isfinite(record.columns["tokens"])]
+    if len(known) < 2 or known[-1] <= known[-2]:
+        return ""
+    return f"{show_count(float(known[-1] - known[-2]))} a step"
+
+
+def _seconds_in_steps(record: Record) -> float | None:
+    tokens, speed = record.columns["tokens"], record.columns["tokens_per_s"]
+    seconds = np.diff(tokens, prepend=0.0) / np.where(speed > 0, speed, np.nan)
+    known = seconds[np.isfinite(seconds)]
+    return float(known.sum()) if len(known) else None
+
+
+def _since_newest_start(record: Record) -> list[Event]:
+    newest = record.of_kind("start", "attempt")
+    return [e for e in record.events if not newest or e.start == newest[-1].start]
+
+
+def _whole(count: int) -> str:
+    return f"{count:,}" if count < 1_000_000 else show_count(count)

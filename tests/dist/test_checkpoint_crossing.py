@@ -1,0 +1,91 @@
+"""Saved by any number of ranks in any layout, loaded by any other, bit for bit."""
+
+import os
+from itertools import product
+from pathlib import Path
+
+import pytest
+from checkpoint_case import SHAPES, differences, load_as, present, save_as, whole
+
+from lmscale.checkpoint.load import load, load_weights_one_process
+from lmscale.run.attempts import claim
+from lmscale.run.folder import RunFolder
+from lmscale.run.manifest import damage, read_manifest
+
+SAVERS = [
+    (1, "plain"),
+    (2, "plain"),
+    (2, "rows"),
+    (2, "columns"),
+    (3, "rows"),
+    (3, "flat"),
+    (4, "replicated_rows"),
+    (4, "flat_tp"),
+]
+LOADERS = {
+    1: ["plain", "rows", "flat"],
+    2: ["plain", "columns", "flat"],
+    3: ["rows", "flat"],
+    4: ["rows", "replicated_rows", "flat_tp"],
+}
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory) -> dict[tuple[int, str], Path]:
+    paths = {}
+    for step, (size, kind) in enumerate(SAVERS):
+        run = RunFolder(tmp_path_factory.mktemp(f"{kind}-{size}") / "run")
+        run.path.mkdir()
+        claim(run, {})
+        answers = ranks(size)(save_as, str(run.path), kind, step)
+        assert len(set(answers)) == 1
+        paths[size, kind] = Path(answers[0])
+    return paths
+
+
+@pytest.mark.parametrize("saver", SAVERS, ids="{0[1]}-{0[0]}".format)
+def test_any_ranks_load_what_any_ranks_saved(ranks, saved, saver):
+    for size, kinds in LOADERS.items():
+        for kind in kinds:
+            assert ranks(size)(load_as, str(saved[saver]), kind) == [[]] * size, (size, kind)
+
+
+@pytest.mark.parametrize("saver", SAVERS, ids="{0[1]}-{0[0]}".format)
+def test_one_process_without_a_group_loads_it(saved, saver):
+    tensors = present("plain", blank=True)
+    load(saved[saver], tensors)
+    assert differences(tensors) == []
+    weights = load_weights_one_process(saved[saver])
+    assert sorted(f"model.{name}" for name in weights) == [
+        n for n in sorted(SHAPES) if "model" in n
+    ]
+    assert all(weights[name].equal(whole(f"model.{name}")) for name in weights)
+
+
+def test_what_is_written_is_sound_and_written_once(saved):
+    for path in saved.values():
+        assert damage(path, deep=True) == []
+        body = read_manifest(path)
+        size = sum(entry["bytes"] for entry in body["files"].values())
+        stored = sum(whole(name).numel() * 4 for name in SHAPES) + 8
+        assert stored < size < stored + 4096 * len(body["files"])
+
+
+def test_replicated_tensors_are_spread_over_the_ranks(saved):
+    sizes = [entry["bytes"] for entry in read_manifest(saved[2, "plain"])["files"].values()]
+    assert len(sizes) == 2
+    sizes = [
+        entry["bytes"] for entry in read_manifest(saved[4, "replicated_rows"])["files"].values()
+    ]
+    assert len(sizes) == 4 and max(sizes) < 1.2 * min(sizes)
+
+
+def test_no_file_holds_a_pickle(saved):
+    for path, name in ((path, name) for path in saved.values() for name in os.listdir(path)):
+        head = (path / name).read_bytes()[:9]
+        assert head[8:9] == b"{" if name.endswith(".safetensors") else head[:1] == b"{", name
+
+
+def test_every_pair_is_covered():
+    layouts = {(size, kind) for size, kinds in LOADERS.items() for kind in kinds}
+    assert len(list(product(SAVERS, layouts))) == 88

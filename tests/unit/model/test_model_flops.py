@@ -1,0 +1,52 @@
+"""The formula counts what torch's own counter counts."""
+
+import pytest
+import torch
+from tiny_model import VARIANTS, VOCAB, config, random_batch, tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+from lmscale.model.flops import flops_per_token, matrix_parameters, num_parameters
+
+ROWS, LENGTH = 2, 16
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_formula_equals_the_counted_flops(changes):
+    model, batch = tiny(**changes), random_batch(ROWS, LENGTH, documents=False)
+    # The math kernel shows every product; flash kernels compute the scores again in the backward.
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        model(batch).loss.backward()
+    formula = flops_per_token(config(**changes), seq_len=LENGTH, vocab_size=VOCAB, causal=False)
+    assert counter.get_total_flops() == ROWS * LENGTH * formula
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_matrix_parameters_are_the_models_matrices(changes):
+    model = tiny(**changes)
+    tables = ("embedding", "positions", "heads")
+    matrices = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and not any(table in name for table in tables)
+    )
+    assert matrix_parameters(model.arch) == matrices + VOCAB * 16
+
+
+def test_causal_convention_counts_the_keys_a_token_may_see():
+    cfg = config()
+    keys = [token + 1 for token in range(LENGTH)]
+    full = flops_per_token(cfg, seq_len=LENGTH, vocab_size=VOCAB, causal=False)
+    half = flops_per_token(cfg, seq_len=LENGTH, vocab_size=VOCAB, causal=True)
+    per_key = 12 * cfg.layers * cfg.width
+    assert full - half == per_key * (LENGTH - sum(keys) / LENGTH)
+
+
+def test_parameter_counts():
+    model = tiny(trainable=("heads.*",))
+    counts = num_parameters(model)
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.trainable == 128 * 16
+    assert counts.total - counts.non_embedding == 128 * 16

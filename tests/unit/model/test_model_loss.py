@@ -1,0 +1,134 @@
+"""The chunked loss is the textbook's, its gradient too, and it is a sum whatever the split."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_model import VOCAB, gradients, random_batch, take, tiny
+
+from lmscale.model import loss as loss_module
+from lmscale.model.loss import cross_entropy
+
+TOKENS, WIDTH = 37, 8
+
+
+@pytest.fixture(params=[1, 10 * VOCAB, 1 << 22], ids=["chunk 5", "chunk 10", "one chunk"])
+def chunks(request, monkeypatch):
+    monkeypatch.setitem(loss_module._CHUNK_LOGITS, "cpu", request.param)
+    monkeypatch.setattr(loss_module, "_CHUNK_MIN_TOKENS", 5)
+
+
+def inputs(dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    hidden_TD = torch.randn(TOKENS, WIDTH, generator=g).to(dtype).requires_grad_()
+    weight_VD = torch.randn(VOCAB, WIDTH, generator=g).to(dtype).requires_grad_()
+    targets_T = torch.randint(0, VOCAB, (TOKENS,), generator=g)
+    weights_T = torch.rand(TOKENS, generator=g)
+    weights_T[::4] = 0
+    return hidden_TD, weight_VD, targets_T, weights_T
+
+
+def textbook(hidden_TD, weight_VD, targets_T, weights_T):
+    nats_T = F.cross_entropy(F.linear(hidden_TD, weight_VD), targets_T, reduction="none")
+    return (nats_T * weights_T).sum()
+
+
+@pytest.mark.usefixtures("chunks")
+def test_loss_and_gradients_are_the_textbooks():
+    ours, theirs = inputs(), inputs()
+    sums, want = cross_entropy(*ours), textbook(*theirs)
+    (sums.loss * 3).backward()
+    (want * 3).backward()
+    torch.testing.assert_close(sums.loss, want)
+    torch.testing.assert_close(sums.weight, theirs[3].sum(dtype=torch.float64))
+    for got, expected in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_gradient_by_finite_differences():
+    hidden_TD, weight_VD, targets_T, weights_T = inputs()
+    assert torch.autograd.gradcheck(
+        lambda h, w: cross_entropy(h, w, targets_T, weights_T).loss, (hidden_TD, weight_VD)
+    )
+
+
+@pytest.mark.parametrize("strange", [-1, -100, VOCAB, 10**9])
+def test_a_target_of_weight_zero_may_be_anything(strange):
+    hidden_TD, weight_VD, targets_T, weights_T = inputs()
+    want = cross_entropy(hidden_TD, weight_VD, targets_T, weights_T)
+    want.loss.backward()
+    other_TD, other_VD = inputs()[:2]
+    got = cross_entropy(other_TD, other_VD, targets_T.where(weights_T > 0, strange), weights_T)
+    got.loss.backward()
+    assert torch.equal(got.loss, want.loss)
+    assert torch.equal(other_TD.grad, hidden_TD.grad)
+    assert (hidden_TD.grad[weights_T == 0] == 0).all()
+
+
+def test_no_targets_at_all_is_zero_not_nan():
+    hidden_TD, weight_VD, targets_T, weights_T = inputs()
+    sums = cross_entropy(hidden_TD, weight_VD, targets_T, torch.zeros_like(weights_T))
+    sums.loss.backward()
+    assert sums.loss == 0
+    assert sums.weight == 0
+    assert (weight_VD.grad == 0).all()
+
+
+def test_huge_logits_stay_finite():
+    hidden_TD, weight_VD, targets_T, weights_T = inputs(torch.float32)
+    sums = cross_entropy(hidden_TD * 1e4, weight_VD, targets_T, weights_T)
+    sums.loss.backward()
+    assert sums.loss.isfinite()
+    assert weight_VD.grad.isfinite().all()
+
+
+@pytest.mark.usefixtures("chunks")
+def test_bf16_weights_still_sum_in_fp32():
+    low, exact = inputs(torch.bfloat16), inputs(torch.bfloat16)
+    exact = [x.detach().double().requires_grad_() for x in exact[:2]] + list(exact[2:])
+    got, want = cross_entropy(*low), textbook(*exact)
+    got.loss.backward()
+    want.backward()
+    assert got.loss.dtype == torch.float64
+    torch.testing.assert_close(got.loss, want, rtol=2e-3, atol=0)  # the logits are bf16
+    for mine, theirs in zip(low[:2], exact[:2], strict=True):
+        assert mine.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0.03, atol=0.02)
+
+
+def test_autocast_gives_gradients_of_the_parameters_dtype():
+    ours, theirs = inputs(torch.float32), inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sums = cross_entropy(*ours)
+    sums.loss.backward()
+    textbook(*theirs).backward()
+    for got, want in zip(ours[:2], theirs[:2], strict=True):
+        assert got.grad.dtype == torch.float32
+        torch.testing.assert_close(got.grad, want.grad, rtol=0.05, atol=0.03)
+
+
+def test_only_wanted_gradients_are_computed():
+    hidden_TD, weight_VD, targets_T, weights_T = inputs()
+    cross_entropy(hidden_TD, weight_VD.detach(), targets_T, weights_T).loss.backward()
+    assert hidden_TD.grad is not None
+    with torch.no_grad():
+        sums = cross_entropy(hidden_TD, weight_VD, targets_T, weights_T)
+    assert not sums.loss.requires_grad
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.lists(st.integers(0, 6), max_size=4), seed=st.integers(0, 9))
+def test_sums_add_up_over_any_split_of_the_rows(cuts, seed):
+    model, batch = tiny(), random_batch(6, 8, seed=seed)
+    edges = [0, *sorted(cuts), 6]
+    parts = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    whole = model(batch)
+    sums = [model(take(batch, rows)) for rows in parts]
+    torch.testing.assert_close(sum(s.loss for s in sums), whole.loss, rtol=1e-13, atol=0)
+    assert sum(s.weight for s in sums) == whole.weight
+    want = gradients(model, batch)
+    split = [gradients(model, take(batch, rows)) for rows in parts]
+    for name, gradient in want.items():
+        torch.testing.assert_close(sum(g[name] for g in split), gradient, rtol=0, atol=1e-12)

@@ -1,0 +1,83 @@
+"""The names that checkpoints, importers and tensor parallelism rely on."""
+
+from fnmatch import fnmatchcase
+
+import pytest
+from tiny_model import VARIANTS, tiny
+
+from lmscale.model.architecture import Architecture
+from lmscale.model.plan import PLAN, split_of
+
+LLAMA = {
+    "decoder.embedding.weight": (128, 16),
+    "decoder.blocks.0.norm_attention.weight": (16,),
+    "decoder.blocks.0.attention.q.weight": (24, 16),
+    "decoder.blocks.0.attention.k.weight": (12, 16),
+    "decoder.blocks.0.attention.v.weight": (12, 16),
+    "decoder.blocks.0.attention.out.weight": (16, 24),
+    "decoder.blocks.0.norm_feed_forward.weight": (16,),
+    "decoder.blocks.0.feed_forward.gate.weight": (24, 16),
+    "decoder.blocks.0.feed_forward.up.weight": (24, 16),
+    "decoder.blocks.0.feed_forward.down.weight": (16, 24),
+    "decoder.norm.weight": (16,),
+    "heads.lm.weight": (128, 16),
+}
+GPT2 = {
+    "decoder.embedding.weight",
+    "decoder.positions.weight",
+    *(
+        f"decoder.blocks.0.{module}.{kind}"
+        for kind in ("weight", "bias")
+        for module in (
+            "norm_attention",
+            *(f"attention.{x}" for x in ("q", "k", "v", "out")),
+            "norm_feed_forward",
+            "feed_forward.up",
+            "feed_forward.down",
+        )
+    ),
+    "decoder.norm.weight",
+    "decoder.norm.bias",
+}
+
+
+def test_llama_like_names_and_shapes():
+    model = tiny(layers=1, kv_heads=2, head_dim=6)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == LLAMA
+
+
+def test_gpt2_like_names():
+    assert set(dict(tiny(layers=1, **VARIANTS["gpt2"]).named_parameters())) == GPT2
+
+
+def test_post_norm_ends_without_a_norm():
+    assert not [n for n, _ in tiny(norm_place="post").named_parameters() if n == "decoder.norm"]
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_nothing_but_parameters_is_kept(changes):
+    """No buffer: whatever a checkpoint must hold is a parameter, and `to_empty` loses nothing."""
+    assert not list(tiny(**changes).buffers())
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_every_parameter_has_one_split(changes):
+    for name, _ in tiny(**changes).named_parameters():
+        split_of(name)
+
+
+def test_every_entry_of_the_plan_is_a_module():
+    names = {
+        name for changes in VARIANTS.values() for name, _ in tiny(**changes).named_modules() if name
+    }
+    for pattern in PLAN:
+        assert any(fnmatchcase(name, pattern) for name in names), pattern
+
+
+def test_vocabulary_is_padded_to_a_multiple_of_128():
+    arch = tiny().arch
+    sizes = [1, 127, 128, 129, 50257]
+    padded = [
+        Architecture.of(arch, vocab_size=size, max_positions=1).padded_vocab for size in sizes
+    ]
+    assert padded == [128, 128, 128, 256, 50304]
