@@ -17,7 +17,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # The default run reads the source text of the Python standard library, which needs no network.
 data/smoke/manifest.json: | setup
 	$(BIN)/python tools/stdlib_corpus.py data/stdlib.jsonl
-	$(BIN)/lmscale prepare data/smoke data/stdlib.jsonl --tokenizer $(TOKENIZER)
+	$(BIN)/lmscale prepare data/smoke data/stdlib.jsonl --tokenizer $(TOKENIZER) \
+		--heldout 5% --chunk-tokens 65536
 
 ifeq ($(CONFIG),smoke)
 train: setup data/smoke/manifest.json

@@ -105,6 +105,8 @@ class Fragment(torch.Tensor):
             begin = box.begin - start
             view = flat.detach()[begin : begin + math.prod(box.sizes)].view(box.sizes)
             fragment._boxes[tuple(offsets)] = view
+        if not math.prod(whole):  # an empty tensor exists too, so somebody must mention it
+            fragment._boxes[(0,) * len(whole)] = flat.detach().view(whole)
         fragment._writes = writes
         return fragment
 

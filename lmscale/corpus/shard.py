@@ -94,6 +94,7 @@ def write_shard(
                 starts_offset = tar.add(f"{number:08d}.docs.u32", starts)
                 crcs += block_crcs(starts)
             rows.append(Row(offset, len(chunk.tokens), starts_offset, len(starts or b"") // 4))
+        assert rows, f"{path} would have no chunk"
         index = pack(rows, crcs, first_chunk=first_chunk, token_bytes=DTYPES[dtype].itemsize)
         index_offset = tar.add(INDEX_NAME, index)
         tar.end()

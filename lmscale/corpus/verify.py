@@ -127,15 +127,23 @@ def _damaged_chunks(folder: Path, manifest: Manifest, number: int) -> Iterator[s
     chunks = Chunks(folder, manifest, files)
     told = 0
     try:
+        chunks.stored(chunks.of_shard(number)[0])  # without the index nothing can be looked at
         for chunk in chunks.of_shard(number):
-            for read in (chunks.tokens, chunks.starts):
-                try:
-                    read(chunk)
-                except LmscaleError as error:
-                    yield str(error)
-                    told += 1
+            for problem in _chunk(chunks, chunk):
+                yield problem
+                told += 1
             if told >= _TOLD_A_SHARD:
                 yield f"{folder / manifest.shards[number].name}: more chunks may be damaged"
                 return
+    except LmscaleError as error:
+        yield str(error)
     finally:
         files.close()
+
+
+def _chunk(chunks: Chunks, chunk: int) -> Iterator[str]:
+    for read in (chunks.tokens, chunks.starts):
+        try:
+            read(chunk)
+        except LmscaleError as error:
+            yield str(error)

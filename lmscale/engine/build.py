@@ -16,7 +16,9 @@ def build_engine(
 
     `device` None: where the model is. Collective.
     """
-    model.to(device=device, dtype=torch.float64 if cfg.engine.precision == "fp64" else torch.float32)
+    model.to(
+        device=device, dtype=torch.float64 if cfg.engine.precision == "fp64" else torch.float32
+    )
     parallelize(model, mesh, engine=cfg.engine)
     match cfg.engine.kind:
         case "fsdp":

@@ -59,7 +59,9 @@ class DdpEngine(NativeEngine):
         zeros_BL = torch.zeros(1, 2, dtype=torch.int64, device=device)
         stream = Stream(zeros_BL, zeros_BL, None)
         row_B = torch.full((1,), -1, device=device)
-        batch = Batch(stream, None, zeros_BL, torch.zeros_like(zeros_BL, dtype=torch.float32), row_B)
+        batch = Batch(
+            stream, None, zeros_BL, torch.zeros_like(zeros_BL, dtype=torch.float32), row_B
+        )
         with self._micro_step(reduce=True):
             sums: Sums[Tensor] = wrapper(batch)
             sums.loss.backward()
@@ -76,6 +78,5 @@ def _wrap(model: nn.Module, mesh: Mesh) -> DistributedDataParallel | None:
         model,
         device_ids=[device] if device.type == "cuda" else None,
         process_group=mesh.dp_group,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )

@@ -67,7 +67,7 @@ class NativeEngine(ABC):
 
     def logits(self, batch: Batch[Tensor]) -> Tensor:
         """[B, L, V] of this rank's batch; see Engine."""
-        return cast(Tensor, self._look(self._model.logits, batch))
+        return cast(Tensor, self._look(cast(Any, self._model).logits, batch))
 
     def state(self, loading: bool = False) -> dict[str, Tensor]:
         """Live views under neutral names; see Engine."""

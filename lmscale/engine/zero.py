@@ -74,7 +74,7 @@ class ZeroEngine:
 
     def logits(self, batch: Batch[Tensor]) -> Tensor:
         """[B, L, V] of this rank's batch; see Engine."""
-        return cast(Tensor, self._look(self._model.logits, batch))
+        return cast(Tensor, self._look(cast(Any, self._model).logits, batch))
 
     def state(self, loading: bool = False) -> dict[str, Tensor]:
         """Live views under neutral names; see Engine."""
@@ -113,7 +113,7 @@ class ZeroEngine:
 
     def _fragment(self, parameter: nn.Parameter, pick: Callable[[Tensor], Tensor]) -> Tensor:
         """This rank's part of a parameter, taken out of what `pick` finds for its flat group."""
-        mapping = parameter._hp_mapping  # None: no element of it lies in this rank's partition
+        mapping = _partition_of(parameter)
         group = self._group_of[id(parameter)]
         flat = pick(self._zero.single_partition_of_fp32_groups[group])
         if mapping is None:
@@ -133,7 +133,7 @@ class ZeroEngine:
     def _restore_masters(self, masters: Sequence[Tensor]) -> None:
         """Undo a rounding: DeepSpeed takes its fp32 masters from weights that are bf16 by then."""
         for (_, parameter), master in zip(self._trainable, masters, strict=True):
-            mapping = parameter._hp_mapping
+            mapping = _partition_of(parameter)
             if mapping is not None:
                 there = mapping.lp_fragment_address
                 mapping.hp_fragment.copy_(master.view(-1).narrow(0, there.start, there.numel))
@@ -169,6 +169,11 @@ class _Groups:
     get_tensor_model_parallel_group = get_model_parallel_group
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
     get_tensor_model_parallel_rank = get_model_parallel_rank
+
+
+def _partition_of(parameter: nn.Parameter) -> Any:
+    """Where this rank's partition holds a part of the parameter; None where it holds nothing of it."""
+    return cast(Any, parameter)._hp_mapping
 
 
 def _initialize(

@@ -5,19 +5,19 @@ Shapes: B rows, L tokens a row, D model width, N query heads, K kv heads, H head
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from lmscale.batch import Stream
 from lmscale.model.architecture import Architecture
 from lmscale.model.rotary import Rotation
 
 # None: each row is one document, plain causal. Tensor: True where a query (row) may see a key
-# (column), on CPUs and in fp64. Anything else: a FlexAttention BlockMask, on CUDA.
-Mask = Any
+# (column), on CPUs. BlockMask: FlexAttention, on CUDA.
+Mask = Tensor | BlockMask | None
 
 
 class Context:
@@ -39,10 +39,10 @@ class Context:
             rotation = Rotation(
                 stream.positions_BL, head_dim=arch.head_dim, theta=arch.rope_theta, dtype=dtype
             )
-        return cls(causal_mask(stream.documents_BL, dtype), rotation)
+        return cls(causal_mask(stream.documents_BL, arch.head_dim, dtype), rotation)
 
 
-def causal_mask(documents_BL: Tensor | None, dtype: torch.dtype) -> Mask:
+def causal_mask(documents_BL: Tensor | None, head_dim: int, dtype: torch.dtype) -> Mask:
     """Causal, and only within a document.
 
     Padding (-1) is a document like any other here: it sees itself and is seen by nobody else, so no
@@ -50,30 +50,23 @@ def causal_mask(documents_BL: Tensor | None, dtype: torch.dtype) -> Mask:
     """
     if documents_BL is None:
         return None
-    if documents_BL.is_cuda and dtype != torch.float64:  # FlexAttention has no fp64
-        return _block_mask(documents_BL)
+    # What FlexAttention's kernel cannot take goes the way of a CPU: right, and slow.
+    if documents_BL.is_cuda and dtype != torch.float64 and head_dim >= 16:
+        return block_mask(documents_BL)
     length = documents_BL.shape[1]
     causal_LL = torch.ones(length, length, dtype=torch.bool, device=documents_BL.device).tril()
     same_BLL = documents_BL[:, :, None] == documents_BL[:, None, :]
     return (same_BLL & causal_LL)[:, None]
 
 
-def _block_mask(documents_BL: Tensor) -> Mask:
-    from torch.nn.attention.flex_attention import create_block_mask
+def block_mask(documents_BL: Tensor) -> BlockMask:
+    """The same rule for FlexAttention, which skips the blocks of keys that nobody in a block sees."""
 
     def visible(b: Tensor, _head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (documents_BL[b, q] == documents_BL[b, kv]) & (q >= kv)
 
     rows, length = documents_BL.shape
     return create_block_mask(visible, rows, None, length, length, device=documents_BL.device.type)
-
-
-@cache
-def _flex() -> Callable[..., Tensor]:
-    """FlexAttention is a fused kernel only when compiled; eager it would materialise the scores."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
 
 
 def attend(q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask: Mask) -> Tensor:
@@ -85,8 +78,19 @@ def attend(q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask: Mask) -> Tensor
             q_BNLH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
         )
     else:
-        y_BNLH = _flex()(q_BNLH, k_BKLH, v_BKLH, block_mask=mask, enable_gqa=grouped)
+        compiling = torch.compiler.is_compiling()
+        kernel: Callable[..., Tensor] = flex_attention if compiling else _compiled_flex()
+        y_BNLH = kernel(q_BNLH, k_BKLH, v_BKLH, block_mask=mask, enable_gqa=grouped)
     return y_BNLH.transpose(1, 2)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    """For blocks that are not compiled themselves: eager, FlexAttention would hold all scores.
+
+    Made at first use: torch.compile loads its compiler, two seconds that no CPU run need pay.
+    """
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class Attention(nn.Module):

@@ -54,6 +54,6 @@ def steps_of(value: int | str, total_steps: int) -> int:
 
 def _progress(step: int, *, start: int, end: int) -> float:
     """Share of the way from start to end: 0 until start, 1 from end on."""
-    if step >= end:
-        return 1.0
-    return max(0, step - start) / (end - start)
+    if step <= start:
+        return 0.0
+    return min(1.0, (step - start) / (end - start)) if step < end else 1.0

@@ -28,6 +28,7 @@ class Lowered:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
+        """Inside, the model's weights are low-precision copies that pass their gradients on."""
         copies = {id(parameter): parameter for _, _, parameter in self._places}
         lowered = {key: parameter.to(self._dtype) for key, parameter in copies.items()}
         try:

@@ -75,4 +75,4 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _set_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
     # On the instance, where a wrapping module would put a prefix before every parameter's name.
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward

@@ -61,8 +61,23 @@ def decompressed(source: Source, file: BinaryIO) -> BinaryIO:
 
 
 @contextmanager
-def explained(source: Source) -> Iterator[None]:
-    """Turn what the libraries raise while reading a source into words."""
+def explained(source: Source, stream: BinaryIO) -> Iterator[None]:
+    """Turn what the libraries raise while reading a source into words.
+
+    Damage inside a compressed file often shows as strange text first: its checksum comes last. So
+    before a complaint about the text goes out, the rest is read, and damage found there is what is told.
+    """
+    with _libraries(source):
+        try:
+            yield
+        except DataError:
+            while source.compression and stream.read(1 << 20):
+                pass
+            raise
+
+
+@contextmanager
+def _libraries(source: Source) -> Iterator[None]:
     try:
         yield
     except EOFError as error:

@@ -26,15 +26,16 @@ def documents(
     """
     done = 0
     for span in work.spans:
-        with open_source(span.source) as file, explained(span.source):
+        with open_source(span.source) as file:
             stream = decompressed(span.source, file)
-            if span.source.format == "lines":
-                start = done - span.start
-                for text in _lines(span, stream, text_key):
-                    yield iter((text,))
-                    consumed(min(start + file.tell(), done + span.stop - span.start))
-            else:
-                yield _text(span.source, stream, lambda: consumed(done + file.tell()))  # noqa: B023
+            with explained(span.source, stream):
+                if span.source.format == "lines":
+                    start = done - span.start
+                    for text in _lines(span, stream, text_key):
+                        yield iter((text,))
+                        consumed(min(start + file.tell(), done + span.stop - span.start))
+                else:
+                    yield _text(span.source, stream, lambda: consumed(done + file.tell()))  # noqa: B023
             check_unchanged(span.source, file)
         done += span.stop - span.start
         consumed(done)
@@ -46,7 +47,7 @@ def digest(work: Slice) -> str:
     for span in work.spans:
         source = span.source
         total.update(f"{source.format} {source.compression} {span.start} {span.stop}\n".encode())
-        with open_source(source) as file, explained(source):
+        with open_source(source) as file, explained(source, file):
             file.seek(span.start)
             left = span.stop - span.start
             while left and (block := file.read(min(left, _BLOCK_BYTES))):
@@ -58,22 +59,22 @@ def digest(work: Slice) -> str:
 def _text(source: Source, stream: BinaryIO, read: Callable[[], None]) -> Document:
     """The one document of a text file, in blocks; a byte order mark at its start is dropped."""
     offset, rest = 0, b""
-    while True:
-        with explained(source):
+    with explained(source, stream):
+        while True:
             block = stream.read(_BLOCK_BYTES)
-        data = rest + block
-        try:
-            text, used = codecs.utf_8_decode(data, "strict", not block)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(source, offset + error.start, data[error.start], data) from error
-        if offset == 0:
-            text = text.removeprefix("\ufeff")
-        if text:
-            yield text
-        if not block:
-            return
-        offset, rest = offset + used, data[used:]
-        read()
+            data = rest + block
+            try:
+                text, used = codecs.utf_8_decode(data, "strict", not block)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(source, offset + error.start, data[error.start], data) from error
+            if offset == 0:
+                text = text.removeprefix("\ufeff")
+            if text:
+                yield text
+            if not block:
+                return
+            offset, rest = offset + used, data[used:]
+            read()
 
 
 def _lines(span: Span, stream: BinaryIO, text_key: str) -> Iterator[str]:

@@ -70,7 +70,7 @@ def stage(
         progress(Progress(name, min(total, done + sum(running.values())), total))
 
     def report(number: int, consumed: int) -> None:
-        running[number] = consumed
+        running[number] = min(consumed, jobs[number][1])
         tell()
 
     tell()

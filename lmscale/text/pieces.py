@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-PIECE_CHARS = 1 << 20
+PIECE_CHARS = 1 << 18  # encoding holds about 100 bytes a character
 
 
 def pieces(blocks: Iterable[str], size: int = PIECE_CHARS) -> Iterator[str]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lmscale.checkpoint.load import load
@@ -49,7 +48,7 @@ def train(
     cfg: RunConfig, world: World, stop: StopRequest, *, folder: RunFolder, events: EventLog | None
 ) -> ExitCode:
     """Open the corpora, meet the other ranks, train. Raises LmscaleError with what to do."""
-    corpora = open_corpora(cfg)
+    corpora = open_corpora(cfg, world_size=world.size)
     device = choose_device(world)
     # Refuses kernels whose sums depend on timing; the CPU kernels used here are deterministic anyway.
     torch.use_deterministic_algorithms(cfg.train.deterministic)
@@ -243,7 +242,7 @@ def _trace(
     file = stack.enter_context(cut_after(mine, state.step))
     ears.files.append(file)
     order = build_order(rank.cfg, corpora.train, streams=state.streams)
-    return Trace(file, attempt, order, np.dtype(corpora.manifest.dtype))
+    return Trace(file, attempt, order, corpora.train.dtype)
 
 
 def _ranks_traced(folder: Path) -> list[int]:
@@ -253,7 +252,7 @@ def _ranks_traced(folder: Path) -> list[int]:
 
 def score(cfg: RunConfig, world: World, *, checkpoint: Path, step: int) -> list[Line]:
     """Validation of a checkpoint's weights by any number of ranks, the lines of eval.jsonl."""
-    corpora = open_corpora(cfg)
+    corpora = open_corpora(cfg, world_size=world.size)
     device = choose_device(world)
     with distributed(world, device=device):
         mesh = make_mesh(cfg.parallel, world, device.type)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.checkpoint.load import load, read_body
+from lmscale.checkpoint.plan import Mismatch
 from lmscale.config.identity import differing
 from lmscale.config.run import RunConfig
 from lmscale.engine.protocol import Engine
@@ -111,6 +112,10 @@ class Attempt:
             overtaking = rank.on_root(partial(self._settle, source))
             if not overtaking:
                 step = source.step if source else 0
+                if source:
+                    log.info(
+                        "going on from step %d (%s) as attempt %d", step, source.path.name, self.number
+                    )
                 rank.write_event(
                     "attempt", attempt=self.number, from_step=step, total_steps=total_steps
                 )

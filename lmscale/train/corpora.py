@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmscale.config.run import RunConfig
+from lmscale.corpus.assign import window_chunks
 from lmscale.corpus.manifest import Manifest, resolve, tokenizer_path
 from lmscale.corpus.order import Order
 from lmscale.corpus.reader import Reader
@@ -26,7 +27,7 @@ class Corpora:
         return self.train.manifest
 
 
-def open_corpora(cfg: RunConfig) -> Corpora:
+def open_corpora(cfg: RunConfig, *, world_size: int) -> Corpora:
     """Open and check every corpus of the run. Raises ConfigError (all problems together) or DataError."""
     missing = [
         Problem(key, f"{path} does not exist", "make it with: lmscale prepare OUT INPUT...")
@@ -35,12 +36,22 @@ def open_corpora(cfg: RunConfig) -> Corpora:
     ]
     if missing:
         raise ConfigError(missing)
+    in_use = window_chunks(
+        streams=cfg.data.streams or cfg.train.global_batch,
+        dp_size=world_size // cfg.parallel.tp,
+        window=cfg.data.shuffle_window,
+    )
     seq_len, memory = cfg.train.seq_len, cfg.data.window_memory
     train = Reader(
-        resolve(Path(cfg.data.corpora[0].path), "train"), seq_len=seq_len, memory_bytes=memory
+        resolve(Path(cfg.data.corpora[0].path), "train"),
+        seq_len=seq_len,
+        memory_bytes=memory,
+        chunks_in_use=in_use,
     )
     held_out = {
-        path: Reader(resolve(Path(path), "heldout"), seq_len=seq_len, memory_bytes=memory)
+        path: Reader(
+            resolve(Path(path), "heldout"), seq_len=seq_len, memory_bytes=memory, chunks_in_use=1
+        )
         for path in cfg.eval.corpora
     }
     corpora = Corpora(train, held_out, corpus_tokenizer(train))

@@ -70,7 +70,7 @@ def environment(world: World, device: torch.device, *, engine: str, peak: Peak) 
         "commit": commit() or "not a checkout",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "host": socket.gethostname(),
+        "machine": socket.gethostname(),
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
         "ranks": f"{world.size} ({world.local_size} a node)",

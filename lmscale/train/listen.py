@@ -67,6 +67,8 @@ def _show_progress(
     def recorded(line: Line) -> None:
         loss = math.nan if line["loss"] is None else line["loss"]
         progress.update(line["step"], loss, line["tokens_per_s"], line["mfu"])
+        if line["step"] == total_steps:
+            progress.close()  # before the words about how it ended
 
     def evaluated(line: Line) -> None:
         if line["metric"] == "bits_per_byte":

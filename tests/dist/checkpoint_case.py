@@ -101,7 +101,7 @@ def differences(tensors: dict[str, torch.Tensor]) -> list[str]:
         tensor, want = tensors[name], whole(name)
         if isinstance(tensor, Fragment):
             pairs = [
-                (tensor._boxes[at], want[tuple(map(slice, at, map(sum, zip(at, box.shape))))])
+                (box, want[tuple(slice(o, o + n) for o, n in zip(at, box.shape, strict=True))])
                 for at, box in tensor._boxes.items()
             ]
         elif isinstance(tensor, DTensor):
@@ -123,6 +123,12 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def save_as(folder: str, kind: str, step: int) -> str:
     tensors = present(kind)
     return str(save(RunFolder(Path(folder)), tensors, step=step, attempt=1, body={"kind": kind}))
+
+
+def save_equal(folder: str) -> str:
+    """Eight replicated tensors of one size."""
+    tensors = {f"model.{number}": torch.zeros(1000) for number in range(8)}
+    return str(save(RunFolder(Path(folder)), tensors, step=1, attempt=1, body={}))
 
 
 def load_as(path: str, kind: str) -> list[str]:

@@ -104,18 +104,23 @@ def pieces(value: Tensor) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
 
 
 def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors, put together from the parts of all ranks; every element must come exactly."""
+    """Whole tensors, put together from the parts of all ranks. Replicas must be bitwise equal."""
     found = {}
     for name, value in state.items():
-        whole = torch.zeros(value.shape, dtype=value.dtype)
-        times = torch.zeros(value.shape)
+        whole, times = torch.zeros(value.shape, dtype=value.dtype), torch.zeros(value.shape)
         for where, part in pieces(value):
             whole[where] += part
             times[where] += 1
         dist.all_reduce(times)
-        dist.all_reduce(whole)
+        if times.max() > 1:
+            other = whole.clone()
+            dist.all_reduce(whole, dist.ReduceOp.MAX)
+            dist.all_reduce(other, dist.ReduceOp.MIN)
+            assert torch.equal(whole, other), name
+        else:
+            dist.all_reduce(whole)
         assert times.min() == times.max() > 0, name
-        found[name] = whole / times
+        found[name] = whole
     return found
 
 
@@ -174,9 +179,7 @@ def reference(
         adam.step()
         adam.zero_grad()
         loss = (sums.loss / sums.weight).item()
-        results.append(
-            {"loss": loss, "weight": sums.weight.item(), "norm": norm, "applied": 1.0}
-        )
+        results.append({"loss": loss, "weight": sums.weight.item(), "norm": norm, "applied": 1.0})
         state = {f"model.{name}": p.detach().clone() for name, p in model.named_parameters()}
         for name, p in named:
             for key in ("exp_avg", "exp_avg_sq"):

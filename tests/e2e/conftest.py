@@ -46,8 +46,15 @@ def lmscale(
     *argv: str | Path, cwd: Path, timeout: float = 120, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the console script to its end."""
+    return finished_process([LMSCALE, *argv], cwd=cwd, env=clean_env(**env), timeout=timeout)
+
+
+def finished_process(
+    argv: list[str | Path], *, cwd: Path, env: dict[str, str], timeout: float = 180
+) -> subprocess.CompletedProcess[str]:
+    """Run any command to its end."""
     return subprocess.run(
-        [str(LMSCALE), *map(str, argv)], cwd=cwd, env=clean_env(**env), timeout=timeout,
+        [str(word) for word in argv], cwd=cwd, env=env, timeout=timeout,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -151,6 +151,7 @@ def test_a_flipped_bit_is_found_in_its_block_and_nowhere_else(blocks):
     for begin, end in ((500, 501), (599, 601), (0, 1024)):
         with pytest.raises(CheckpointError, match=r"/f: block 5 \(bytes 500-600\)"):
             reader.read(begin, end)
+        assert bytes(reader.read(0, 90)) == data[:90], "not what the failed read left behind"
     assert bytes(reader.read(600, 1024)) == data[600:]
 
 

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import VARIANTS, VOCAB, random_batch, row, tiny
+from torch.nn.attention.flex_attention import flex_attention
 
 from lmscale.batch import Batch, Stream
+from lmscale.model.attention import attend, block_mask, causal_mask
 from lmscale.model.rotary import Rotation
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -97,6 +99,22 @@ def test_grouped_heads_equal_repeated_heads(packed):
             parameter.copy_(weight)
     batch = random_batch(2, 11, documents=packed)
     torch.testing.assert_close(grouped.logits(batch), full.logits(batch), rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_flex_attention_follows_the_same_rule(kv_heads):
+    """Unfused, on a CPU: the rule of the CUDA path. Its kernel is tested in tests/gpu."""
+    documents_BL = torch.tensor([[0, 0, 0, 1, 1, 2, -1, -1, -1], [5, 5, 5, 5, 5, 5, 5, 5, 5]])
+    g = torch.Generator().manual_seed(0)
+    q_BLNH = torch.randn(2, 9, 4, 16, generator=g)
+    k_BLKH, v_BLKH = torch.randn(2, 2, 9, kv_heads, 16, generator=g)
+    want = attend(q_BLNH, k_BLKH, v_BLKH, causal_mask(documents_BL, 16, torch.float32))
+    q_BNLH, k_BKLH, v_BKLH = (x.transpose(1, 2) for x in (q_BLNH, k_BLKH, v_BLKH))
+    got = flex_attention(
+        q_BNLH, k_BKLH, v_BKLH, block_mask=block_mask(documents_BL), enable_gqa=kv_heads != 4
+    )
+    torch.testing.assert_close(got.transpose(1, 2), want, rtol=1e-5, atol=1e-6)
 
 
 def test_rotary_sees_only_distances():

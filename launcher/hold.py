@@ -1,0 +1,76 @@
+"""One start at a time in a run folder: who begins, and who is refused."""
+
+import fcntl
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lmscale.errors import ConfigError, Problem
+from lmscale.run.durable import storage_errors
+from lmscale.run.events import EventLog
+from lmscale.run.folder import RunFolder
+from lmscale.run.liveness import STALE_S, Live, live
+
+_log = logging.getLogger(__name__)
+
+
+def begin(folder: RunFolder, start: str, *, by_hand: bool, ranks: int) -> EventLog:
+    """Write the start into the folder's events, and from then on be seen as running in it.
+
+    By hand only where nobody else is: raises ConfigError naming host, pid and attempt. Look and
+    write happen under one lock, so of two simultaneous starts on a host exactly one wins. Between
+    hosts the attempts' fence decides. A scheduler's restart takes over at once.
+    """
+    if by_hand:
+        _wait_for_silence(folder)
+    with _lock(folder):
+        if by_hand:
+            if (other := live(folder)) is not None:
+                raise refusal(folder, other)
+            with storage_errors(f"removing {folder.stop}"):
+                folder.stop.unlink(missing_ok=True)
+        events = EventLog(folder, start)
+        events.write("start", by_hand=by_hand, ranks=ranks)
+        return events
+
+
+def refusal(folder: RunFolder, other: Live) -> ConfigError:
+    """What to tell a user who starts a run that is running."""
+    attempt = f"attempt {other.attempt}" if other.attempt else "before its first attempt"
+    problem = Problem(
+        "train.run_dir",
+        f"{folder.path} is being trained by pid {other.pid} on {other.host} ({attempt}, "
+        f"last heard of {other.age_s:.0f} s ago)",
+        f"wait for it, end it with `lmscale stop {folder.path}`, or choose another train.run_dir",
+    )
+    return ConfigError([problem])
+
+
+def _wait_for_silence(folder: RunFolder, *, poll_s: float = 1.0) -> None:
+    """A start on another host may be dead: its heartbeat tells within 60 s. One that beats is alive."""
+    other = live(folder)
+    if other is None or other.here:
+        return
+    _log.warning(
+        "%s was trained by pid %d on %s %.0f s ago; waiting up to %.0f s to see whether it still is",
+        folder.path, other.pid, other.host, other.age_s, STALE_S - other.age_s,
+    )  # fmt: skip
+    heard_s = other.age_s
+    while (other := live(folder)) is not None:
+        if other.age_s < heard_s:
+            raise refusal(folder, other)
+        heard_s = other.age_s
+        time.sleep(poll_s)
+
+
+@contextmanager
+def _lock(folder: RunFolder) -> Iterator[None]:
+    path = folder.events / ".lock"
+    with storage_errors(f"locking {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "wb")  # noqa: SIM115 closed below, whatever the lock says
+    with file:
+        with storage_errors(f"locking {path}"):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield  # closing the file releases the lock

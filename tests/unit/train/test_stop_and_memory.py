@@ -1,0 +1,50 @@
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from lmscale.config.load import load
+from lmscale.train import signals
+from lmscale.train.memory import explained, is_out_of_memory
+from lmscale.train.signals import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_is_a_request_and_a_repeat_is_ignored(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert stop.signal == number
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_later_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_REPEAT_S", 0.05)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGTERM
+
+
+def test_the_real_errors_of_torch_are_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.float32)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_levers_follow_the_run() -> None:
+    cfg = load("smoke")
+    text = str(explained(cfg, MemoryError()))
+    assert "train.micro_batch=4" in text
+    assert "engine.activation_checkpointing=full" in text
+    assert "engine.kind=fsdp" not in text, "the run is sharded already"
+    small = cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch": 1})})
+    assert "train.micro_batch=" not in str(explained(small, MemoryError()))
