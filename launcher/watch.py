@@ -17,6 +17,8 @@ from lmscale.run.events import BEAT_S, EventLog
 from lmscale.run.folder import RunFolder
 
 _TICK_S = 0.5  # how late RUN/stop and a missed SIGCHLD are noticed
+# A peer that has lost the dead rank usually ends by itself, and its own code may be the telling one.
+_HUSH_S = 0.5
 _DRAIN_S = 2.0  # for output still in the pipes after the last rank has ended
 _READ_BYTES = 1 << 16
 # Ranks that end like this have agreed on it; their peers are about to follow by themselves.
@@ -53,6 +55,7 @@ class Watch:
         self._signals = signals
         self._guard = guard
         self._grace_s = grace_s
+        self._term_at: float | None = None
         self._kill_at: float | None = None
         self._beat_at = 0.0
         self._stop_requested = False
@@ -85,10 +88,7 @@ class Watch:
         for one in self._alive.values():
             one.follow_size()
         now = time.monotonic()
-        if self._kill_at is not None and now >= self._kill_at:
-            for one in self._alive.values():
-                one.ended.add(signal.SIGKILL)
-                one.kill()
+        self._end_peers(now)
         if now - self._beat_at >= BEAT_S:
             self._beat_at = now
             with contextlib.suppress(OSError):  # the next one may succeed
@@ -108,12 +108,22 @@ class Watch:
         self._codes[one.rank] = int(code)
         if code in _AGREED or self._kill_at is not None:
             return
+        self._term_at = time.monotonic() + _HUSH_S
+        self._kill_at = self._term_at + self._grace_s
         if self._alive:
             self._output.say(f"rank {one.rank} has ended ({describe(code)}): ending the others")
-        self._kill_at = time.monotonic() + self._grace_s
-        for peer in self._alive.values():
-            peer.ended.add(signal.SIGTERM)
-            peer.send(signal.SIGTERM)
+
+    def _end_peers(self, now: float) -> None:
+        """After a rank has died: TERM, time to leave a collective, KILL."""
+        if self._term_at is not None and now >= self._term_at:
+            self._term_at = None
+            for peer in self._alive.values():
+                peer.ended.add(signal.SIGTERM)
+                peer.send(signal.SIGTERM)
+        if self._kill_at is not None and now >= self._kill_at:
+            for peer in self._alive.values():
+                peer.ended.add(signal.SIGKILL)
+                peer.kill()
 
     def _wait(self, timeout_s: float) -> None:
         for key, _ in self._selector.select(timeout_s):

@@ -9,12 +9,10 @@ from lmscale.engine.protocol import Engine
 from lmscale.parallel.passes import parallelize
 
 
-def build_engine(
-    cfg: RunConfig, model: nn.Module, mesh: Mesh, device: torch.device | None = None
-) -> Engine:
+def build_engine(cfg: RunConfig, model: nn.Module, mesh: Mesh, device: torch.device) -> Engine:
     """An engine around `model`, which is moved to the device, changed in place and no longer the caller's.
 
-    `device` None: where the model is. Collective.
+    Collective.
     """
     model.to(
         device=device, dtype=torch.float64 if cfg.engine.precision == "fp64" else torch.float32

@@ -19,6 +19,8 @@ from lmscale.model.rotary import Rotation
 # (column), on CPUs. BlockMask: FlexAttention, on CUDA.
 Mask = Tensor | BlockMask | None
 
+_flex: Callable[..., Tensor] = flex_attention
+
 
 class Context:
     """What every layer needs to know of a batch; built once per forward, read by all blocks.
@@ -78,8 +80,7 @@ def attend(q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask: Mask) -> Tensor
             q_BNLH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
         )
     else:
-        compiling = torch.compiler.is_compiling()
-        kernel: Callable[..., Tensor] = flex_attention if compiling else _compiled_flex()
+        kernel = _flex if torch.compiler.is_compiling() else _compiled_flex()
         y_BNLH = kernel(q_BNLH, k_BKLH, v_BKLH, block_mask=mask, enable_gqa=grouped)
     return y_BNLH.transpose(1, 2)
 
@@ -90,7 +91,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
     Made at first use: torch.compile loads its compiler, two seconds that no CPU run need pay.
     """
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(_flex, dynamic=False)
 
 
 class Attention(nn.Module):

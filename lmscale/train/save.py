@@ -9,7 +9,7 @@ from lmscale.checkpoint.retain import retain
 from lmscale.checkpoint.save import save
 from lmscale.dist.reduce import agree
 from lmscale.engine.protocol import Engine
-from lmscale.errors import RetryableError
+from lmscale.errors import DistributedError, RetryableError
 from lmscale.run.lines import LineFile
 from lmscale.train.rank import Rank
 from lmscale.train.state import TrainState
@@ -64,6 +64,8 @@ class Saver:
                 attempt=self.attempt,
                 body=body,
             )
+        except DistributedError:
+            raise  # a peer is gone: there is nobody to go on with
         except RetryableError as error:
             if self._rank.is_root:
                 log.warning("checkpoint of step %d failed and is not there: %s", state.step, error)

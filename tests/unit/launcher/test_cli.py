@@ -1,0 +1,314 @@
+"""The verbs from outside: exit codes, words, help, and that nothing heavy is loaded."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from launcher import train as train_module
+from launcher.cli import app
+from launcher.hold import begin
+from launcher.stop import find_run_folder, stop
+from launcher.train import finished, world_of
+from launcher.verify import kind_of, verify
+from lmscale.config.identity import identity
+from lmscale.config.load import load
+from lmscale.errors import ConfigError, UsageError
+from lmscale.run.attempts import claim, settle
+from lmscale.run.events import EventLog
+from lmscale.run.folder import RunFolder
+from lmscale.run.manifest import describe_file, write_manifest
+
+ROOT = Path(__file__).parents[3]
+RUN = """
+model: {layers: 2, width: 32, heads: 2}
+data: {corpora: [{path: CORPUS}]}
+optim: {lr: 1e-3}
+train: {steps: 40, global_batch: 7, micro_batch: 2, seq_len: 32}
+"""
+
+
+def lmscale(*argv: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    drop = ("RANK", "WORLD_SIZE", "LMSCALE_", "MASTER_", "SLURM_", "OMPI_", "PMIX")
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
+    return subprocess.run(
+        [sys.executable, "-m", "launcher.cli", *map(str, argv)], cwd=cwd, text=True,
+        env={**clean, "PYTHONPATH": str(ROOT), **env}, capture_output=True, check=False, timeout=30,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "texts").mkdir()
+    for number in range(40):
+        (folder / "texts" / f"{number}.txt").write_text(f"{number} text to learn from. " * 20)
+    done = lmscale(
+        "prepare", folder / "out", folder / "texts", "--tokenizer", "bytes", "--chunk-tokens",
+        "1024", "--heldout", "10%", "--workers", "1", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, corpus: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(RUN.replace("CORPUS", str(corpus)))
+    return tmp_path
+
+
+def test_usage_errors_are_2_and_config_errors_78_in_words(folder: Path) -> None:
+    assert lmscale("trian", cwd=folder).returncode == 2
+    assert lmscale("train", "run.yaml", "--nproc", "0", cwd=folder).returncode == 2
+    done = lmscale("train", "run.yaml", "optim.lrr=1", "train.stepz=2", cwd=folder)
+    assert done.returncode == 78
+    assert "optim.lrr" in done.stderr
+    assert "train.stepz" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (folder / "runs").exists()
+
+
+def test_a_missing_corpus_names_the_command(folder: Path) -> None:
+    done = lmscale("train", "run.yaml", "data.corpora=nowhere", cwd=folder)
+    assert done.returncode == 78
+    assert f"lmscale prepare {folder / 'nowhere'}" in done.stderr
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "plan", "verify", "eval", "generate", "stop"])
+def test_every_verb_has_help(verb: str) -> None:
+    done = CliRunner().invoke(app, [verb, "--help"])
+    assert done.exit_code == 0
+    assert "Usage" in done.output
+
+
+@pytest.mark.parametrize(
+    ("verb", "source"),
+    [
+        ("prepare", "lmscale/prepare/command.py"),
+        ("eval", "lmscale/train/eval_command.py"),
+        ("generate", "lmscale/train/generate_command.py"),
+    ],
+)
+def test_options_are_those_that_the_verb_itself_takes(verb: str, source: str) -> None:
+    theirs = set(re.findall(r'"(--[a-z-]+)"', (ROOT / source).read_text()))
+    ours = set(re.findall(r"--[a-z-]+", CliRunner().invoke(app, [verb, "--help"]).output))
+    assert ours - {"--help", "--no-"} == theirs
+
+
+def test_verbs_are_handed_on_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr("os.execve", lambda path, argv, env: seen.append(argv))
+    argv = ["generate", "run/x", "--max-new=5", "--prompt", "-a b", "--temperature", "1e-1"]
+    CliRunner().invoke(app, argv, obj=argv)
+    assert seen == [[sys.executable, "-P", "-m", "lmscale", *argv]]
+    both = ["generate", "x", "--max-new", "5", "--prompt", "a", "--tokens", "1"]
+    assert isinstance(CliRunner().invoke(app, both, obj=both).exception, UsageError)
+
+
+def test_a_rank_becomes_the_rank_program_unless_nproc_is_given(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    class Became(Exception):
+        pass
+
+    def became(verb: str, argv: list[str], env: dict[str, str]) -> None:
+        raise Became(verb, argv, env["RANK"])
+
+    monkeypatch.setattr(train_module, "hand_off", became)
+    monkeypatch.setattr(train_module, "supervise", lambda job: list(job.command)[4:])
+    monkeypatch.chdir(folder)
+    for name in ("LMSCALE_START", "LMSCALE_NODES", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(Became, match="'1'"):
+        train_module.train("run.yaml", ["train.steps=3"], None)
+    got: Any = train_module.train("run.yaml", ["train.steps=3"], 2)
+    assert got == ["train", "run.yaml", "train.steps=3", "cluster.ranks_per_node=2"]
+
+
+def test_the_number_of_ranks_and_nodes(folder: Path) -> None:
+    cfg = load("run.yaml", cwd=folder)
+    assert world_of(cfg, {"PATH": "", "CUDA_VISIBLE_DEVICES": ""}) == (2, 1, 0, None)
+    assert world_of(cfg, {"CUDA_VISIBLE_DEVICES": "0,1,2"})[0] == 3
+    four = load("run.yaml", ["cluster.ranks_per_node=4", "cluster.nodes=2"], cwd=folder)
+    there = {"LMSCALE_NODES": "2", "LMSCALE_NODE_RANK": "1", "LMSCALE_MASTER": "head:1"}
+    assert world_of(four, there) == (4, 2, 1, "head:1")
+    with pytest.raises(ConfigError, match=r"cluster\.nodes"):
+        world_of(four, {})
+    for wrong in (
+        {"LMSCALE_NODES": "x"},
+        {**there, "LMSCALE_NODE_RANK": "2"},
+        there | {"LMSCALE_MASTER": "h"},
+    ):
+        with pytest.raises(UsageError):
+            world_of(four, wrong)
+
+
+def completed(cfg: Any, step: int) -> RunFolder:
+    run = RunFolder(Path(cfg.train.run_dir))
+    settle(run, claim(run, {}), 0)
+    path = run.checkpoint(step, 1)
+    path.mkdir(parents=True)
+    (path / "a.safetensors").write_bytes(b"x" * 100)
+    files = {"a.safetensors": describe_file(path / "a.safetensors")}
+    same = identity(cfg, corpora=["c"], tokenizer="t", streams=7)
+    write_manifest(
+        path, {"format": 1, "step": step, "attempt": 1, "files": files, "identity": same}
+    )
+    return run
+
+
+def test_a_finished_run_says_so_and_another_identity_is_left_to_the_ranks(folder: Path) -> None:
+    cfg = load("run.yaml", cwd=folder)
+    run = completed(cfg, 40)
+    done = lmscale("train", "run.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stderr
+    assert not run.events.exists()
+    assert finished(load("run.yaml", ["train.steps=41"], cwd=folder), run) is None
+    assert finished(load("run.yaml", ["optim.lr=1"], cwd=folder), run) is None
+    assert finished(load("run.yaml", ["train.resume=never"], cwd=folder), run) is None
+    allowed = ["train.steps=30", "train.allow_change=[train.steps]"]
+    assert finished(load("run.yaml", allowed, cwd=folder), run) == 40
+
+
+def test_plan_counts_what_the_file_says(folder: Path, corpus: Path) -> None:
+    done = lmscale("plan", "run.yaml", "--nproc", "2", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert (plan["steps"], plan["tokens"], plan["dp_size"]) == (40, 40 * 7 * 32, 2)
+    assert plan["micro_batches"] == 2  # 4 and 3 samples on two ranks, 2 at a time
+    assert plan["wasted_frac"] == pytest.approx(1 / 8)
+    assert plan["epochs"] == pytest.approx(280 / plan["corpus_samples"])
+    words = lmscale("plan", "run.yaml", "--nproc", "2", cwd=folder).stdout
+    assert "12.5 % of the rows" in words
+    twice = lmscale("plan", "run.yaml", "train.steps=null", "train.epochs=2", "--json", cwd=folder)
+    assert json.loads(twice.stdout)["steps"] == -(-2 * plan["corpus_samples"] // 7)
+
+
+def test_plan_data_lists_each_position_once_with_its_bytes(folder: Path) -> None:
+    done = lmscale("plan", "run.yaml", "--data", "--steps", "2:3", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["position"] for row in rows] == list(range(7, 21))
+    keys = {"position", "corpus", "epoch", "sample", "rank", "shard", "offset", "bytes"}
+    assert all(row.keys() == keys and row["bytes"] == 66 for row in rows)
+    assert lmscale("plan", "run.yaml", "--data", "--steps", "3:2", cwd=folder).returncode == 78
+    assert lmscale("plan", "run.yaml", "--steps", "1:2", cwd=folder).returncode == 2
+
+
+def test_verify_knows_what_it_looks_at_and_names_damage(folder: Path, corpus: Path) -> None:
+    run = completed(load("run.yaml", cwd=folder), 40)
+    for path, kind in ((corpus, "corpus"), (corpus / "train", "corpus"), (run.path, "run")):
+        done = lmscale("verify", path, "--json", cwd=folder)
+        assert done.returncode == 0, done.stdout
+        assert json.loads(done.stdout)["kind"] == kind
+    part = run.checkpoint(40, 1) / "a.safetensors"
+    part.write_bytes(b"x" * 99 + b"y")
+    for path in (run.path, run.checkpoint(40, 1)):
+        done = lmscale("verify", path, cwd=folder)
+        assert done.returncode == 65
+        assert f"{part}: CRC32C" in done.stdout
+        assert len(done.stdout.splitlines()) == 1
+    assert lmscale("verify", folder, cwd=folder).returncode == 78
+
+
+def test_verify_sees_torn_and_foreign_things_in_a_run(folder: Path) -> None:
+    run = completed(load("run.yaml", cwd=folder), 40)
+    (run.checkpoints / "step-00000050-a1.tmp").mkdir()
+    (run.checkpoint(40, 1) / "notes").write_text("")
+    run.metrics.write_bytes(b'{"step": 1}\nnonsense\n{"step": 3}\n')
+    verdict = verify(run.path, lambda done, total: None)
+    assert [p for p in verdict.problems if "metrics.jsonl: line 2" in p] == verdict.problems
+    assert len(verdict.notes) == 2
+    copy = folder / "copied"
+    run.checkpoint(40, 1).rename(copy)
+    assert kind_of(copy) == "checkpoint"
+    run.checkpoint(60, 1).mkdir()
+    assert any(
+        "manifest.json is missing" in p for p in verify(run.path, lambda d, t: None).problems
+    )
+
+
+def test_a_run_on_another_host_is_waited_for_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr("lmscale.run.events.this_host", lambda: "elsewhere/1")
+    other = EventLog(run, "other")
+    other.write("start")
+    monkeypatch.undo()
+    slept: list[float] = []
+
+    def silent(seconds: float) -> None:
+        slept.append(seconds)
+        os.utime(other.path, (time.time() - 30 * len(slept) - 1,) * 2)
+
+    monkeypatch.setattr("launcher.hold.time.sleep", silent)
+    begin(run, "mine", by_hand=True, ranks=1).close()
+    assert len(slept) == 2
+    (run.events / "mine.jsonl").unlink()
+
+    def beats(_: float) -> None:
+        other.beat()
+
+    os.utime(other.path, (time.time() - 40,) * 2)
+    monkeypatch.setattr("launcher.hold.time.sleep", beats)
+    with pytest.raises(ConfigError, match=r"elsewhere(.|\n)*lmscale stop"):
+        begin(run, "mine", by_hand=True, ranks=1)
+    other.close()
+
+
+def test_stop_of_what_does_not_run_keeps_it_stopped(folder: Path, capsys: Any) -> None:
+    run = completed(load("run.yaml", cwd=folder), 40)
+    run.events.mkdir()
+    done = lmscale("stop", "run", cwd=folder)  # by its name in runs/
+    assert done.returncode == 0, done.stderr
+    assert "is not running" in done.stdout
+    assert run.stop.exists()
+    assert lmscale("stop", "nowhere", cwd=folder).returncode == 78
+    with pytest.raises(ConfigError):
+        find_run_folder(str(folder))
+
+
+LIVE = """
+import signal, sys, time
+from pathlib import Path
+from lmscale.run.events import EventLog
+from lmscale.run.folder import RunFolder
+log = EventLog(RunFolder(Path(sys.argv[1])), "s")
+def end(*_):
+    log.write("save", step=12)
+    log.write("exit", code=85, reason="saved, 85")
+    sys.exit(85)
+signal.signal(signal.SIGTERM, end)
+log.write("start")
+print("live", flush=True)
+time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_stop_signals_waits_and_says_what_happened(tmp_path: Path, now: bool) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LIVE, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "live\n"
+    said: list[str] = []
+    assert stop(str(tmp_path), now=now, say=said.append) == 0
+    process.communicate(timeout=5)
+    assert process.returncode == (-signal.SIGKILL if now else 85)
+    want = "killed; no checkpoint was saved" if now else "it ended (saved, 85)"
+    assert said[-1].startswith(want)
+    assert now or said[-1].endswith("step 12")
