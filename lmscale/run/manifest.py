@@ -28,7 +28,9 @@ def write_manifest(directory: Path, body: Mapping[str, Any]) -> None:
     """Write the manifest of a checkpoint folder whose files are all written and synced."""
     missing = [name for name in _FIELDS if name not in body]
     assert not missing, f"manifest without {missing}"
-    plain = json.loads(json.dumps(body, allow_nan=False))  # as a reader will see it: text keys, lists
+    plain = json.loads(
+        json.dumps(body, allow_nan=False)
+    )  # as a reader will see it: text keys, lists
     sealed = {**plain, "digest": digest(plain)}
     replace_file(directory / MANIFEST, (json.dumps(sealed) + "\n").encode())
 

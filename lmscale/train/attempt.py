@@ -114,7 +114,10 @@ class Attempt:
                 step = source.step if source else 0
                 if source:
                     log.info(
-                        "going on from step %d (%s) as attempt %d", step, source.path.name, self.number
+                        "going on from step %d (%s) as attempt %d",
+                        step,
+                        source.path.name,
+                        self.number,
                     )
                 rank.write_event(
                     "attempt", attempt=self.number, from_step=step, total_steps=total_steps

@@ -39,7 +39,8 @@ def clean_env(**more: str) -> dict[str, str]:
         "OMPI_",
     )
     kept = {key: value for key, value in os.environ.items() if not key.startswith(ranks)}
-    return {**kept, **more}
+    # Small matrices on several threads spend their time in barriers, minutes of it on a busy machine.
+    return {**kept, "OMP_NUM_THREADS": "1", **more}
 
 
 def lmscale(

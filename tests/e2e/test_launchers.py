@@ -27,16 +27,12 @@ def ours(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> list[float]:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_same_losses(job: Job, corpus: Path, ours: list[float], launcher: str) -> None:
     job.write(small_run(corpus, train={"steps": 12}))
-    done = finished_process(
-        [*LAUNCHERS[launcher], "run.yaml"], cwd=job.folder, env=clean_env(OMP_NUM_THREADS="1")
-    )
+    done = finished_process([*LAUNCHERS[launcher], "run.yaml"], cwd=job.folder, env=clean_env())
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line["loss"] for line in job.lines()] == ours
     metrics = job.run_dir / "metrics.jsonl"
     before = metrics.read_bytes()
-    again = finished_process(
-        [*LAUNCHERS[launcher], "run.yaml"], cwd=job.folder, env=clean_env(OMP_NUM_THREADS="1")
-    )
+    again = finished_process([*LAUNCHERS[launcher], "run.yaml"], cwd=job.folder, env=clean_env())
     assert again.returncode == 0, again.stdout + again.stderr
     assert "finished" in again.stdout + again.stderr
     assert metrics.read_bytes() == before

@@ -231,6 +231,17 @@ def test_sigkill_of_the_supervisor_ends_ranks_and_their_children(start: Start) -
     process.communicate()
 
 
+def test_ranks_end_with_their_supervisor_even_without_the_guard(start: Start) -> None:
+    process = start.launch("mark('pid', os.getpid()); wait()")
+    pids = [int(text) for text in start.wait_for("pid", 2).values()]
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (guard,) = {int(pid) for pid in children} - set(pids)
+    for pid in (guard, process.pid):
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(pids), "the ranks have ended")
+    process.communicate()
+
+
 def test_sigkill_of_a_rank_ends_the_rest(start: Start) -> None:
     process = start.launch(FAMILY.format(end="wait()"))
     pids = start.wait_for("pid", 2)
