@@ -54,7 +54,7 @@ class ModelConfig(Section):
     norm_eps: float = identity("added to the variance", default=1e-5, gt=0)
     positions: Literal["rotary", "learned", "none"] = identity("how they enter", default="rotary")
     rope_theta: float = identity("base of the rotary angles", default=10_000.0, gt=0)
-    activation: Literal["swiglu", "gelu", "relu"] = identity("non-linearity", default="swiglu")
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = identity("non-linearity", default="swiglu")
     biases: bool = identity("bias in every linear and layer norm", default=False)
     tied: bool = identity("the head is the embedding, transposed", default=False)
     dropout: float = identity("probability, in every residual branch", default=0.0, ge=0, lt=1)

@@ -49,7 +49,6 @@ def prepare_main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = PrepareOptions()
     parser = argparse.ArgumentParser(
         prog="lmscale prepare",
         description="Turn text into corpora: OUT/train and OUT/heldout, in checked tar shards. "
@@ -64,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
         help="UTF-8 text (a document a file), JSON Lines (.jsonl, a document a line), each also as .gz "
         "or .zst, or a folder of such files",
     )
+    _add_options(parser, PrepareOptions())
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser, default: PrepareOptions) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="FILE|bytes|bpe:SIZE",
@@ -98,7 +102,6 @@ def _parser() -> argparse.ArgumentParser:
         "--workers", metavar="N", default="0", help="processes (0: one for each core)"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    return parser
 
 
 def _count(flag: str, text: str) -> int:
@@ -193,5 +196,5 @@ def _words(out: Path, summary: Summary) -> str:
     lines.append(
         f"  vocabulary of {some.tokenizer.vocab_size} ids, chunks of {some.chunk_tokens} tokens"
     )
-    lines.append(f'next: lmscale train RUN.yaml "data.corpora=[{{path: {out}, weight: 1}}]"')
+    lines.append(f"next: lmscale train RUN.yaml data.corpora={out}")
     return "\n".join(lines) + "\n"

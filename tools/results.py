@@ -1,0 +1,93 @@
+"""Long programs that may be stopped at any time: one line a finished piece of work, and a page made from all lines.
+
+A line counts only for the sources it was measured on (`sources`), so a result never outlives the code.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+Line = dict[str, Any]
+
+
+class Results:
+    """A file of JSON lines. A torn last line, of a killed program, is dropped at the next start."""
+
+    def __init__(self, path: Path, *, sources: str) -> None:
+        self.path = path
+        self._sources = sources
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raw = path.read_bytes() if path.exists() else b""
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if whole != raw:
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        self._all: list[Line] = [json.loads(line) for line in whole.splitlines()]
+
+    @property
+    def lines(self) -> list[Line]:
+        """Those of the present sources, in the order they were written."""
+        return [line for line in self._all if line["sources"] == self._sources]
+
+    def append(self, **fields: Any) -> Line:
+        """Write one line; it is on the disk when this returns."""
+        line = {**fields, "sources": self._sources, "time": datetime.now(UTC).isoformat()[:19]}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._all.append(line)
+        return line
+
+
+def sources() -> str:
+    """Names the product's code: a digest over every Python file of lmscale/ and launcher/."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("lmscale/**/*.py"), *ROOT.glob("launcher/**/*.py")]):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def provenance() -> dict[str, str]:
+    """What a table was measured on."""
+    commit = _git("rev-parse", "--short=12", "HEAD") or "unknown"
+    if _git("status", "--porcelain", "--", "lmscale", "launcher"):
+        commit += " and changes that were not committed"
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "numpy"))
+    return {
+        "commit": commit,
+        "sources": sources(),
+        "versions": f"Python {platform.python_version()}, {packages}",
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _git(*argv: str) -> str:
+    done = subprocess.run(["git", *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def facts(given: Mapping[str, object]) -> str:
+    """A list of name and value."""
+    return "\n".join(f"- {name}: {value}" for name, value in given.items())
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [list(header), ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_page(path: Path, parts: Iterable[str]) -> None:
+    """Paragraphs with an empty line between them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")

@@ -1,0 +1,367 @@
+"""Random SIGKILLs, and after each the same command again: nothing may be lost, repeated, different or left over.
+
+    python tools/soak.py [--trials 144] [--minutes 55] [--seed S] [--only N]
+
+One line a finished trial goes to build/soak.jsonl; the same command goes on after the last of them, with its
+seed. `--only N` repeats one trial and writes nothing. docs/soak.md is written at the end. kills.py says what a
+trial does, judge.py what must hold afterwards. A failed trial leaves its folder under build/soak/.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
+
+import judge
+from kills import IN_PLACE, MOMENTS, VICTIMS, Kill, Trial, in_words, plan_trial
+from results import ROOT, Line, Results, facts, provenance, sources, table, write_page
+from small_jobs import ENGINES, SharedJobs, Started, plan_rows, start
+
+from conftest import Job, descendants, lmscale, processes_of, rank_pids, small_run
+
+STEPS = 60
+BATCH = 8  # small_run's global_batch
+SAME = ("step", "loss", "grad_norm", "position", "tokens", "lr")
+SAME_EVAL = ("step", "corpus", "metric", "value", "count")
+KILLED = 128 + signal.SIGKILL
+GONE_S, HANG_S = 20.0, 150.0
+
+
+class Reference:
+    """An engine's run that nobody disturbed: what every trial is held against. Made once, kept in build/soak."""
+
+    def __init__(self, shared: SharedJobs, engine: str) -> None:
+        self.job = shared.finished(f"reference-{engine}", run_file(shared.corpus, engine))
+        self.lines, self.evals = self.job.lines(), self.job.lines("eval.jsonl")
+        self.planned = plan_rows(self.job, STEPS)
+        times = [event["time"] for event in self.job.events() if event["kind"] == "start"]
+        others = [event["time"] for event in self.job.events() if event["kind"] != "start"]
+        saved = [event["time"] for event in self.job.events() if event["kind"] == "sample"]
+        self.start_s = min(others) - min(times)  # of the supervisor, to the first attempt
+        self.finish_s = max(others) - min(saved)
+        assert len(self.lines) == STEPS, f"{self.job.run_dir}: the reference has gaps itself"
+
+
+def run_file(corpus: Path, engine: str, *, max_restarts: int = 0) -> dict[str, Any]:
+    return small_run(
+        corpus,
+        engine={**ENGINES[engine], "precision": "fp32"},
+        train={"steps": STEPS},
+        model={"dropout": 0.1},
+        checkpoint={"every_steps": 7},
+        cluster={"max_restarts": max_restarts, "ranks_per_node": 2},
+    )
+
+
+class Struck:
+    """One trial under way: starts, kills, and what was seen."""
+
+    def __init__(self, job: Job, trial: Trial, reference: Reference) -> None:
+        self.job, self.trial, self.reference = job, trial, reference
+        self.problems: list[str] = []
+        self.steps: list[int] = []  # lines that stood at each kill
+        self.moments: list[str] = []  # of the kills that hit
+        self.recovery_s: float | None = None
+        self._chooser = random.Random(trial.chooser)
+        self._seen: set[int] = set()  # ranks of earlier starts
+        self._inode: int | None = None  # of metrics.jsonl when this start began: it is cut by renaming
+
+    def run(self) -> None:
+        in_place = self.trial.victim == IN_PLACE
+        started = start(self.job)
+        for kill in self.trial.kills:
+            if not self._strike(started, kill) or in_place:
+                continue
+            self._see_end(started, killed=True)
+            started = start(self.job)
+        since = self._struck_at if in_place and self.moments else started.since
+        reached = self.steps[-1] if self.steps else 0
+        self._wait_for_step(started, min(STEPS, reached + 1))
+        self.recovery_s = time.monotonic() - since if self.moments else None
+        self._see_end(started, killed=False)
+
+    def _strike(self, started: Started, kill: Kill) -> bool:
+        """Wait for the moment, then kill. False: the start ended before."""
+        if not self._wait_for(started, kill):
+            return False
+        time.sleep(kill.pause_s)
+        pids = self._victims(started.process.pid)
+        self.steps.append(len(self.job.lines()))
+        self._struck_at = time.monotonic()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.moments.append(kill.moment)
+        self._seen |= set(rank_pids(started.process.pid))
+        with contextlib.suppress(FileNotFoundError):
+            self._inode = (self.job.run_dir / "metrics.jsonl").stat().st_ino
+        return True
+
+    def _victims(self, supervisor: int) -> list[int]:
+        match self.trial.victim:
+            case "supervisor":
+                return [supervisor]
+            case "all":
+                return [supervisor, *descendants(supervisor)]
+            case _:
+                ranks = [pid for pid in rank_pids(supervisor) if pid not in self._seen]
+                return [self._chooser.choice(ranks)] if ranks else []
+
+    def _wait_for(self, started: Started, kill: Kill) -> bool:
+        match kill.moment:
+            case "start-up":
+                there = self._wait(started, lambda: bool(self._victims(started.process.pid)))
+                return there and self._sleep(started, kill.share * self.reference.start_s)
+            case "finish":
+                there = self._wait_for_step(started, STEPS)
+                return there and self._sleep(started, kill.share * self.reference.finish_s)
+        if not self._wait(started, self._fresh):
+            return False
+        at = kill.at_step(len(self.job.lines()) + 1, STEPS - 1)
+        if not self._wait_for_step(started, at):
+            return False
+        before = self._unpublished()
+        return kill.moment == "step" or self._wait(
+            started, lambda: bool(self._unpublished() - before)
+        )
+
+    def _wait_for_step(self, started: Started, step: int) -> bool:
+        return self._wait(started, lambda: self._fresh() and len(self.job.lines()) >= step)
+
+    def _fresh(self) -> bool:
+        """metrics.jsonl is this start's: lines that a killed start left are cut by a new file."""
+        try:
+            return (self.job.run_dir / "metrics.jsonl").stat().st_ino != self._inode
+        except FileNotFoundError:
+            return False
+
+    def _unpublished(self) -> set[str]:
+        return {path.name for path in (self.job.run_dir / "checkpoints").glob("step-*.tmp")}
+
+    def _wait(self, started: Started, condition: Any) -> bool:
+        deadline = time.monotonic() + HANG_S
+        while started.process.poll() is None and time.monotonic() < deadline:
+            if condition():
+                return True
+            time.sleep(0.001)
+        return False
+
+    def _sleep(self, started: Started, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        self._wait(started, lambda: time.monotonic() >= end)
+        return started.process.poll() is None
+
+    def _see_end(self, started: Started, *, killed: bool) -> None:
+        """Its exit code, and that no process outlived it."""
+        try:
+            code = started.process.wait(HANG_S)
+        except subprocess.TimeoutExpired:
+            self.problems.append(f"start {started.number}: still running after {HANG_S:.0f} s")
+            kill_all(self.job.folder)
+            code = started.process.wait()
+        wanted = {0}
+        if killed:
+            wanted = {KILLED if self.trial.victim == "rank" else -signal.SIGKILL}
+            if self.moments[-1] == "finish":  # it may have been done already
+                wanted.add(0)
+        if code not in wanted:
+            self.problems.append(
+                f"start {started.number}: exit code {code}, not {wanted}; see {started.log}"
+            )
+        deadline = time.monotonic() + GONE_S
+        while (left := processes_of(self.job.folder)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if left:
+            self.problems.append(f"start {started.number}: processes {left} outlived it")
+            kill_all(self.job.folder)
+
+
+def kill_all(folder: Path) -> None:
+    for pid in processes_of(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def abandoned(names: set[str], *, wait_s: float = 5.0) -> set[str]:
+    """Those still in /dev/shm that no living process has open: other programs' memory is theirs."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        left = {name for name in names & shared_memory() if not _is_open(f"/dev/shm/{name}")}
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
+def _is_open(path: str) -> bool:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if path in (process / "maps").read_text():
+                return True
+            if any(os.readlink(fd) == path for fd in (process / "fd").iterdir()):
+                return True
+    return False
+
+
+def verdict(job: Job, reference: Reference) -> Iterator[str]:
+    """What is wrong with a finished run folder; nothing: it is the uninterrupted one."""
+    lines = job.lines()
+    yield from judge.step_problems(lines, STEPS)
+    yield from judge.bitwise_problems(lines, reference.lines, SAME, name="metrics.jsonl")
+    evals = job.lines("eval.jsonl")
+    yield from judge.bitwise_problems(evals, reference.evals, SAME_EVAL, name="eval.jsonl")
+    paths = sorted((job.run_dir / "trace").glob("rank-*.jsonl"))
+    traced, twice = judge.trace_of(line for p in paths for line in job.lines(f"trace/{p.name}"))
+    yield from twice
+    yield from judge.trace_problems(
+        traced, reference.planned, batch=BATCH, crc_of=judge.crc_in_shard
+    )
+    if left := [name for name in job.checkpoints() if name.endswith(".tmp")]:
+        yield f"checkpoints: unfinished ones were left: {left}"
+    done = lmscale("verify", job.run_dir, cwd=job.folder)
+    if done.returncode != 0:
+        yield f"lmscale verify: {done.stdout}{done.stderr}"
+
+
+def run_trial(trial: Trial, reference: Reference, folder: Path) -> Line:
+    """Everything a result line says about a trial. The folder goes where it passed."""
+    kill_all(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    job, memory, begun = Job(folder), shared_memory(), time.monotonic()
+    max_restarts = len(trial.kills) if trial.victim == IN_PLACE else 0
+    job.write(run_file(reference.job.folder.parent / "small", trial.engine, max_restarts=max_restarts))
+    struck = Struck(job, trial, reference)
+    try:
+        struck.run()
+    finally:
+        kill_all(folder)
+    if left := abandoned(shared_memory() - memory):
+        struck.problems.append(f"/dev/shm: {sorted(left)} were left")
+    problems = [*struck.problems, *verdict(job, reference)]
+    if not problems:
+        shutil.rmtree(folder)
+    return {
+        "trial": trial.number,
+        "engine": trial.engine,
+        "kind": trial.victim,
+        "moments": struck.moments,
+        "step": struck.steps,
+        "restarts": len(struck.moments),
+        "recovery_s": struck.recovery_s and round(struck.recovery_s, 2),
+        "seconds": round(time.monotonic() - begun, 1),
+        "verdict": "passed" if not problems else "failed",
+        "problems": problems,
+    }
+
+
+def page(lines: Sequence[Line], seed: int) -> Iterator[str]:
+    """docs/soak.md."""
+    passed = sum(line["verdict"] == "passed" for line in lines)
+    kills = sum(line["restarts"] for line in lines)
+    yield "# Soak: random kills"
+    yield (
+        "Written by `make soak`; do not edit. Each trial starts a run of 60 steps on two ranks (fp32, dropout, "
+        "`train.deterministic`), SIGKILLs it one to three times in a row, and starts the same command again. Passed: "
+        "one line a step; loss, grad_norm, lr and position of every step, and all of eval.jsonl, bitwise those of the "
+        "run that nobody disturbed; the trace equal to `lmscale plan --data --json`, down to the CRC of the bytes; the "
+        "expected exit codes; every checkpoint sound; no process, no .tmp folder and nothing in /dev/shm left over."
+    )
+    yield f"**{passed} of {len(lines)} trials passed, with {kills} kills.**"
+    yield facts({**provenance(), "seed": seed})
+    rows = []
+    for engine in ENGINES:
+        for victim in VICTIMS:
+            own = [one for one in lines if (one["engine"], one["kind"]) == (engine, victim)]
+            times = [one["recovery_s"] for one in own if one["recovery_s"] is not None]
+            median = f"{statistics.median(times):.1f}" if times else "-"
+            good = sum(one["verdict"] == "passed" for one in own)
+            rows.append((engine, victim, len(own), good, sum(o["restarts"] for o in own), median))
+    header = ("engine", "killed", "trials", "passed", "kills", "median recovery s")
+    yield table(header, rows)
+    yield (
+        "Recovery: from the last start (in place: from the kill) until the run is one step beyond where it was "
+        "killed, so it holds the imports, the load and the steps that are done again."
+    )
+    hits = [(line, moment) for line in lines for moment in line["moments"]]
+    yield table(
+        ("moment", "kills", "in trials that failed"),
+        [
+            (
+                moment,
+                sum(found == moment for _, found in hits),
+                sum(found == moment and line["verdict"] == "failed" for line, found in hits),
+            )
+            for moment in MOMENTS
+        ],
+    )
+    failed = [line for line in lines if line["verdict"] == "failed"]
+    if failed:
+        yield "\n".join(f"- trial {one['trial']}: {'; '.join(one['problems'])}" for one in failed)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=144, help="in all, with those of earlier calls")
+    parser.add_argument("--minutes", type=float, default=55.0, help="no new trial after these")
+    parser.add_argument("--seed", type=int, help="default: the last line's, else drawn")
+    parser.add_argument("--only", type=int, help="repeat this trial; write nothing")
+    parser.add_argument("--results", type=Path, default=ROOT / "build" / "soak.jsonl")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "soak.md")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args, begun = arguments(), time.monotonic()
+    results = Results(args.results.absolute(), sources=sources())
+    seed = args.seed
+    if seed is None:
+        seeds = [line["seed"] for line in results.lines]
+        seed = seeds[-1] if seeds else random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}", flush=True)
+    shared = SharedJobs(results.path.with_suffix("") / sources())
+    references: dict[str, Reference] = {}
+
+    def run(number: int) -> Line:
+        trial = plan_trial(seed, number)
+        if trial.engine not in references:
+            references[trial.engine] = Reference(shared, trial.engine)
+        print(f"trial {number}: {in_words(trial)}", flush=True)
+        found = run_trial(trial, references[trial.engine], shared.folder / f"trial-{number:05d}")
+        print(
+            f"    {found['verdict']} in {found['seconds']} s, killed at {found['step']}, "
+            f"recovered in {found['recovery_s']} s",
+            *found["problems"], sep="\n    ", flush=True,
+        )  # fmt: skip
+        return found
+
+    if args.only is not None:
+        return int(run(args.only)["verdict"] != "passed")
+    done = {line["trial"] for line in results.lines if line["seed"] == seed}
+    for number in range(args.trials):
+        if time.monotonic() - begun > args.minutes * 60:
+            break
+        if number not in done:
+            results.append(seed=seed, **run(number))
+    own = [line for line in results.lines if line["seed"] == seed]
+    write_page(args.page, page(own, seed))
+    print(table(("trials", "passed"), [(len(own), sum(o["verdict"] == "passed" for o in own))]))
+    return int(any(line["verdict"] != "passed" for line in own))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
