@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= smoke
 TOKENIZER ?= bpe:4096
 
-.PHONY: setup train test test-long test-cluster matrix soak lint format clean
+.PHONY: setup train test test-long matrix soak lint format clean
 
 setup: $(VENV)/.ready
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.length import total_steps
 from launcher.train import world_of
 from lmscale.config import checks
+from lmscale.config.length import total_steps
 from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError, DataError, Problem
 from lmscale.run.checkpoints import newest_valid
@@ -25,7 +25,7 @@ def facts(cfg: RunConfig, env: dict[str, str]) -> dict[str, Any]:
     dp_size, num_ranks = _dp_size(cfg, env)
     manifest = Manifest.load(resolve(Path(cfg.data.corpora[0].path)))
     samples = manifest.num_samples(cfg.train.seq_len)
-    steps, batch = total_steps(cfg, samples), cfg.train.global_batch
+    steps, batch = total_steps(cfg, lambda: samples), cfg.train.global_batch
     if samples < batch:
         fact = f"{batch} samples a step, but the corpus has {samples} of {cfg.train.seq_len} tokens"
         raise ConfigError([Problem("train.global_batch", fact, "use fewer, or a larger corpus")])
@@ -85,7 +85,7 @@ def data_rows(cfg: RunConfig, steps: str | None, env: dict[str, str]) -> Iterato
         window=cfg.data.shuffle_window,
         seed=cfg.train.seed,
     )
-    wanted = _steps(steps, total_steps(cfg, reader.num_samples))
+    wanted = _steps(steps, total_steps(cfg, lambda: reader.num_samples))
     found = rows(
         reader,
         order,

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.guard import Guard
-from launcher.hold import begin
 from launcher.output import Output
 from launcher.signals import Signals
 from launcher.spawn import Place, RankProcess, free_port, port_is_taken, spawn
@@ -24,6 +23,7 @@ from lmscale.errors import ExitCode, LmscaleError, decisive
 from lmscale.run.budget import starts_since_progress
 from lmscale.run.events import EventLog, read_events
 from lmscale.run.folder import RunFolder
+from lmscale.run.hold import begin
 from lmscale.run.lines import readable_lines
 
 _PR_SET_CHILD_SUBREAPER = 36

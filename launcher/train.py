@@ -3,22 +3,23 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from launcher.handoff import command, hand_off
-from launcher.hold import refusal
-from launcher.length import total_steps
+from launcher.length import corpus_samples
 from launcher.ranks import rank_env
 from launcher.spawn import Place
 from launcher.supervise import Job, supervise
 from lmscale.config import checks
+from lmscale.config.length import total_steps
 from lmscale.config.load import load
 from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError, ExitCode, Problem, UsageError
 from lmscale.run.checkpoints import newest_valid
 from lmscale.run.events import start_name
 from lmscale.run.folder import RunFolder
-from lmscale.run.liveness import live
+from lmscale.run.hold import wait_for_silence
 
 
 def train(source: str, overrides: Sequence[str], nproc: int | None) -> int:
@@ -32,8 +33,8 @@ def train(source: str, overrides: Sequence[str], nproc: int | None) -> int:
     if found := [*checks.world_problems(cfg, world_size=num_ranks * nodes), *_missing(cfg)]:
         raise ConfigError(found)
     folder, by_hand = RunFolder(Path(cfg.train.run_dir)), "LMSCALE_START" not in os.environ
-    if by_hand and (other := live(folder)) is not None and other.here:
-        raise refusal(folder, other)
+    if by_hand:
+        wait_for_silence(folder)  # here, where Ctrl-C still ends the process at once
     if (step := finished(cfg, folder)) is not None:
         sys.stderr.write(_farewell(folder, step))
         return ExitCode.DONE
@@ -69,6 +70,11 @@ def world_of(cfg: RunConfig, env: Mapping[str, str]) -> tuple[int, int, int, str
             f"environment: node {node} of {nodes} meeting at LMSCALE_MASTER={master!r}; "
             "every node needs LMSCALE_NODES, LMSCALE_NODE_RANK and LMSCALE_MASTER=host:port"
         )
+    if nodes > 1 and not env.get("LMSCALE_START"):
+        raise UsageError(
+            f"environment: {nodes} nodes need LMSCALE_START, a name of this start that is the same on "
+            "every node and new each time: by it they find each other (e.g. job id and restart count)"
+        )
     if nodes != cfg.cluster.nodes:
         fact = f"{cfg.cluster.nodes}, but this start has {nodes} (LMSCALE_NODES)"
         hint = "start it on every node with LMSCALE_NODES set, or use cluster.nodes=1"
@@ -86,13 +92,16 @@ def finished(cfg: RunConfig, folder: RunFolder) -> int | None:
     from lmscale.config.identity import differing, identity
     from lmscale.run.manifest import read_manifest
 
-    before = read_manifest(found.path).get("identity", {})
+    body = read_manifest(found.path)
+    before, stands = body.get("identity", {}), body.get("state", {}).get("train", {})
     blank = {"data.corpora": None, "data.tokenizer": None, "data.streams": None}
     now = identity(cfg, corpora=[""] * len(cfg.data.corpora), tokenizer="", streams=0)
     changed = differing({**before, **blank}, {**now, **blank})
-    if set(changed) - set(cfg.train.allow_change) or found.step < total_steps(cfg):
+    if set(changed) - set(cfg.train.allow_change):
         return None
-    return found.step
+    position = stands.get("position", found.step * cfg.train.global_batch)
+    total = total_steps(cfg, partial(corpus_samples, cfg), step=found.step, position=position)
+    return found.step if found.step >= total else None
 
 
 def _missing(cfg: RunConfig) -> Iterator[Problem]:

@@ -1,9 +1,9 @@
 """What one trial of the soak does: which engine, whom it kills, how often and when. Pure: a seed and a number say all.
 
-    step      when metrics.jsonl has a random line
-    save      when a checkpoint's .tmp folder appears after a random step
-    start-up  a random share of the time to the first step after the victim exists
-    finish    after the last step's line: validation, the last checkpoint, the report
+step      when metrics.jsonl has a random line
+save      when a checkpoint's .tmp folder appears after a random step
+start-up  a random share of the time to the first step after the victim exists
+finish    after the last step's line: validation, the last checkpoint, the report
 """
 
 import random

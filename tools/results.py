@@ -1,6 +1,7 @@
 """Long programs that may be stopped at any time: one line a finished piece of work, and a page made from all lines.
 
-A line counts only for the sources it was measured on (`sources`), so a result never outlives the code.
+A line counts only for the sources it was measured on (`sources`), so a result never outlives the code; and a
+program ends when they change under it.
 """
 
 import hashlib
@@ -14,7 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lmscale
+
 ROOT = Path(__file__).resolve().parents[1]
+# Where the lmscale that runs comes from: an editable install may point to another checkout.
+PRODUCT = Path(lmscale.__file__).parents[1]
 Line = dict[str, Any]
 
 
@@ -38,7 +43,11 @@ class Results:
         return [line for line in self._all if line["sources"] == self._sources]
 
     def append(self, **fields: Any) -> Line:
-        """Write one line; it is on the disk when this returns."""
+        """Write one line; it is on the disk when this returns. Ends the program where the sources have changed."""
+        if sources() != self._sources:
+            raise SystemExit(
+                "the sources changed meanwhile: this result counts for neither; start again"
+            )
         line = {**fields, "sources": self._sources, "time": datetime.now(UTC).isoformat()[:19]}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -51,8 +60,8 @@ class Results:
 def sources() -> str:
     """Names the product's code: a digest over every Python file of lmscale/ and launcher/."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("lmscale/**/*.py"), *ROOT.glob("launcher/**/*.py")]):
-        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes() + b"\0")
+    for path in sorted([*PRODUCT.glob("lmscale/**/*.py"), *PRODUCT.glob("launcher/**/*.py")]):
+        digest.update(f"{path.relative_to(PRODUCT)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
@@ -72,7 +81,7 @@ def provenance() -> dict[str, str]:
 
 
 def _git(*argv: str) -> str:
-    done = subprocess.run(["git", *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", *argv], cwd=PRODUCT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

@@ -17,18 +17,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
 
 import judge
+from conftest import Job, descendants, lmscale, processes_of, rank_pids, small_run
 from kills import IN_PLACE, MOMENTS, VICTIMS, Kill, Trial, in_words, plan_trial
 from results import ROOT, Line, Results, facts, provenance, sources, table, write_page
 from small_jobs import ENGINES, SharedJobs, Started, plan_rows, start
-
-from conftest import Job, descendants, lmscale, processes_of, rank_pids, small_run
 
 STEPS = 60
 BATCH = 8  # small_run's global_batch
@@ -72,10 +71,15 @@ class Struck:
         self.problems: list[str] = []
         self.steps: list[int] = []  # lines that stood at each kill
         self.moments: list[str] = []  # of the kills that hit
+        self.torn: list[bool] = []  # whether the kill left a checkpoint unfinished
         self.recovery_s: float | None = None
         self._chooser = random.Random(trial.chooser)
         self._seen: set[int] = set()  # ranks of earlier starts
-        self._inode: int | None = None  # of metrics.jsonl when this start began: it is cut by renaming
+        self._struck_at = 0.0
+        self._before: set[str] = set()  # unfinished checkpoints before the save that is waited for
+        self._inode: int | None = (
+            None  # of metrics.jsonl when this start began: it is cut by renaming
+        )
 
     def run(self) -> None:
         in_place = self.trial.victim == IN_PLACE
@@ -96,48 +100,65 @@ class Struck:
         if not self._wait_for(started, kill):
             return False
         time.sleep(kill.pause_s)
-        pids = self._victims(started.process.pid)
-        self.steps.append(len(self.job.lines()))
+        pids = self._chosen(started.process.pid)
+        self.steps.append(self._count())
         self._struck_at = time.monotonic()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.moments.append(kill.moment)
-        self._seen |= set(rank_pids(started.process.pid))
+        self.torn.append(kill.moment == "save" and bool(self._unpublished() - self._before))
         with contextlib.suppress(FileNotFoundError):
             self._inode = (self.job.run_dir / "metrics.jsonl").stat().st_ino
         return True
 
-    def _victims(self, supervisor: int) -> list[int]:
+    def _chosen(self, supervisor: int) -> list[int]:
         match self.trial.victim:
             case "supervisor":
                 return [supervisor]
             case "all":
                 return [supervisor, *descendants(supervisor)]
             case _:
-                ranks = [pid for pid in rank_pids(supervisor) if pid not in self._seen]
+                ranks = self._ranks(supervisor)
+                self._seen |= set(ranks)
                 return [self._chooser.choice(ranks)] if ranks else []
+
+    def _ranks(self, supervisor: int) -> list[int]:
+        """Those of this start: after a restart in place the old ones may still be ending."""
+        return [pid for pid in rank_pids(supervisor) if pid not in self._seen]
+
+    def _killable(self, started: Started) -> bool:
+        ranks = self.trial.victim not in ("supervisor", "all")
+        return not ranks or bool(self._ranks(started.process.pid))
 
     def _wait_for(self, started: Started, kill: Kill) -> bool:
         match kill.moment:
             case "start-up":
-                there = self._wait(started, lambda: bool(self._victims(started.process.pid)))
-                return there and self._sleep(started, kill.share * self.reference.start_s)
+                there = self._wait(started, lambda: self._killable(started), poll_s=0.02)
+                seconds = kill.share * self.reference.start_s
+                return there and self._sleep(started, seconds, unless=self._fresh)
             case "finish":
                 there = self._wait_for_step(started, STEPS)
                 return there and self._sleep(started, kill.share * self.reference.finish_s)
         if not self._wait(started, self._fresh):
             return False
-        at = kill.at_step(len(self.job.lines()) + 1, STEPS - 1)
+        at = kill.at_step(self._count() + 1, STEPS - 1)
         if not self._wait_for_step(started, at):
             return False
-        before = self._unpublished()
+        self._before = self._unpublished()
         return kill.moment == "step" or self._wait(
-            started, lambda: bool(self._unpublished() - before)
+            started, lambda: bool(self._unpublished() - self._before), poll_s=0.001
         )
 
     def _wait_for_step(self, started: Started, step: int) -> bool:
-        return self._wait(started, lambda: self._fresh() and len(self.job.lines()) >= step)
+        return self._wait(started, lambda: self._fresh() and self._count() >= step)
+
+    def _count(self) -> int:
+        """Lines in metrics.jsonl, which stand there without gaps while a run goes on."""
+        try:
+            return (self.job.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
+        except FileNotFoundError:
+            return 0
 
     def _fresh(self) -> bool:
         """metrics.jsonl is this start's: lines that a killed start left are cut by a new file."""
@@ -149,17 +170,21 @@ class Struck:
     def _unpublished(self) -> set[str]:
         return {path.name for path in (self.job.run_dir / "checkpoints").glob("step-*.tmp")}
 
-    def _wait(self, started: Started, condition: Any) -> bool:
+    def _wait(
+        self, started: Started, condition: Callable[[], bool], *, poll_s: float = 0.004
+    ) -> bool:
         deadline = time.monotonic() + HANG_S
         while started.process.poll() is None and time.monotonic() < deadline:
             if condition():
                 return True
-            time.sleep(0.001)
+            time.sleep(poll_s)
         return False
 
-    def _sleep(self, started: Started, seconds: float) -> bool:
+    def _sleep(
+        self, started: Started, seconds: float, *, unless: Callable[[], bool] = lambda: False
+    ) -> bool:
         end = time.monotonic() + seconds
-        self._wait(started, lambda: time.monotonic() >= end)
+        self._wait(started, lambda: time.monotonic() >= end or unless())
         return started.process.poll() is None
 
     def _see_end(self, started: Started, *, killed: bool) -> None:
@@ -244,7 +269,9 @@ def run_trial(trial: Trial, reference: Reference, folder: Path) -> Line:
     folder.mkdir(parents=True)
     job, memory, begun = Job(folder), shared_memory(), time.monotonic()
     max_restarts = len(trial.kills) if trial.victim == IN_PLACE else 0
-    job.write(run_file(reference.job.folder.parent / "small", trial.engine, max_restarts=max_restarts))
+    job.write(
+        run_file(reference.job.folder.parent / "small", trial.engine, max_restarts=max_restarts)
+    )
     struck = Struck(job, trial, reference)
     try:
         struck.run()
@@ -261,6 +288,7 @@ def run_trial(trial: Trial, reference: Reference, folder: Path) -> Line:
         "kind": trial.victim,
         "moments": struck.moments,
         "step": struck.steps,
+        "torn": struck.torn,
         "restarts": len(struck.moments),
         "recovery_s": struck.recovery_s and round(struck.recovery_s, 2),
         "seconds": round(time.monotonic() - begun, 1),
@@ -297,14 +325,19 @@ def page(lines: Sequence[Line], seed: int) -> Iterator[str]:
         "Recovery: from the last start (in place: from the kill) until the run is one step beyond where it was "
         "killed, so it holds the imports, the load and the steps that are done again."
     )
-    hits = [(line, moment) for line in lines for moment in line["moments"]]
+    hits = [
+        (line, moment, torn)
+        for line in lines
+        for moment, torn in zip(line["moments"], line["torn"], strict=True)
+    ]
     yield table(
-        ("moment", "kills", "in trials that failed"),
+        ("moment", "kills", "that left an unfinished checkpoint", "in trials that failed"),
         [
             (
                 moment,
-                sum(found == moment for _, found in hits),
-                sum(found == moment and line["verdict"] == "failed" for line, found in hits),
+                sum(found == moment for _, found, _ in hits),
+                sum(found == moment and torn for _, found, torn in hits),
+                sum(found == moment and line["verdict"] == "failed" for line, found, _ in hits),
             )
             for moment in MOMENTS
         ],
@@ -316,7 +349,9 @@ def page(lines: Sequence[Line], seed: int) -> Iterator[str]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=144, help="in all, with those of earlier calls")
+    parser.add_argument(
+        "--trials", type=int, default=144, help="in all, with those of earlier calls"
+    )
     parser.add_argument("--minutes", type=float, default=55.0, help="no new trial after these")
     parser.add_argument("--seed", type=int, help="default: the last line's, else drawn")
     parser.add_argument("--only", type=int, help="repeat this trial; write nothing")

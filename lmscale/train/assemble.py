@@ -2,29 +2,36 @@
 
 import contextlib
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lmscale.checkpoint.load import load
-from lmscale.config.identity import fingerprint, identity, placement
+from lmscale.config.length import total_steps
 from lmscale.config.run import RunConfig
 from lmscale.corpus.assign import wasted_frac
 from lmscale.data.loader import Loader, Share
 from lmscale.dist.group import choose_device, distributed
 from lmscale.dist.mesh import make_mesh
 from lmscale.engine.build import build_engine
-from lmscale.errors import ExitCode
+from lmscale.errors import ConfigError, ExitCode, Problem
 from lmscale.model.build import build_model
 from lmscale.model.flops import flops_per_token, num_parameters
 from lmscale.model.language import LanguageModel
+from lmscale.run.attempts import check_not_overtaken
 from lmscale.run.events import EventLog
 from lmscale.run.folder import RunFolder
-from lmscale.train.attempt import Attempt, check_identity, choose, resumed_state
-from lmscale.train.corpora import Corpora, build_order, open_corpora, total_steps
-from lmscale.train.environment import environment, peak_of, provenance
+from lmscale.train.attempt import (
+    Attempt,
+    Source,
+    check_identity,
+    choose,
+    note_changes,
+    resumed_state,
+)
+from lmscale.train.body import checkpoint_body, placement_facts, run_identity
+from lmscale.train.corpora import Corpora, build_order, open_corpora
+from lmscale.train.environment import environment, peak_of
 from lmscale.train.evaluate import Validation
 from lmscale.train.finish import farewell, finish
 from lmscale.train.listen import Listeners, cut_after, open_listeners
@@ -64,31 +71,35 @@ def train(
 
 def _train(rank: Rank, corpora: Corpora, stop: StopRequest) -> ExitCode:
     cfg = rank.cfg
-    steps = total_steps(cfg, corpora.train.num_samples)
     source = rank.on_root(lambda: choose(rank))
-    state = resumed_state(source, streams=cfg.data.streams or cfg.train.global_batch)
-    same = _identity(cfg, corpora, streams=state.streams)
+    state = resumed_state(source, cfg)
+    same = run_identity(cfg, corpora, streams=state.streams)
     if source is not None:
         check_identity(cfg, source.body, same)
-        if source.step >= steps:
-            log.info(
-                "finished: %s stands at step %d of %d. Its report: %s. To train on, raise train.steps with "
-                "train.allow_change='[train.steps]'", rank.folder.path, source.step, steps, rank.folder.report,
-            )  # fmt: skip
-            return ExitCode.DONE
+        if source.step >= (steps := _total_steps(cfg, corpora, state)):
+            return _nothing_left(rank, source, steps)
     rank.on_root(lambda: write_config(rank.folder, cfg))
     _say_waste(rank)
     model = _build_model(cfg, corpora.manifest.tokenizer.vocab_size)
     parameters = num_parameters(model).total
     engine = build_engine(cfg, model, rank.mesh, rank.device)
     attempt = Attempt(rank)
-    source = attempt.begin(engine, source, placement=_placement(rank), total_steps=steps)
-    state = resumed_state(source, streams=state.streams)
-    body = _checkpoint_body(rank, same, state)
+    source = attempt.begin(engine, source, placement=placement_facts(rank), same=same)
+    state = resumed_state(source, cfg)
+    note_changes(state, source, same)
+    steps = _total_steps(cfg, corpora, state)
+    _say_begin(rank, attempt, source, total_steps=steps)
+    own_step = source.step if source is not None and not source.foreign else None
     saver = Saver(
-        rank, engine, attempt=attempt.number, body=body, newest_step=source.step if source else None
+        rank,
+        engine,
+        attempt=attempt.number,
+        body=checkpoint_body(rank, same, state),
+        newest_step=own_step,
     )
     with contextlib.ExitStack() as stack:
+        # Lines are cut as close to this look as can be: a start that was asleep must not cut its heir's.
+        rank.on_root(lambda: check_not_overtaken(rank.folder, attempt.number))
         ears = stack.enter_context(open_listeners(rank, total_steps=steps, from_step=state.step))
         loop = Loop(
             rank=rank,
@@ -104,11 +115,42 @@ def _train(rank: Rank, corpora: Corpora, stop: StopRequest) -> ExitCode:
             trace=_trace(rank, corpora, state, attempt=attempt.number, ears=ears, stack=stack),
             profile=stack.enter_context(profile_of(rank)),
         )
-        code = loop.fit()
-        if loop.state.step >= steps:
-            code = finish(loop, corpora, counted=_loader(rank, corpora, state, mesh_share=False))
-        farewell(loop, code)
+        return _to_the_end(loop, corpora, counted=_loader(rank, corpora, state, mesh_share=False))
+
+
+def _to_the_end(loop: Loop, corpora: Corpora, *, counted: Loader) -> ExitCode:
+    code = loop.fit()
+    if loop.state.step >= loop.total_steps:
+        code = finish(loop, corpora, counted=counted)
+    farewell(loop, code)
     return code
+
+
+def _total_steps(cfg: RunConfig, corpora: Corpora, state: TrainState) -> int:
+    samples = corpora.train.num_samples
+    return total_steps(cfg, lambda: samples, step=state.step, position=state.position)
+
+
+def _nothing_left(rank: Rank, source: Source, steps: int) -> ExitCode:
+    """A checkpoint of the last step: of this run, then it is finished; of another, then it is a mistake."""
+    if source.foreign:
+        fact = f"{source.path} stands at step {source.step}, the last of this run's {steps}"
+        hint = "raise train.steps with train.allow_change='[train.steps]'"
+        raise ConfigError([Problem("train.resume", fact, hint)])
+    log.info(
+        "finished: %s stands at step %d of %d. Its report: %s. To train on, raise train.steps with "
+        "train.allow_change='[train.steps]'", rank.folder.path, source.step, steps, rank.folder.report,
+    )  # fmt: skip
+    return ExitCode.DONE
+
+
+def _say_begin(rank: Rank, attempt: Attempt, source: Source | None, *, total_steps: int) -> None:
+    step = source.step if source else 0
+    if source:
+        log.info(
+            "going on from step %d (%s) as attempt %d", step, source.path.name, attempt.number
+        )
+    rank.write_event("attempt", attempt=attempt.number, from_step=step, total_steps=total_steps)
 
 
 def _say_waste(rank: Rank) -> None:
@@ -119,49 +161,6 @@ def _say_waste(rank: Rank) -> None:
             "%.1f %% of the rows computed are masked: train.global_batch=%d on %d ranks in micro-batches of %d",
             100 * wasted, train.global_batch, mesh.dp_size, train.micro_batch,
         )  # fmt: skip
-
-
-def _identity(cfg: RunConfig, corpora: Corpora, *, streams: int) -> dict[str, Any]:
-    """The run's identity, with the fingerprints of what it reads."""
-    manifest = corpora.manifest
-    found = identity(
-        cfg,
-        corpora=[manifest.fingerprint],
-        tokenizer=manifest.tokenizer.fingerprint,
-        streams=streams,
-    )
-    return dict(found)
-
-
-def _placement(rank: Rank) -> dict[str, Any]:
-    mesh, cfg = rank.mesh, rank.cfg
-    return {
-        "world_size": mesh.world.size,
-        "engine": cfg.engine.kind,
-        "shard": mesh.dp_size if cfg.engine.kind == "fsdp" else 1,
-        "tp": mesh.tp_size,
-        "micro_batch": cfg.train.micro_batch,
-    }
-
-
-def _checkpoint_body(rank: Rank, same: Mapping[str, Any], state: TrainState) -> dict[str, Any]:
-    """What stands in every checkpoint of this attempt besides tensors and the moving state."""
-    cfg = rank.cfg
-    config = cfg.model_dump(mode="json", by_alias=True)
-    order = {
-        "version": 1,
-        "seq_len": cfg.train.seq_len,
-        "streams": state.streams,
-        "shuffle_window": cfg.data.shuffle_window,
-        "mix_block": cfg.data.mix_block,
-    }
-    return {
-        "identity": dict(same),
-        "fingerprints": {"identity": fingerprint(same), "placement": fingerprint(placement(cfg))},
-        "config": config,
-        "provenance": provenance(config, rank.mesh.world),
-        "state": {"seed": cfg.train.seed, "order": order},
-    }
 
 
 def _build_model(cfg: RunConfig, vocab_size: int) -> LanguageModel:

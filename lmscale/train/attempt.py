@@ -22,6 +22,8 @@ from lmscale.engine.protocol import Engine
 from lmscale.errors import CheckpointError, ConfigError, Problem, RetryableError
 from lmscale.run import attempts
 from lmscale.run.checkpoints import newest_valid, reason_to_reload
+from lmscale.run.folder import parse_checkpoint_name
+from lmscale.run.manifest import MANIFEST
 from lmscale.train.rank import Rank
 from lmscale.train.state import TrainState
 
@@ -44,13 +46,13 @@ def choose(rank: Rank, *, damaged: frozenset[Path] = frozenset()) -> Source | No
     """The checkpoint to go on from; None: the run has none yet. Called on rank 0.
 
     The newest valid one of the run folder, else the one that train.resume names. Raises CheckpointError
-    when the folder's are all damaged (`damaged` adds those that a load has proven so), ConfigError when
-    train.resume forbids to go on.
+    when the folder's, or the one named, are all damaged (`damaged` adds those that a load has proven so),
+    ConfigError when train.resume forbids to go on or names no checkpoint.
     """
     folder, resume = rank.folder, rank.cfg.train.resume
     found = newest_valid(folder, damaged=damaged)
     if found is None:
-        return None if resume in ("auto", "never") else source_of(Path(resume), foreign=True)
+        return None if resume in ("auto", "never") else _foreign(Path(resume), damaged)
     if resume == "never":
         raise ConfigError(
             [
@@ -62,6 +64,19 @@ def choose(rank: Rank, *, damaged: frozenset[Path] = frozenset()) -> Source | No
             ]
         )
     return source_of(found.path)
+
+
+def _foreign(path: Path, damaged: frozenset[Path]) -> Source:
+    """The checkpoint of another run, which nothing replaces where it is damaged."""
+    if not (path / MANIFEST).is_file() and parse_checkpoint_name(path.name) is None:
+        fact = f"{path} is no checkpoint, and neither auto nor never"
+        hint = "name a folder RUN/checkpoints/step-*, or leave the key out"
+        raise ConfigError([Problem("train.resume", fact, hint)])
+    if path in damaged:
+        raise CheckpointError(
+            f"{path} (train.resume) is damaged; restore it, or name another checkpoint of its run"
+        )
+    return source_of(path, foreign=True)
 
 
 def report_damage(rank: Rank, path: Path, error: Exception) -> None:
@@ -95,6 +110,7 @@ class Attempt:
         self.number = 0
         self._rank = rank
         self._damaged: frozenset[Path] = frozenset()
+        self._same: Mapping[str, Any] = {}
 
     def begin(
         self,
@@ -102,30 +118,22 @@ class Attempt:
         source: Source | None,
         *,
         placement: Mapping[str, Any],
-        total_steps: int,
+        same: Mapping[str, Any],
     ) -> Source | None:
-        """Claim, load and settle. Collective. The checkpoint that was loaded; None for a fresh run."""
-        rank = self._rank
+        """Claim, load and settle. Collective. The checkpoint that was loaded; None for a fresh run.
+
+        `same`: this start's identity, which `source` has been held against; another one will be too.
+        """
+        rank, self._same = self._rank, same
         self.number = rank.on_root(lambda: attempts.claim(rank.folder, dict(placement)))
         for _ in range(_RELOADS + 1):
             source = self._load(engine, source)
             overtaking = rank.on_root(partial(self._settle, source))
             if not overtaking:
-                step = source.step if source else 0
-                if source:
-                    log.info(
-                        "going on from step %d (%s) as attempt %d",
-                        step,
-                        source.path.name,
-                        self.number,
-                    )
-                rank.write_event(
-                    "attempt", attempt=self.number, from_step=step, total_steps=total_steps
-                )
                 return source
             if rank.is_root:
                 log.warning("loading anew: %s", overtaking)
-            source = rank.on_root(partial(choose, rank, damaged=self._damaged))
+            source = self._choose_anew()
         raise RetryableError(
             f"{rank.folder.path}: checkpoints kept appearing or vanishing while loading; another start of "
             "this run is still publishing. Start again when it has ended"
@@ -139,7 +147,14 @@ class Attempt:
                 break
             report_damage(self._rank, source.path, damage)
             self._damaged |= {source.path}
-            source = self._rank.on_root(partial(choose, self._rank, damaged=self._damaged))
+            source = self._choose_anew()
+        return source
+
+    def _choose_anew(self) -> Source | None:
+        """Another checkpoint may be of before a change that train.allow_change had to allow."""
+        source = self._rank.on_root(partial(choose, self._rank, damaged=self._damaged))
+        if source is not None:
+            check_identity(self._rank.cfg, source.body, self._same)
         return source
 
     def _try_load(self, engine: Engine, source: Source) -> CheckpointError | None:
@@ -171,8 +186,26 @@ def source_of(path: Path, *, foreign: bool = False) -> Source:
     return Source(path, int(body["step"]), body, foreign)
 
 
-def resumed_state(source: Source | None, *, streams: int) -> TrainState:
+def resumed_state(source: Source | None, cfg: RunConfig) -> TrainState:
     """The state to go on with."""
     if source is None:
-        return TrainState(streams=streams)
-    return TrainState.from_json(source.body["state"]["train"])
+        return TrainState(streams=cfg.data.streams or cfg.train.global_batch)
+    state = TrainState.from_json(source.body["state"]["train"])
+    if cfg.data.streams is not None:  # another number than before is a change of identity
+        state.streams = cfg.data.streams
+    return state
+
+
+def note_changes(state: TrainState, source: Source | None, now: Mapping[str, Any]) -> None:
+    """Enter in the journal which identity keys change where this start goes on."""
+    before = source.body["identity"] if source else now
+    state.journal += [
+        {
+            "position": state.position,
+            "step": state.step,
+            "key": key,
+            "before": before.get(key),
+            "now": now.get(key),
+        }
+        for key in differing(before, now)
+    ]

@@ -76,18 +76,6 @@ def build_order(cfg: RunConfig, reader: Reader, *, streams: int) -> Order:
     )
 
 
-def total_steps(cfg: RunConfig, num_samples: int) -> int:
-    """Optimizer steps of the whole run, from train.steps, train.tokens or train.epochs (rounded up)."""
-    if cfg.train.steps is not None:
-        return cfg.train.steps
-    if cfg.train.tokens is not None:
-        samples: float = -(-cfg.train.tokens // cfg.train.seq_len)
-    else:
-        assert cfg.train.epochs is not None, "the run file was checked to have one of the three"
-        samples = cfg.train.epochs * num_samples
-    return max(1, int(-(-samples // cfg.train.global_batch)))
-
-
 def _paths(cfg: RunConfig) -> Iterator[tuple[str, str]]:
     for index, corpus in enumerate(cfg.data.corpora):
         yield f"data.corpora[{index}].path", str(corpus.path)

@@ -1,20 +1,24 @@
-"""The composition root of `train`: builds the parts of one rank and hands them to the loop."""
+"""The composition root of `train`: one rank, from its command line to its exit code."""
 
 import argparse
 import contextlib
+import logging
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lmscale import log as logs
 from lmscale.config import checks
 from lmscale.config.load import dump, load
 from lmscale.config.run import RunConfig
-from lmscale.errors import ConfigError, ExitCode, LmscaleError, Problem
-from lmscale.run import liveness
+from lmscale.errors import ConfigError, ExitCode, LmscaleError
 from lmscale.run.events import EventLog, start_name
 from lmscale.run.folder import RunFolder
+from lmscale.run.hold import begin
 from lmscale.train.signals import StopRequest
 from lmscale.world import World
+
+log = logging.getLogger(__name__)
 
 
 def main(argv: list[str], stop: StopRequest) -> ExitCode:
@@ -29,43 +33,37 @@ def main(argv: list[str], stop: StopRequest) -> ExitCode:
     if found := list(checks.world_problems(cfg, world_size=world.size)):
         raise ConfigError(found)
     folder = RunFolder(Path(cfg.train.run_dir))
-    refuse_live(folder, world)
-    # cuBLAS is deterministic only with this set before CUDA starts (docs of use_deterministic_algorithms).
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    from lmscale.train.assemble import train
+    with recorded(folder, world, os.environ) as events:
+        # cuBLAS is deterministic only with this set before CUDA starts (docs of use_deterministic_algorithms).
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        from lmscale.train.assemble import train
 
-    with contextlib.ExitStack() as stack:
-        events = None
-        if world.is_root:
-            events = stack.enter_context(EventLog(folder, start_name(os.environ)))
-            events.write("start", ranks=world.size, by_hand=not world.start)
-        try:
-            code = train(cfg, world, stop, folder=folder, events=events)
-        except LmscaleError as error:
-            if events is not None:
-                events.write("exit", code=int(error.exit_code), reason=str(error))
-            raise
-        if events is not None:
-            events.write("exit", code=int(code), reason=code.name.lower())
+        code = train(cfg, world, stop, folder=folder, events=events)
+        _tell_end(events, code, code.name.lower())
         return code
 
 
-def refuse_live(folder: RunFolder, world: World) -> None:
-    """Refuse to start by hand on a run that is alive. A supervisor or scheduler (LMSCALE_START) has judged already."""
-    if world.start or not world.is_root:
+@contextlib.contextmanager
+def recorded(folder: RunFolder, world: World, env: Mapping[str, str]) -> Iterator[EventLog | None]:
+    """On rank 0 the events of this start, with its heartbeat; how it failed is written, too.
+
+    Raises ConfigError for a start by hand on a run that is alive. A supervisor or a scheduler
+    (LMSCALE_START) has judged that already.
+    """
+    if not world.is_root:
+        yield None
         return
-    live = liveness.live(folder)
-    if live is not None:
-        raise ConfigError(
-            [
-                Problem(
-                    "train.run_dir",
-                    f"{folder.path} is being trained by pid {live.pid} on {live.host} (attempt {live.attempt}, "
-                    f"heard {live.age_s:.0f} s ago)",
-                    f"wait for it, stop it with `lmscale stop {folder.path}`, or choose another train.run_dir",
-                )
-            ]
-        )
+    with begin(folder, start_name(env), by_hand=by_hand(world, env), ranks=world.size) as events:
+        try:
+            yield events
+        except LmscaleError as error:
+            _tell_end(events, error.exit_code, str(error))
+            raise
+
+
+def by_hand(world: World, env: Mapping[str, str]) -> bool:
+    """Whether a person has started this rank: no supervisor, no scheduler, no restart by torchrun."""
+    return not world.start and env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
 
 def write_config(folder: RunFolder, cfg: RunConfig) -> None:
@@ -74,3 +72,12 @@ def write_config(folder: RunFolder, cfg: RunConfig) -> None:
     scratch = folder.config.with_suffix(f".{os.getpid()}.tmp")
     scratch.write_text(dump(cfg), encoding="utf-8")
     scratch.replace(folder.config)
+
+
+def _tell_end(events: EventLog | None, code: ExitCode, reason: str) -> None:
+    if events is None:
+        return
+    try:
+        events.write("exit", code=int(code), reason=reason)
+    except LmscaleError as error:  # a full disk must not hide how the start ended
+        log.warning("%s", error)

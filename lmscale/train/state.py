@@ -16,7 +16,7 @@ class TrainState:
     streams: int = 0  # virtual streams of the order: resolved once, at the run's first start
     journal: list[dict[str, Any]] = field(
         default_factory=list
-    )  # changes of global_batch, by position
+    )  # changes of identity keys on the way (train.allow_change): position, step, key, before, now
 
     def as_json(self) -> dict[str, Any]:
         """For the checkpoint's manifest."""

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from launcher import train as train_module
 from launcher.cli import app
-from launcher.hold import begin
 from launcher.stop import find_run_folder, stop
 from launcher.train import finished, world_of
 from launcher.verify import kind_of, verify
@@ -25,6 +24,7 @@ from lmscale.errors import ConfigError, UsageError
 from lmscale.run.attempts import claim, settle
 from lmscale.run.events import EventLog
 from lmscale.run.folder import RunFolder
+from lmscale.run.hold import begin
 from lmscale.run.manifest import describe_file, write_manifest
 
 ROOT = Path(__file__).parents[3]
@@ -142,7 +142,9 @@ def test_the_number_of_ranks_and_nodes(folder: Path) -> None:
     assert world_of(cfg, {"CUDA_VISIBLE_DEVICES": "0,1,2"})[0] == 3
     four = load("run.yaml", ["cluster.ranks_per_node=4", "cluster.nodes=2"], cwd=folder)
     there = {"LMSCALE_NODES": "2", "LMSCALE_NODE_RANK": "1", "LMSCALE_MASTER": "head:1"}
-    assert world_of(four, there) == (4, 2, 1, "head:1")
+    assert world_of(four, there | {"LMSCALE_START": "7.0"}) == (4, 2, 1, "head:1")
+    with pytest.raises(UsageError, match="LMSCALE_START"):
+        world_of(four, there)  # each node would make up a name of its own, and none meet
     with pytest.raises(ConfigError, match=r"cluster\.nodes"):
         world_of(four, {})
     for wrong in (
@@ -254,7 +256,7 @@ def test_a_run_on_another_host_is_waited_for_or_refused(
         slept.append(seconds)
         os.utime(other.path, (time.time() - 30 * len(slept) - 1,) * 2)
 
-    monkeypatch.setattr("launcher.hold.time.sleep", silent)
+    monkeypatch.setattr("lmscale.run.hold.time.sleep", silent)
     begin(run, "mine", by_hand=True, ranks=1).close()
     assert len(slept) == 2
     (run.events / "mine.jsonl").unlink()
@@ -263,7 +265,7 @@ def test_a_run_on_another_host_is_waited_for_or_refused(
         other.beat()
 
     os.utime(other.path, (time.time() - 40,) * 2)
-    monkeypatch.setattr("launcher.hold.time.sleep", beats)
+    monkeypatch.setattr("lmscale.run.hold.time.sleep", beats)
     with pytest.raises(ConfigError, match=r"elsewhere(.|\n)*lmscale stop"):
         begin(run, "mine", by_hand=True, ranks=1)
     other.close()

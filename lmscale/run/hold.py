@@ -20,10 +20,11 @@ def begin(folder: RunFolder, start: str, *, by_hand: bool, ranks: int) -> EventL
 
     By hand only where nobody else is: raises ConfigError naming host, pid and attempt. Look and
     write happen under one lock, so of two simultaneous starts on a host exactly one wins. Between
-    hosts the attempts' fence decides. A scheduler's restart takes over at once.
+    hosts the attempts' fence decides. A scheduler's restart takes over at once. `ranks`: that this
+    start makes, for the record.
     """
     if by_hand:
-        _wait_for_silence(folder)
+        wait_for_silence(folder)
     with _lock(folder):
         if by_hand:
             if (other := live(folder)) is not None:
@@ -47,11 +48,16 @@ def refusal(folder: RunFolder, other: Live) -> ConfigError:
     return ConfigError([problem])
 
 
-def _wait_for_silence(folder: RunFolder, *, poll_s: float = 1.0) -> None:
-    """A start on another host may be dead: its heartbeat tells within 60 s. One that beats is alive."""
+def wait_for_silence(folder: RunFolder, *, poll_s: float = 1.0) -> None:
+    """Raise ConfigError where somebody is training in the folder.
+
+    A start on another host may be dead: its heartbeat tells within 60 s. One that beats is alive.
+    """
     other = live(folder)
-    if other is None or other.here:
+    if other is None:
         return
+    if other.here:
+        raise refusal(folder, other)
     _log.warning(
         "%s was trained by pid %d on %s %.0f s ago; waiting up to %.0f s to see whether it still is",
         folder.path, other.pid, other.host, other.age_s, STALE_S - other.age_s,
