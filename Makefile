@@ -43,5 +43,13 @@ test: setup
 test-long: setup
 	$(BIN)/pytest -m 'slow and not gpu' --durations=15
 
+# The long matrices, whole and resumable; their tables go to docs/.
+soak: setup
+	LMSCALE_TEST_WHOLE=1 $(BIN)/pytest -m slow tests/unit/corpus
+	$(BIN)/python tools/soak.py
+
+matrix: setup
+	$(BIN)/python tools/matrix.py
+
 clean:
 	rm -rf $(VENV) data/smoke data/stdlib.jsonl

@@ -73,6 +73,7 @@ def data_rows(cfg: RunConfig, steps: str | None, env: dict[str, str]) -> Iterato
     from lmscale.corpus.reader import Reader
 
     dp_size, _ = _dp_size(cfg, env)
+    _refuse_changed_batch(cfg)
     reader = Reader(
         resolve(Path(cfg.data.corpora[0].path)), seq_len=cfg.train.seq_len, memory_bytes=0
     )
@@ -132,6 +133,21 @@ def _streams(cfg: RunConfig) -> int:
         if isinstance(kept, int):
             return kept
     return cfg.data.streams or cfg.train.global_batch
+
+
+def _refuse_changed_batch(cfg: RunConfig) -> None:
+    """Which sample a step has follows from its position, step x batch: not so where the batch changed."""
+    found = newest_valid(RunFolder(Path(cfg.train.run_dir)))
+    if found is None:
+        return
+    journal = read_manifest(found.path).get("state", {}).get("train", {}).get("journal", [])
+    for entry in journal:
+        if entry["key"] == "train.global_batch":
+            fact = (
+                f"{entry['before']} until step {entry['step']} of {found.path}, then {entry['now']}"
+            )
+            hint = "plan --data cannot list such a run yet; data.trace records what is trained on"
+            raise ConfigError([Problem("train.global_batch", fact, hint)])
 
 
 def _steps(text: str | None, last: int) -> range:

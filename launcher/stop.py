@@ -81,7 +81,9 @@ def _what_happened(folder: RunFolder, found: Live, *, now: bool) -> str:
         if event["kind"] == "exit" and event["pid"] == found.pid:
             exited = event
     stands = (
-        f"newest checkpoint of this start: step {saved}" if saved else "no checkpoint was saved"
+        f"newest checkpoint of this start: step {saved}"
+        if saved is not None
+        else "no checkpoint was saved"
     )
     if now:
         return f"killed; {stands}"

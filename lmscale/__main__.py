@@ -4,12 +4,14 @@ Only the standard library is imported before the verb is known and signals are c
 seconds, and a Ctrl-C in that time must not end in a traceback.
 """
 
+import atexit
 import importlib
 import os
 import sys
 import traceback
 
 from lmscale.errors import ExitCode, LmscaleError, UsageError
+from lmscale.run.durable import storage_error
 
 VERBS = {
     "train": ("lmscale.train.main", "main"),
@@ -44,12 +46,9 @@ def guarded(argv: list[str]) -> int:
     except BrokenPipeError:
         return 128 + 13
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        print(
-            f"{_rank()}{place}{error.strerror or error}; start again once it is mended",
-            file=sys.stderr,
-        )
-        return int(ExitCode.RETRY)
+        failure = storage_error(f"reading or writing {error.filename or 'a file'}", error)
+        print(f"{_rank()}{failure}", file=sys.stderr)
+        return int(failure.exit_code)
     except Exception:
         print(f"{_rank()}this is a bug in lmscale:\n{traceback.format_exc()}", file=sys.stderr)
         return int(ExitCode.BUG)
@@ -62,8 +61,11 @@ def _rank() -> str:
 
 if __name__ == "__main__":
     code = guarded(sys.argv[1:])
+    if code == 0:
+        atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    # After a failure, threads of torch's process groups may wait for peers that are gone; the operating
-    # system frees everything they hold.
-    os._exit(code) if code else sys.exit(0)
+    # Python's own way out has been seen to abort ("terminate called without an active exception", 134, after
+    # a run that had succeeded): threads of torch that want the interpreter while it is taken down. And after
+    # a failure they may wait for peers that are gone. The operating system frees everything they hold.
+    os._exit(code)

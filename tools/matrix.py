@@ -21,9 +21,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path.insert(0, str(TESTS / "dist"))
-sys.path.insert(0, str(TESTS / "e2e"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dist"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
 
 import judge
 from conftest import Job, processes_of, small_run
@@ -280,7 +279,12 @@ def main() -> int:
                 found = work()
                 shown = ", ".join(f"{key} {error:.1e}" for key, error in found["errors"].items())
                 print(f"{name}: {found['verdict']} in {found['seconds']} s: {shown}", flush=True)
-                print(*(f"    {problem}\n" for problem in found["problems"]), end="", flush=True)
+                print(
+                    *(f"    {problem}\n" for problem in found["problems"]),
+                    sep="",
+                    end="",
+                    flush=True,
+                )
                 failed += found["verdict"] != "passed"
                 if not args.only:
                     results.append(name=name, **found)

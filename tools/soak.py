@@ -8,33 +8,28 @@ trial does, judge.py what must hold afterwards. A failed trial leaves its folder
 """
 
 import argparse
-import contextlib
-import os
 import random
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
 
 import judge
-from conftest import Job, descendants, lmscale, processes_of, rank_pids, small_run
-from kills import IN_PLACE, MOMENTS, VICTIMS, Kill, Trial, in_words, plan_trial
+from conftest import Job, lmscale, small_run
+from kills import IN_PLACE, MOMENTS, VICTIMS, Trial, in_words, plan_trial
 from results import ROOT, Line, Results, facts, provenance, sources, table, write_page
-from small_jobs import ENGINES, SharedJobs, Started, plan_rows, start
+from small_jobs import ENGINES, SharedJobs, plan_rows
+from strike import Struck, Usual, abandoned, kill_all, shared_memory
 
 STEPS = 60
 BATCH = 8  # small_run's global_batch
 SAME = ("step", "loss", "grad_norm", "position", "tokens", "lr")
 SAME_EVAL = ("step", "corpus", "metric", "value", "count")
-KILLED = 128 + signal.SIGKILL
-GONE_S, HANG_S = 20.0, 150.0
 
 
 class Reference:
@@ -47,8 +42,7 @@ class Reference:
         times = [event["time"] for event in self.job.events() if event["kind"] == "start"]
         others = [event["time"] for event in self.job.events() if event["kind"] != "start"]
         saved = [event["time"] for event in self.job.events() if event["kind"] == "sample"]
-        self.start_s = min(others) - min(times)  # of the supervisor, to the first attempt
-        self.finish_s = max(others) - min(saved)
+        self.usual = Usual(STEPS, min(others) - min(times), max(others) - min(saved))
         assert len(self.lines) == STEPS, f"{self.job.run_dir}: the reference has gaps itself"
 
 
@@ -61,185 +55,6 @@ def run_file(corpus: Path, engine: str, *, max_restarts: int = 0) -> dict[str, A
         checkpoint={"every_steps": 7},
         cluster={"max_restarts": max_restarts, "ranks_per_node": 2},
     )
-
-
-class Struck:
-    """One trial under way: starts, kills, and what was seen."""
-
-    def __init__(self, job: Job, trial: Trial, reference: Reference) -> None:
-        self.job, self.trial, self.reference = job, trial, reference
-        self.problems: list[str] = []
-        self.steps: list[int] = []  # lines that stood at each kill
-        self.moments: list[str] = []  # of the kills that hit
-        self.torn: list[bool] = []  # whether the kill left a checkpoint unfinished
-        self.recovery_s: float | None = None
-        self._chooser = random.Random(trial.chooser)
-        self._seen: set[int] = set()  # ranks of earlier starts
-        self._struck_at = 0.0
-        self._before: set[str] = set()  # unfinished checkpoints before the save that is waited for
-        self._inode: int | None = (
-            None  # of metrics.jsonl when this start began: it is cut by renaming
-        )
-
-    def run(self) -> None:
-        in_place = self.trial.victim == IN_PLACE
-        started = start(self.job)
-        for kill in self.trial.kills:
-            if not self._strike(started, kill) or in_place:
-                continue
-            self._see_end(started, killed=True)
-            started = start(self.job)
-        since = self._struck_at if in_place and self.moments else started.since
-        reached = self.steps[-1] if self.steps else 0
-        self._wait_for_step(started, min(STEPS, reached + 1))
-        self.recovery_s = time.monotonic() - since if self.moments else None
-        self._see_end(started, killed=False)
-
-    def _strike(self, started: Started, kill: Kill) -> bool:
-        """Wait for the moment, then kill. False: the start ended before."""
-        if not self._wait_for(started, kill):
-            return False
-        time.sleep(kill.pause_s)
-        pids = self._chosen(started.process.pid)
-        self.steps.append(self._count())
-        self._struck_at = time.monotonic()
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.moments.append(kill.moment)
-        self.torn.append(kill.moment == "save" and bool(self._unpublished() - self._before))
-        with contextlib.suppress(FileNotFoundError):
-            self._inode = (self.job.run_dir / "metrics.jsonl").stat().st_ino
-        return True
-
-    def _chosen(self, supervisor: int) -> list[int]:
-        match self.trial.victim:
-            case "supervisor":
-                return [supervisor]
-            case "all":
-                return [supervisor, *descendants(supervisor)]
-            case _:
-                ranks = self._ranks(supervisor)
-                self._seen |= set(ranks)
-                return [self._chooser.choice(ranks)] if ranks else []
-
-    def _ranks(self, supervisor: int) -> list[int]:
-        """Those of this start: after a restart in place the old ones may still be ending."""
-        return [pid for pid in rank_pids(supervisor) if pid not in self._seen]
-
-    def _killable(self, started: Started) -> bool:
-        ranks = self.trial.victim not in ("supervisor", "all")
-        return not ranks or bool(self._ranks(started.process.pid))
-
-    def _wait_for(self, started: Started, kill: Kill) -> bool:
-        match kill.moment:
-            case "start-up":
-                there = self._wait(started, lambda: self._killable(started), poll_s=0.02)
-                seconds = kill.share * self.reference.start_s
-                return there and self._sleep(started, seconds, unless=self._fresh)
-            case "finish":
-                there = self._wait_for_step(started, STEPS)
-                return there and self._sleep(started, kill.share * self.reference.finish_s)
-        if not self._wait(started, self._fresh):
-            return False
-        at = kill.at_step(self._count() + 1, STEPS - 1)
-        if not self._wait_for_step(started, at):
-            return False
-        self._before = self._unpublished()
-        return kill.moment == "step" or self._wait(
-            started, lambda: bool(self._unpublished() - self._before), poll_s=0.001
-        )
-
-    def _wait_for_step(self, started: Started, step: int) -> bool:
-        return self._wait(started, lambda: self._fresh() and self._count() >= step)
-
-    def _count(self) -> int:
-        """Lines in metrics.jsonl, which stand there without gaps while a run goes on."""
-        try:
-            return (self.job.run_dir / "metrics.jsonl").read_bytes().count(b"\n")
-        except FileNotFoundError:
-            return 0
-
-    def _fresh(self) -> bool:
-        """metrics.jsonl is this start's: lines that a killed start left are cut by a new file."""
-        try:
-            return (self.job.run_dir / "metrics.jsonl").stat().st_ino != self._inode
-        except FileNotFoundError:
-            return False
-
-    def _unpublished(self) -> set[str]:
-        return {path.name for path in (self.job.run_dir / "checkpoints").glob("step-*.tmp")}
-
-    def _wait(
-        self, started: Started, condition: Callable[[], bool], *, poll_s: float = 0.004
-    ) -> bool:
-        deadline = time.monotonic() + HANG_S
-        while started.process.poll() is None and time.monotonic() < deadline:
-            if condition():
-                return True
-            time.sleep(poll_s)
-        return False
-
-    def _sleep(
-        self, started: Started, seconds: float, *, unless: Callable[[], bool] = lambda: False
-    ) -> bool:
-        end = time.monotonic() + seconds
-        self._wait(started, lambda: time.monotonic() >= end or unless())
-        return started.process.poll() is None
-
-    def _see_end(self, started: Started, *, killed: bool) -> None:
-        """Its exit code, and that no process outlived it."""
-        try:
-            code = started.process.wait(HANG_S)
-        except subprocess.TimeoutExpired:
-            self.problems.append(f"start {started.number}: still running after {HANG_S:.0f} s")
-            kill_all(self.job.folder)
-            code = started.process.wait()
-        wanted = {0}
-        if killed:
-            wanted = {KILLED if self.trial.victim == "rank" else -signal.SIGKILL}
-            if self.moments[-1] == "finish":  # it may have been done already
-                wanted.add(0)
-        if code not in wanted:
-            self.problems.append(
-                f"start {started.number}: exit code {code}, not {wanted}; see {started.log}"
-            )
-        deadline = time.monotonic() + GONE_S
-        while (left := processes_of(self.job.folder)) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        if left:
-            self.problems.append(f"start {started.number}: processes {left} outlived it")
-            kill_all(self.job.folder)
-
-
-def kill_all(folder: Path) -> None:
-    for pid in processes_of(folder):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
-
-
-def abandoned(names: set[str], *, wait_s: float = 5.0) -> set[str]:
-    """Those still in /dev/shm that no living process has open: other programs' memory is theirs."""
-    deadline = time.monotonic() + wait_s
-    while True:
-        left = {name for name in names & shared_memory() if not _is_open(f"/dev/shm/{name}")}
-        if not left or time.monotonic() > deadline:
-            return left
-        time.sleep(0.1)
-
-
-def _is_open(path: str) -> bool:
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if path in (process / "maps").read_text():
-                return True
-            if any(os.readlink(fd) == path for fd in (process / "fd").iterdir()):
-                return True
-    return False
 
 
 def verdict(job: Job, reference: Reference) -> Iterator[str]:
@@ -272,7 +87,7 @@ def run_trial(trial: Trial, reference: Reference, folder: Path) -> Line:
     job.write(
         run_file(reference.job.folder.parent / "small", trial.engine, max_restarts=max_restarts)
     )
-    struck = Struck(job, trial, reference)
+    struck = Struck(job, trial, reference.usual)
     try:
         struck.run()
     finally:

@@ -141,6 +141,13 @@ def _axes_of_the_engine(cfg: RunConfig) -> Iterator[Problem]:
             yield Problem(f"parallel.{name}", fact, hint)
 
 
+def _reshard(cfg: RunConfig) -> Iterator[Problem]:
+    if cfg.engine.kind != "fsdp" and not cfg.engine.reshard_after_forward:
+        fact = f"engine.kind {cfg.engine.kind} gathers no weights; only fsdp reads this key"
+        hint = "leave it at true, or set engine.kind=fsdp"
+        yield Problem("engine.reshard_after_forward", fact, hint)
+
+
 def _fp64(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.engine.kind == "deepspeed" and cfg.engine.precision == "fp64":
         yield Problem("engine.precision", "deepspeed has no fp64", "use engine.kind=fsdp or ddp")
@@ -197,6 +204,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     ),
     (("optim.betas",), _betas),
     (("engine.kind", "parallel.shard", "parallel.replicate"), _axes_of_the_engine),
+    (("engine.kind", "engine.reshard_after_forward"), _reshard),
     (("engine.kind", "engine.precision"), _fp64),
     (("engine.kind", "engine.compile"), _compile),
     (("data.corpora",), _weights),

@@ -54,7 +54,9 @@ class ModelConfig(Section):
     norm_eps: float = identity("added to the variance", default=1e-5, gt=0)
     positions: Literal["rotary", "learned", "none"] = identity("how they enter", default="rotary")
     rope_theta: float = identity("base of the rotary angles", default=10_000.0, gt=0)
-    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = identity("non-linearity", default="swiglu")
+    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = identity(
+        "non-linearity", default="swiglu"
+    )
     biases: bool = identity("bias in every linear and layer norm", default=False)
     tied: bool = identity("the head is the embedding, transposed", default=False)
     dropout: float = identity("probability, in every residual branch", default=0.0, ge=0, lt=1)
@@ -268,7 +270,11 @@ class LogConfig(Section):
     """What is shown and recorded beside metrics.jsonl, which has every step."""
 
     trackers: Texts = placement("where metrics go as well", default=("tensorboard",))
-    every_steps: int = placement("steps between lines on the terminal", default=10, ge=1)
+    every_steps: int = placement(
+        "steps between progress lines in a log; on a terminal one line is drawn anew",
+        default=10,
+        ge=1,
+    )
     profile: ProfileConfig | None = placement("profile some steps; null: none", default=None)
     layer_stats: bool = placement("record norms of each layer", default=False)
 

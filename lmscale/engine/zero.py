@@ -7,6 +7,7 @@ read here only: averaged_gradients, single_partition_of_fp32_groups and _hp_mapp
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, cast
@@ -201,6 +202,8 @@ def _deepspeed(device: torch.device) -> ModuleType:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls what torch 2.13 has renamed, once a step; a user can do nothing about it.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # A minute of compilation, for all-reduces within one host that gloo does as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -49,6 +49,6 @@ def storage_errors(doing: str) -> Iterator[None]:
 def storage_error(doing: str, error: OSError) -> LmscaleError:
     """The error to raise for a failed read or write; `doing` names the action and the path."""
     if error.errno in _USER_ERRORS:
-        return ConfigError(f"{doing}: {error.strerror}; check train.run_dir and its permissions")
+        return ConfigError(f"{doing}: {error.strerror}; check the path and its permissions")
     hint = "free some space" if error.errno in {errno.ENOSPC, errno.EDQUOT} else "check the storage"
     return RetryableError(f"{doing}: {error.strerror or error}; {hint} and start again")

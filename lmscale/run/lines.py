@@ -56,6 +56,15 @@ class LineFile:
         """Make all that was appended survive a power cut. Before a checkpoint is published."""
         os.fsync(self._descriptor)
 
+    def replaced(self) -> bool:
+        """Whether the name stands for another file by now: what is appended here nobody will see."""
+        own = os.fstat(self._descriptor)
+        try:
+            named = os.stat(self.path)
+        except FileNotFoundError:
+            return True
+        return (own.st_dev, own.st_ino) != (named.st_dev, named.st_ino)
+
     def touch(self) -> None:
         """Set the modification time to now, through the descriptor."""
         os.utime(self._descriptor)

@@ -41,6 +41,7 @@ from lmscale.train.memory import explained, is_out_of_memory
 from lmscale.train.profile import profile_of
 from lmscale.train.rank import Rank
 from lmscale.train.record import Line, Recorder
+from lmscale.train.restore import Trained, check_tokenizer
 from lmscale.train.save import Saver
 from lmscale.train.signals import StopRequest
 from lmscale.train.state import TrainState
@@ -147,9 +148,7 @@ def _nothing_left(rank: Rank, source: Source, steps: int) -> ExitCode:
 def _say_begin(rank: Rank, attempt: Attempt, source: Source | None, *, total_steps: int) -> None:
     step = source.step if source else 0
     if source:
-        log.info(
-            "going on from step %d (%s) as attempt %d", step, source.path.name, attempt.number
-        )
+        log.info("going on from step %d (%s) as attempt %d", step, source.path.name, attempt.number)
     rank.write_event("attempt", attempt=attempt.number, from_step=step, total_steps=total_steps)
 
 
@@ -249,18 +248,20 @@ def _ranks_traced(folder: Path) -> list[int]:
     return [int(name.removeprefix("rank-").removesuffix(".jsonl")) for name in names]
 
 
-def score(cfg: RunConfig, world: World, *, checkpoint: Path, step: int) -> list[Line]:
+def score(trained: Trained, world: World) -> list[Line]:
     """Validation of a checkpoint's weights by any number of ranks, the lines of eval.jsonl."""
+    cfg = trained.cfg
     corpora = open_corpora(cfg, world_size=world.size)
+    check_tokenizer(trained, corpora.manifest.tokenizer.fingerprint)
     device = choose_device(world)
     with distributed(world, device=device):
         mesh = make_mesh(cfg.parallel, world, device.type)
-        rank = Rank(cfg, mesh, device, RunFolder(checkpoint.parent.parent), None)
+        rank = Rank(cfg, mesh, device, RunFolder(trained.run_dir), None)
         model = _build_model(cfg, corpora.manifest.tokenizer.vocab_size)
         engine = build_engine(cfg, model, mesh, device)
         tensors = {name: t for name, t in engine.state().items() if name.startswith("model.")}
-        load(checkpoint, tensors)
-        return _validation(rank, corpora).score(engine, rank, step=step)
+        load(trained.path, tensors)
+        return _validation(rank, corpora).score(engine, rank, step=trained.step)
 
 
 def load_model(cfg: RunConfig, checkpoint: Path, *, vocab_size: int) -> LanguageModel:

@@ -68,7 +68,8 @@ def choose(rank: Rank, *, damaged: frozenset[Path] = frozenset()) -> Source | No
 
 def _foreign(path: Path, damaged: frozenset[Path]) -> Source:
     """The checkpoint of another run, which nothing replaces where it is damaged."""
-    if not (path / MANIFEST).is_file() and parse_checkpoint_name(path.name) is None:
+    named = parse_checkpoint_name(path.name) is not None  # then a missing manifest is damage
+    if not path.is_dir() or not (named or (path / MANIFEST).is_file()):
         fact = f"{path} is no checkpoint, and neither auto nor never"
         hint = "name a folder RUN/checkpoints/step-*, or leave the key out"
         raise ConfigError([Problem("train.resume", fact, hint)])
@@ -199,13 +200,16 @@ def resumed_state(source: Source | None, cfg: RunConfig) -> TrainState:
 def note_changes(state: TrainState, source: Source | None, now: Mapping[str, Any]) -> None:
     """Enter in the journal which identity keys change where this start goes on."""
     before = source.body["identity"] if source else now
-    state.journal += [
-        {
-            "position": state.position,
-            "step": state.step,
-            "key": key,
-            "before": before.get(key),
-            "now": now.get(key),
-        }
-        for key in differing(before, now)
+    state.journal = [
+        *state.journal,
+        *(
+            {
+                "position": state.position,
+                "step": state.step,
+                "key": key,
+                "before": before.get(key),
+                "now": now.get(key),
+            }
+            for key in differing(before, now)
+        ),
     ]

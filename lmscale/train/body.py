@@ -24,6 +24,7 @@ def run_identity(cfg: RunConfig, corpora: Corpora, *, streams: int) -> dict[str,
 
 
 def placement_facts(rank: Rank) -> dict[str, Any]:
+    """How this start is laid out, for attempts/k.json."""
     mesh, cfg = rank.mesh, rank.cfg
     return {
         "world_size": mesh.world.size,

@@ -8,7 +8,6 @@ from pathlib import Path
 from lmscale import log as logs
 from lmscale.errors import ConfigError, ExitCode, Problem
 from lmscale.train.restore import Trained, find_trained
-from lmscale.train.signals import StopRequest
 from lmscale.world import World
 
 
@@ -40,11 +39,13 @@ def _with_options(trained: Trained, args: argparse.Namespace) -> Trained:
     train = {"micro_batch": args.micro_batch} if args.micro_batch is not None else {}
     # Scoring needs no optimizer and no replica: the sharded engine holds the least and runs on any world.
     engine = {"kind": "fsdp", "compile": False, "activation_checkpointing": "none"}
+    parallel = {"shard": "auto", "replicate": 1}
     cfg = cfg.model_copy(
         update={
             "eval": cfg.eval.model_copy(update=wanted),
             "train": cfg.train.model_copy(update=train),
             "engine": cfg.engine.model_copy(update=engine),
+            "parallel": cfg.parallel.model_copy(update=parallel),
         }
     )
     if not cfg.eval.corpora:
@@ -63,8 +64,7 @@ def _with_options(trained: Trained, args: argparse.Namespace) -> Trained:
 def _score(trained: Trained, world: World) -> list[dict[str, object]]:
     from lmscale.train.assemble import score
 
-    with StopRequest():
-        return score(trained.cfg, world, checkpoint=trained.path, step=trained.step)
+    return score(trained, world)
 
 
 def _in_words(line: dict[str, object]) -> str:

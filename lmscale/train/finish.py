@@ -47,7 +47,8 @@ def farewell(loop: Loop, code: ExitCode) -> None:
     rank, state = loop.rank, loop.state
     if not rank.is_root:
         return
-    report = write_report(rank.folder)
+    if loop.ears.progress is not None:
+        loop.ears.progress.close()
     if code == ExitCode.RETRY:
         log.error(
             "step %d of %d: the last checkpoint could not be saved. Free some space, then start the same "
@@ -65,7 +66,10 @@ def farewell(loop: Loop, code: ExitCode) -> None:
         log.info(
             "finished %d steps, %s tokens", state.step, f"{state.position * loop.loader.seq_len:,}"
         )
-    log.info("report: %s", report)
+    try:
+        log.info("report: %s", write_report(rank.folder))
+    except Exception:  # how the run ended is what counts, and what the exit code says
+        log.warning("%s could not be drawn", rank.folder.report, exc_info=True)
 
 
 def _sample(loop: Loop, corpora: Corpora) -> None:

@@ -9,7 +9,7 @@ from lmscale.config.run import RunConfig
 from lmscale.corpus.manifest import Manifest, resolve, tokenizer_path
 from lmscale.errors import ExitCode, UsageError
 from lmscale.text.tokenizer import Tokenizer
-from lmscale.train.restore import find_trained
+from lmscale.train.restore import check_tokenizer, find_trained
 from lmscale.world import World
 
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> ExitCode:
     logs.configure(World())
     trained = find_trained(args.checkpoint)
     tokenizer = run_tokenizer(trained.cfg)
+    check_tokenizer(trained, tokenizer.fingerprint)
     prompt = _prompt(args, tokenizer)
     from lmscale.train.assemble import load_model
 

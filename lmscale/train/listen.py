@@ -27,6 +27,7 @@ class Listeners:
         default_factory=list
     )  # the step of a checkpoint that stands
     files: list[LineFile] = field(default_factory=list)
+    progress: Progress | None = None  # closed before the words about how it ended
 
 
 @contextmanager
@@ -45,7 +46,13 @@ def open_listeners(rank: Rank, *, total_steps: int, from_step: int) -> Iterator[
                 stack.enter_context(board)
                 ears.recorded.append(board.step)
                 ears.evaluated.append(board.evaluation)
-            _show_progress(ears, stack, total_steps=total_steps, saved_step=from_step or None)
+            line = Progress(
+                sys.stderr,
+                total_steps,
+                every_steps=rank.cfg.log.every_steps,
+                saved_step=from_step or None,
+            )
+            _show_progress(ears, stack, line)
         yield ears
 
 
@@ -54,12 +61,8 @@ def cut_after(path: Path, step: int) -> LineFile:
     return LineFile.cut(path, lambda line: line["step"] <= step)
 
 
-def _show_progress(
-    ears: Listeners, stack: ExitStack, *, total_steps: int, saved_step: int | None
-) -> None:
-    progress = stack.enter_context(
-        closing(Progress(sys.stderr, total_steps, saved_step=saved_step))
-    )
+def _show_progress(ears: Listeners, stack: ExitStack, progress: Progress) -> None:
+    ears.progress = stack.enter_context(closing(progress))
     for handler in logging.getLogger("lmscale").handlers:
         handler.addFilter(progress.makes_room)
         stack.callback(handler.removeFilter, progress.makes_room)
@@ -67,8 +70,8 @@ def _show_progress(
     def recorded(line: Line) -> None:
         loss = math.nan if line["loss"] is None else line["loss"]
         progress.update(line["step"], loss, line["tokens_per_s"], line["mfu"])
-        if line["step"] == total_steps:
-            progress.close()  # before the words about how it ended
+        if line["step"] == progress.total:
+            progress.close()  # before validation and the report, which take a while
 
     def evaluated(line: Line) -> None:
         if line["metric"] == "bits_per_byte":

@@ -6,12 +6,13 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TextIO
 
 from lmscale.units import show_count, show_seconds
 
 _GAP = "  "
+_TERMINAL_S = 0.1  # ten a second is as much as eyes follow
 _WINDOW = (
     100  # updates behind the time left: some hold an evaluation or a save, which take time too
 )
@@ -52,7 +53,7 @@ def progress_line(now: Standing, width: int | None = None) -> str:
 
 
 class Progress:
-    """Rank 0's progress line: in place on a terminal, else a line every `every_s` seconds.
+    """Rank 0's progress line: in place on a terminal, else a line every `every_steps` steps (log.every_steps).
 
     On a terminal, log lines of other modules would land behind it: add `makes_room` as a filter to
     the handler that writes them, and the line is erased first.
@@ -63,15 +64,15 @@ class Progress:
         stream: TextIO,
         total: int,
         *,
-        every_s: float = 30.0,
+        every_steps: int = 10,
         saved_step: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream
-        self._total = total
+        self.total = total
         self._clock = clock
         self._in_place = stream.isatty()
-        self._every_s = 0.1 if self._in_place else every_s  # ten a second is as much as eyes follow
+        self._every_steps = every_steps
         self._saved_step = saved_step
         self._seen: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self._written_at = -math.inf
@@ -87,14 +88,17 @@ class Progress:
         speed = tokens_per_s if tokens_per_s is not None and math.isfinite(tokens_per_s) else None
         known_mfu = mfu if mfu is not None and math.isfinite(mfu) else None
         self._latest = Standing(
-            step, self._total, loss, speed, known_mfu, self._left_s(), self._saved_step
+            step, self.total, loss, speed, known_mfu, self._left_s(), self._saved_step
         )
-        if now - self._written_at >= self._every_s:
+        wait = now - self._written_at < _TERMINAL_S if self._in_place else step % self._every_steps
+        if not wait or self._written_at == -math.inf:
             self._write(now)
 
     def saved(self, step: int) -> None:
         """A checkpoint of this step stands."""
         self._saved_step = step
+        if self._latest is not None:
+            self._latest = replace(self._latest, saved_step=step)
 
     def clear(self) -> None:
         """Erase the line, so that something else can be written; the next update brings it back."""
@@ -122,7 +126,7 @@ class Progress:
         (first_at, first), (last_at, last) = self._seen[0], self._seen[-1]
         if last <= first:
             return None
-        return (last_at - first_at) / (last - first) * max(self._total - last, 0)
+        return (last_at - first_at) / (last - first) * max(self.total - last, 0)
 
     def _write(self, now: float) -> None:
         assert self._latest is not None

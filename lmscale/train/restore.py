@@ -7,7 +7,7 @@ from typing import Any
 
 from lmscale.checkpoint.load import read_body
 from lmscale.config.run import RunConfig
-from lmscale.errors import CheckpointError, UsageError
+from lmscale.errors import CheckpointError, ConfigError, Problem, UsageError
 from lmscale.run.checkpoints import newest_valid
 from lmscale.run.folder import RunFolder
 
@@ -25,6 +25,18 @@ class Trained:
     def run_dir(self) -> Path:
         """The run folder, where the checkpoint stands in one."""
         return self.path.parent.parent
+
+
+def check_tokenizer(trained: Trained, fingerprint: str) -> None:
+    """Raise ConfigError where a tokenizer is not the one of the checkpoint: its ids would mean other texts."""
+    wanted = trained.body.get("identity", {}).get("data.tokenizer", fingerprint)
+    if fingerprint != wanted:
+        fact = (
+            f"the tokenizer found now ({fingerprint[:12]}) is not the one that {trained.path} was trained "
+            f"with ({wanted[:12]})"
+        )
+        corpus = trained.cfg.data.corpora[0].path
+        raise ConfigError([Problem("data.tokenizer", fact, f"restore the corpus {corpus}")])
 
 
 def find_trained(path: Path) -> Trained:

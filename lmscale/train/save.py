@@ -10,11 +10,16 @@ from lmscale.checkpoint.save import save
 from lmscale.dist.reduce import agree
 from lmscale.engine.protocol import Engine
 from lmscale.errors import DistributedError, RetryableError
+from lmscale.run.attempts import check_not_overtaken
 from lmscale.run.lines import LineFile
 from lmscale.train.rank import Rank
 from lmscale.train.state import TrainState
 
 log = logging.getLogger(__name__)
+
+
+class LinesLost(RetryableError):
+    """Another process has put its own files in the place of this attempt's: no checkpoint may follow."""
 
 
 class Saver:
@@ -50,12 +55,14 @@ class Saver:
         """Write and publish; True when it stands.
 
         A failed save (a full disk, an I/O error) leaves no trace but a warning and an event: the run
-        goes on and tries again at the next time. Raises Overtaken when a newer attempt exists.
+        goes on and tries again at the next time. Raises Overtaken when a newer attempt exists, and
+        LinesLost where this one's lines go to files without a name.
         """
         begun = time.perf_counter()
         self._last_time = time.monotonic()
         body = {**self._body, "state": {"train": state.as_json(), **self._body["state"]}}
         try:
+            self._rank.on_root(lambda: check_not_overtaken(self._rank.folder, self.attempt))
             self._sync(lines)
             path = save(
                 self._rank.folder,
@@ -64,8 +71,8 @@ class Saver:
                 attempt=self.attempt,
                 body=body,
             )
-        except DistributedError:
-            raise  # a peer is gone: there is nobody to go on with
+        except (DistributedError, LinesLost):
+            raise  # a peer is gone, there is nobody to go on with; or steps would be missing for good
         except RetryableError as error:
             if self._rank.is_root:
                 log.warning("checkpoint of step %d failed and is not there: %s", state.step, error)
@@ -85,11 +92,18 @@ class Saver:
 
     def _sync(self, lines: Sequence[LineFile]) -> None:
         """Lines up to this step reach the disk before the checkpoint that vouches for them is published."""
-        failure = ""
+        failure, lost = "", ""
         try:
             for file in lines:
                 file.sync()
+                lost = str(file.path) if file.replaced() else lost
         except OSError as error:
             failure = f"{error.filename or 'the lines of this run'}: {error.strerror}"
-        if agree({"failed": int(bool(failure))})["failed"]:
+        agreed = agree({"failed": int(bool(failure)), "lost": int(bool(lost))})
+        if agreed["lost"]:
+            raise LinesLost(
+                f"{lost or 'a file of another rank'} has been replaced by another process while this attempt "
+                "wrote into it; start again: the run goes on from its newest checkpoint"
+            )
+        if agreed["failed"]:
             raise RetryableError(failure or "another rank could not write its lines")

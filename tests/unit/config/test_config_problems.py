@@ -176,6 +176,11 @@ def test_any_value_loads_or_is_refused_without_jargon(run: Path, values: dict[An
         ),
         (["engine.kind=ddp", "parallel.shard=2"], "parallel.shard", "only fsdp reads this key"),
         (["engine.kind=deepspeed", "parallel.replicate=2"], "parallel.replicate", "only fsdp"),
+        (
+            ["engine.kind=ddp", "engine.reshard_after_forward=false"],
+            "engine.reshard_after_forward",
+            "only fsdp",
+        ),
         (["data.corpora=[{path: x, weight: 0}]"], "data.corpora", "weight above 0"),
         (["cluster.min_nodes=2"], "cluster.min_nodes", "above cluster.nodes 1"),
         (["train.allow_change=[optim.lrr]"], "train.allow_change", "no key is called 'optim.lrr'"),
@@ -210,6 +215,13 @@ def test_conflicts_between_keys(run: Path, overrides: list[str], path: str, word
         (["train.check_replicas_every=10"], "train.check_replicas_every"),
         (["log.layer_stats=true"], "log.layer_stats"),
         (["log.trackers=[tensorboard, wandb]"], "log.trackers"),
+        (["data.max_damage_rate=0.1"], "data.max_damage_rate"),
+        (["data.cache_dir=cache"], "data.cache_dir"),
+        (["data.cache_bytes=1 GiB"], "data.cache_bytes"),
+        (["train.init_from=step-00000010-a1"], "train.init_from"),
+        (["cluster.min_nodes=1"], "cluster.min_nodes"),
+        (["cluster.gpus_per_node=8"], "cluster.gpus_per_node"),
+        (["cluster.time_limit=2h"], "cluster.time_limit"),
         (["cluster.kind=slurm"], "cluster.kind"),
     ],
 )
@@ -257,7 +269,7 @@ class Recorder:
 
 def variants(run: Path) -> Iterator[RunConfig]:
     yield load(run)
-    yield load(run, ["engine.kind=deepspeed", "optim.schedule=wsd", "cluster.min_nodes=1"])
+    yield load(run, ["engine.kind=deepspeed", "optim.schedule=wsd"])
     yield load(run, ["engine.kind=ddp", "train.allow_change=[optim.lr]"])
 
 

@@ -229,3 +229,16 @@ def save(step: int) -> dict[str, object]:
 )
 def test_restarts_since_progress(events: list[dict[str, object]], restarts: int) -> None:
     assert starts_since_progress(events) == restarts
+
+
+def test_a_file_knows_when_its_name_stands_for_another(tmp_path: Path) -> None:
+    """An attempt that was asleep cuts the file of its heir: the heir's lines would be lost in silence."""
+    path = tmp_path / "metrics.jsonl"
+    with LineFile.cut(path, lambda line: True) as heir:
+        heir.append({"step": 1})
+        assert not heir.replaced()
+        with LineFile.cut(path, lambda line: False) as orphan:
+            assert heir.replaced()
+            assert not orphan.replaced()
+        path.unlink()
+        assert heir.replaced()

@@ -67,7 +67,7 @@ def test_the_last_percent_is_not_shown_before_the_last_step() -> None:
 
 def test_a_file_gets_whole_lines_now_and_then() -> None:
     stream, clock = io.StringIO(), Clock()
-    line = Progress(stream, 100, every_s=30, clock=clock)
+    line = Progress(stream, 100, every_steps=30, clock=clock)
     for step in range(1, 101):
         clock.now = float(step)
         line.update(step, 3.0, 1000.0, None)
@@ -75,10 +75,10 @@ def test_a_file_gets_whole_lines_now_and_then() -> None:
             line.saved(50)
     line.close()
     lines = stream.getvalue().splitlines()
-    assert [text.split()[1] for text in lines] == ["1/100", "31/100", "61/100", "91/100", "100/100"]
+    assert [text.split()[1] for text in lines] == ["1/100", "30/100", "60/100", "90/100", "100/100"]
     assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
     assert "saved" not in lines[1] and "saved 50" in lines[2]
-    assert "ETA 39s" in lines[2]  # 39 steps left at one a second
+    assert "ETA 40s" in lines[2]  # 40 steps left at one a second
 
 
 def test_closing_writes_nothing_twice() -> None:
@@ -91,6 +91,16 @@ def test_closing_writes_nothing_twice() -> None:
     nothing = io.StringIO()
     Progress(nothing, 1).close()
     assert nothing.getvalue() == ""
+
+
+def test_the_last_line_names_a_checkpoint_saved_since() -> None:
+    stream, clock = io.StringIO(), Clock()
+    line = Progress(stream, 100, clock=clock)
+    for step in (1, 2):
+        line.update(step, 3.0)
+    line.saved(2)
+    line.close()
+    assert stream.getvalue().splitlines()[-1].endswith("saved 2")
 
 
 def test_a_terminal_gets_one_line_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +139,7 @@ def test_log_lines_do_not_land_behind_the_line() -> None:
 
 def test_the_time_left_follows_a_change_of_speed() -> None:
     stream, clock = io.StringIO(), Clock()
-    line = Progress(stream, 1000, every_s=0, clock=clock)
+    line = Progress(stream, 1000, every_steps=1, clock=clock)
     for step in range(1, 501):
         clock.now += 10.0 if step <= 100 else 1.0
         line.update(step, 3.0)
