@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except LmscaleError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(int(error.exit_code))
+    except OSError as error:
+        typer.echo(f"error: {error}; start again once it is mended", err=True)
+        sys.exit(int(ExitCode.RETRY))
 
 
 @app.command()

@@ -4,6 +4,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from lmscale.errors import RetryableError
 from lmscale.run.attempts import check_not_overtaken
 from lmscale.run.checkpoints import listing
 from lmscale.run.folder import RunFolder, parse_checkpoint_name
@@ -17,7 +18,11 @@ def retain(folder: RunFolder, keep: int, attempt: int) -> list[Path]:
     Damaged and overtaken ones neither count nor go: they are evidence, and `lmscale verify` names them.
     Unfinished folders (.tmp) of older attempts go. Storage errors are logged: the run goes on.
     """
-    valid = [found.path for found in listing(folder) if found.valid]
+    try:
+        valid = [found.path for found in listing(folder) if found.valid]
+    except RetryableError as error:
+        logger.warning("older checkpoints stay for now: %s", error)
+        return []
     deleted = []
     for path in valid[max(1, keep) :]:
         check_not_overtaken(folder, attempt)

@@ -176,13 +176,18 @@ def _allow_change(cfg: RunConfig) -> Iterator[Problem]:
         return
     from difflib import get_close_matches
 
-    from lmscale.config.identity import kinds
+    from lmscale.config.identity import ORDER_KEYS, kinds
 
     known = kinds()
     for key in cfg.train.allow_change:
         if known.get(key) == "placement":
             fact = f"{key} is free to change anyway"
             yield Problem("train.allow_change", fact, f"take {key} out of the list")
+        elif key in ORDER_KEYS:
+            fact = (
+                f"{key} decides which sample comes when: changing it would lose and repeat samples"
+            )
+            yield Problem("train.allow_change", fact, "start another run (train.run_dir)")
         elif key not in known:
             close = get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "write keys as in train.steps"

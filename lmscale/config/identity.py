@@ -23,6 +23,20 @@ def kinds() -> dict[str, Kind]:
     return found
 
 
+# They decide which sample stands at which position: another value would repeat and lose samples.
+ORDER_KEYS = frozenset(
+    {
+        "train.seq_len",
+        "train.seed",
+        "data.corpora",
+        "data.tokenizer",
+        "data.streams",
+        "data.shuffle_window",
+        "data.mix_block",
+    }
+)
+
+
 def identity(
     cfg: RunConfig, *, corpora: Sequence[str], tokenizer: str, streams: int
 ) -> dict[str, Any]:

@@ -5,6 +5,7 @@ ends within the group's deadline; a peer's loss is a DistributedError.
 """
 
 import hashlib
+import traceback
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -96,7 +97,7 @@ def portable(error: BaseException) -> LmscaleError:
         return error
     if isinstance(error, OSError):
         return storage_error(f"reading or writing {error.filename or 'a file'}", error)
-    return LmscaleError(f"{type(error).__name__}: {error}")
+    return LmscaleError("this is a bug in lmscale:\n" + "".join(traceback.format_exception(error)))
 
 
 def decisive_error(failures: list[LmscaleError]) -> LmscaleError:

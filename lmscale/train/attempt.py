@@ -16,7 +16,7 @@ from typing import Any
 
 from lmscale.checkpoint.load import load, read_body
 from lmscale.checkpoint.plan import Mismatch
-from lmscale.config.identity import differing
+from lmscale.config.identity import ORDER_KEYS, differing
 from lmscale.config.run import RunConfig
 from lmscale.engine.protocol import Engine
 from lmscale.errors import CheckpointError, ConfigError, Problem, RetryableError
@@ -97,7 +97,9 @@ def check_identity(cfg: RunConfig, body: Mapping[str, Any], now: Mapping[str, An
             Problem(
                 key,
                 f"{now.get(key)!r}, but the checkpoint was trained with {before.get(key)!r}",
-                f"set it back, or allow it with train.allow_change: [{key}], or choose another train.run_dir",
+                "set it back, or choose another train.run_dir"
+                if key in ORDER_KEYS
+                else f"set it back, or allow it with train.allow_change: [{key}], or choose another train.run_dir",
             )
             for key in refused
         )

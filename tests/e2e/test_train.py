@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 from conftest import Job, lmscale, small_run
 
 
@@ -60,12 +61,22 @@ def test_a_run_trains_validates_resumes_and_says_so(job: Job, corpus: Path) -> N
     assert len(job.lines()) == 40
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(job: Job, corpus: Path) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_and_the_same_command_goes_on(
+    job: Job, corpus: Path, number: signal.Signals
+) -> None:
     job.write(small_run(corpus, train={"steps": 100_000}, checkpoint={"every_steps": 100_000}))
     process = job.start()
     job.wait_for_step(5, process)
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 85, said
     steps = [line["step"] for line in job.lines()]

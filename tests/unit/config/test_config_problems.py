@@ -185,6 +185,7 @@ def test_any_value_loads_or_is_refused_without_jargon(run: Path, values: dict[An
         (["cluster.min_nodes=2"], "cluster.min_nodes", "above cluster.nodes 1"),
         (["train.allow_change=[optim.lrr]"], "train.allow_change", "no key is called 'optim.lrr'"),
         (["train.allow_change=[engine.kind]"], "train.allow_change", "free to change anyway"),
+        (["train.allow_change=[train.seq_len]"], "train.allow_change", "lose and repeat samples"),
         (["parallel.tp=8"], "parallel.tp", "8 does not divide model.heads 4"),
     ],
 )
