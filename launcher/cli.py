@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from lmscale import __version__
 from lmscale.errors import ExitCode, LmscaleError, UsageError
 
 app = typer.Typer(
@@ -31,6 +32,21 @@ Overrides = Annotated[
 Nproc = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Ranks on this host: cluster.ranks_per_node.")
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lmscale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say it and exit.")
+    ] = False,
+) -> None:
+    """Train language models so that the result can be trusted."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

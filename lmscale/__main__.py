@@ -39,7 +39,7 @@ def guarded(argv: list[str]) -> int:
     try:
         return main(argv)
     except LmscaleError as error:
-        print(f"{_rank()}{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{_rank()}error: {error}", file=sys.stderr)
         return int(error.exit_code)
     except KeyboardInterrupt:
         return 128 + 2
