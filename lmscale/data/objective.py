@@ -37,6 +37,9 @@ def causal(
     tokens_BL1 = np.zeros((rows, seq_len + 1), np.int64)
     starts_BL1 = np.zeros((rows, seq_len + 1), bool)
     for row, record in enumerate(records):
+        assert record.tokens.shape == (seq_len + 1,), (
+            "a shorter record would be spread over the row"
+        )
         tokens_BL1[row] = record.tokens
         starts_BL1[row, record.starts] = True
     filled = len(records)

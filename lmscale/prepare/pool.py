@@ -83,7 +83,8 @@ class _Worker:
             pass_fds=keep_open,
             process_group=0,  # a terminal's Ctrl-C reaches the parent only, which kills us
         )  # fmt: skip
-        self.answers = cast(IO[str], self._process.stdout)
+        # Raw: a line that waits in a buffer of ours is one that select() never tells of.
+        self.answers = cast(Any, self._process.stdout).buffer.raw
 
     def take(self, numbered: tuple[int, Job]) -> None:
         """Start on a job."""
@@ -96,7 +97,7 @@ class _Worker:
     def hear(self) -> dict[str, Any]:
         """The next message. Raises what went wrong in the worker, RetryableError if it died."""
         line = self.answers.readline()
-        if not line.endswith("\n"):
+        if not line.endswith(b"\n"):
             status = self._process.wait()
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             raise errors.RetryableError(

@@ -53,7 +53,8 @@ def prepare(
     sources = discover(inputs, out)
     work = slices(sources)
     fixed = _given_tokenizer(options)
-    made_from = {**options.identity(), "tokenizer_file": fixed.fingerprint if fixed else None}
+    made_from = {**options.identity(), "tokenizer_file": fixed.fingerprint if fixed else None,
+                 "special": fixed.special.as_dict() if fixed else None}  # fmt: skip
     already = (out / MANIFEST_NAME).exists()
     with disk(out):
         if already:

@@ -29,6 +29,6 @@ def pieces(blocks: Iterable[str], size: int = PIECE_CHARS) -> Iterator[str]:
 def _word_end(text: str, start: int, stop: int) -> int:
     """The last place in (start, stop] where a word ends before white space, else `stop`. text[stop] exists."""
     for place in range(stop, start, -1):
-        if text[place] in " \n\r\t" and not text[place - 1].isspace():
+        if text[place] == " " and not text[place - 1].isspace():
             return place
     return stop

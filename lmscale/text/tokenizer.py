@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from lmscale.errors import ConfigError
-from lmscale.text.byte_level import token_to_bytes
+from lmscale.text.byte_level import STAND_INS, token_to_bytes
 from lmscale.text.special import Special, config_beside, special_of
 
 _BYTE_LEVEL, _SENTENCEPIECE = "byte-level", "sentencepiece"
@@ -33,6 +33,7 @@ class Tokenizer:
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(self._document))
         self._tokenizer.encode_special_tokens = True  # "<eos>" in a text is text
         self._kind = _kind(self._document)
+        _check_bytes(self._kind, self._tokenizer)
         self._added: dict[int, str] = {}  # added tokens that are text, e.g. runs of spaces
         special_ids: dict[str, int] = {}
         for token in self._document.get("added_tokens", ()):
@@ -178,6 +179,23 @@ def _kind(document: Mapping[str, Any]) -> str:
         f"tokenizer: a {document['model'].get('type')} model that is neither byte-level nor has byte fallback "
         "loses text it does not know; use `bpe:SIZE`, `bytes` or a byte-level tokenizer.json"
     )
+
+
+def _check_bytes(kind: str, tokenizer: tokenizers.Tokenizer) -> None:
+    """Every byte of UTF-8 needs an id of its own: what has none, the library drops without a word."""
+    never = {0xC0, 0xC1, *range(0xF5, 0x100)}
+    missing = [
+        byte
+        for byte in range(256)
+        if byte not in never
+        and tokenizer.token_to_id(STAND_INS[byte] if kind == _BYTE_LEVEL else f"<0x{byte:02X}>")
+        is None
+    ]
+    if missing:
+        raise ConfigError(
+            f"tokenizer: {len(missing)} of the bytes of UTF-8 have no id (e.g. 0x{missing[-1]:02X}), so text with "
+            "them would be lost; train it with initial_alphabet=ByteLevel.alphabet(), or use `bpe:SIZE` or `bytes`"
+        )
 
 
 def _read_json(path: Path) -> Any:  # whatever the file holds

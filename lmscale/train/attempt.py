@@ -153,11 +153,15 @@ class Attempt:
             source = self._choose_anew()
         return source
 
-    def _choose_anew(self) -> Source | None:
+    def _choose_anew(self) -> Source:
         """Another checkpoint may be of before a change that train.allow_change had to allow."""
         source = self._rank.on_root(partial(choose, self._rank, damaged=self._damaged))
-        if source is not None:
-            check_identity(self._rank.cfg, source.body, self._same)
+        if source is None:  # the engine may hold what it loaded: that is no fresh run
+            raise RetryableError(
+                f"{self._rank.folder.path}: the checkpoint vanished while it was loaded, and no other is "
+                "left; start again"
+            )
+        check_identity(self._rank.cfg, source.body, self._same)
         return source
 
     def _try_load(self, engine: Engine, source: Source) -> CheckpointError | None:

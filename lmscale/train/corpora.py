@@ -10,6 +10,7 @@ from lmscale.corpus.manifest import Manifest, resolve, tokenizer_path
 from lmscale.corpus.order import Order
 from lmscale.corpus.reader import Reader
 from lmscale.errors import ConfigError, Problem
+from lmscale.text.special import Special
 from lmscale.text.tokenizer import Tokenizer
 
 
@@ -62,7 +63,8 @@ def open_corpora(cfg: RunConfig, *, world_size: int) -> Corpora:
 
 def corpus_tokenizer(reader: Reader) -> Tokenizer:
     """The tokenizer that stands beside the corpus."""
-    return Tokenizer.load(tokenizer_path(reader.path, reader.manifest))
+    special = Special(**reader.manifest.tokenizer.special)  # roles are not in tokenizer.json
+    return Tokenizer.load(tokenizer_path(reader.path, reader.manifest), special)
 
 
 def build_order(cfg: RunConfig, reader: Reader, *, streams: int) -> Order:

@@ -8,6 +8,7 @@ from lmscale import log as logs
 from lmscale.config.run import RunConfig
 from lmscale.corpus.manifest import Manifest, resolve, tokenizer_path
 from lmscale.errors import ExitCode, UsageError
+from lmscale.text.special import Special
 from lmscale.text.tokenizer import Tokenizer
 from lmscale.train.restore import check_tokenizer, find_trained
 from lmscale.world import World
@@ -54,7 +55,9 @@ def run_tokenizer(cfg: RunConfig) -> Tokenizer:
     if cfg.data.tokenizer is not None:
         return Tokenizer.load(Path(cfg.data.tokenizer))
     corpus = resolve(Path(cfg.data.corpora[0].path), "train")
-    return Tokenizer.load(tokenizer_path(corpus, Manifest.load(corpus)))
+    manifest = Manifest.load(corpus)
+    special = Special(**manifest.tokenizer.special)  # roles are not in tokenizer.json
+    return Tokenizer.load(tokenizer_path(corpus, manifest), special)
 
 
 def _prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
