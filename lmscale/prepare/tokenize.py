@@ -2,10 +2,11 @@
 
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import crc32c
 import numpy as np
 
 from lmscale.corpus.shard import DTYPES, dtype_for
@@ -28,6 +29,10 @@ class Segment:
     documents: int
     tokens: int
     text_bytes: int
+    tokens_crc32c: (
+        int  # of the scratch files: a run that goes on trusts no byte that has lain on a disk
+    )
+    documents_crc32c: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ def tokenize(
             writer.add(after)
             writer.end_document()
     result = SliceResult(digest(work), tuple(writer.done))
-    rows = [[s.documents, s.tokens, s.text_bytes] for s in result.segments]
+    rows = [astuple(segment)[2:] for segment in result.segments]
     write_json(scratch.slice(work.number), {"source": result.source, "segments": rows})
     return result
 
@@ -81,12 +86,26 @@ def finished_slice(number: int, scratch: Scratch, itemsize: int) -> SliceResult 
         return None
     segments = tuple(Segment(number, index, *row) for index, row in enumerate(value["segments"]))
     for segment in segments:
-        want = {"tokens": segment.tokens * itemsize, "documents": segment.documents * 16}
-        for kind, size in want.items():
-            path = scratch.segment(number, segment.number, kind)
-            if not path.is_file() or path.stat().st_size != size:
+        want = {
+            "tokens": (segment.tokens * itemsize, segment.tokens_crc32c),
+            "documents": (segment.documents * 16, segment.documents_crc32c),
+        }
+        for kind, expected in want.items():
+            if _size_and_sum(scratch.segment(number, segment.number, kind)) != expected:
                 return None
     return SliceResult(value["source"], segments)
+
+
+def _size_and_sum(path: Path) -> tuple[int, int]:
+    """Bytes and CRC32C of a file; (-1, 0) where there is none."""
+    size = checksum = 0
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                size, checksum = size + len(block), crc32c.crc32c(block, checksum)
+    except (FileNotFoundError, IsADirectoryError):
+        return -1, 0
+    return size, checksum
 
 
 class _Segments:
@@ -99,6 +118,7 @@ class _Segments:
         self._files: tuple[IO[bytes], IO[bytes]] | None = None
         self._document_tokens = 0
         self._totals = [0, 0, 0]  # documents, tokens, bytes of the segment at hand
+        self._sums = [0, 0]  # CRC32C of its two files
 
     def __enter__(self) -> "_Segments":
         return self
@@ -108,14 +128,12 @@ class _Segments:
 
     def add(self, ids: list[int] | tuple[int, ...]) -> None:
         """Append ids to the document at hand."""
-        tokens, _ = self._open()
-        tokens.write(np.asarray(ids, dtype=self._dtype).tobytes())
+        self._write(0, np.asarray(ids, dtype=self._dtype).tobytes())
         self._document_tokens += len(ids)
 
     def end_document(self) -> None:
         """The next ids belong to the next document."""
-        _, table = self._open()
-        table.write(array("q", [self._document_tokens, self.text_bytes]).tobytes())
+        self._write(1, array("q", [self._document_tokens, self.text_bytes]).tobytes())
         for index, count in enumerate((1, self._document_tokens, self.text_bytes)):
             self._totals[index] += count
         self._document_tokens = self.text_bytes = 0
@@ -125,6 +143,10 @@ class _Segments:
     def _paths(self) -> Iterator[Path]:
         for kind in ("tokens", "documents"):
             yield self._scratch.segment(self._number, len(self.done), kind)
+
+    def _write(self, file: int, data: bytes) -> None:
+        self._open()[file].write(data)
+        self._sums[file] = crc32c.crc32c(data, self._sums[file])
 
     def _open(self) -> tuple[IO[bytes], IO[bytes]]:
         if self._files is None:
@@ -143,5 +165,6 @@ class _Segments:
         if keep:
             for path in self._paths():
                 flush(path)
-            self.done.append(Segment(self._number, len(self.done), *self._totals))
-            self._totals = [0, 0, 0]
+            totals = (*self._totals, *self._sums)
+            self.done.append(Segment(self._number, len(self.done), *totals))
+            self._totals, self._sums = [0, 0, 0], [0, 0]

@@ -51,7 +51,7 @@ def test_any_stretch_of_a_part_is_that_of_its_documents_end_to_end(
         np.array([[n, 2 * n] for n in row], np.int64).tofile(
             scratch.segment(number, 0, "documents")
         )
-        segments.append(Segment(number, 0, len(row), sum(row), 2 * sum(row)))
+        segments.append(Segment(number, 0, len(row), sum(row), 2 * sum(row), 0, 0))
         for length in row:
             held = bool(heldout_mask(index, 1, every=every, total=total)[0])
             whole[HELDOUT if held else TRAIN].append(list(range(token, token + length)))

@@ -75,6 +75,29 @@ def test_killed_in_the_middle_the_same_command_gives_the_same_bytes(
     assert contents(out) == want
 
 
+@pytest.mark.parametrize("kind", ["tokens", "documents"])
+def test_a_bit_that_flips_while_nobody_runs_is_not_sealed(
+    tmp_path: Path, source: Path, want: dict[str, bytes], kind: str
+) -> None:
+    out = tmp_path / "out"
+    killed = subprocess.Popen(
+        command(out, source, *FLAGS, slice_bytes=6_000),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _until((out / ".prepare" / "slices" / "000003.json").exists, killed)
+    killed.kill()
+    killed.communicate()
+    scratch = out / ".prepare" / "slices" / f"000000-0000.{kind}"
+    data = bytearray(scratch.read_bytes())
+    data[len(data) // 2] ^= 1
+    scratch.write_bytes(data)
+    again = run(out, source, *FLAGS, slice_bytes=6_000)
+    assert again.returncode == 0, again.stderr
+    assert contents(out) == want
+
+
 @pytest.mark.parametrize("place", range(4))
 def test_cut_between_the_last_renames_the_same_call_finishes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
