@@ -1,6 +1,6 @@
 """Random SIGKILLs, and after each the same command again: nothing may be lost, repeated, different or left over.
 
-    python tools/soak.py [--trials 144] [--minutes 55] [--seed S] [--only N]
+    python tools/soak.py [--trials 60] [--minutes 55] [--seed S] [--only N]
 
 One line a finished trial goes to build/soak.jsonl; the same command goes on after the last of them, with its
 seed. `--only N` repeats one trial and writes nothing. docs/soak.md is written at the end. kills.py says what a
@@ -165,7 +165,7 @@ def page(lines: Sequence[Line], seed: int) -> Iterator[str]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--trials", type=int, default=144, help="in all, with those of earlier calls"
+        "--trials", type=int, default=60, help="in all, with those of earlier calls"
     )
     parser.add_argument("--minutes", type=float, default=55.0, help="no new trial after these")
     parser.add_argument("--seed", type=int, help="default: the last line's, else drawn")
