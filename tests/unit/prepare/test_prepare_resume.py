@@ -33,6 +33,15 @@ def want(source: Path) -> dict[str, bytes]:
     return contents(out)
 
 
+def _started(out: Path, source: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command(out, source, *FLAGS, slice_bytes=6_000),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def _until(happened: object, process: "subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 30
     while not happened() and process.poll() is None and time.monotonic() < deadline:  # type: ignore[operator]
@@ -45,12 +54,7 @@ def test_killed_in_the_middle_the_same_command_gives_the_same_bytes(
     tmp_path: Path, source: Path, want: dict[str, bytes], when: str, victim: str
 ) -> None:
     out = tmp_path / "out"
-    killed = subprocess.Popen(
-        command(out, source, *FLAGS, slice_bytes=6_000),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    killed = _started(out, source)
     _until((out / ".prepare" / when).exists, killed)
     killed.send_signal(signal.SIGSTOP)  # so that the scene does not change while we look at it
     workers = psutil.Process(killed.pid).children()
@@ -80,12 +84,7 @@ def test_a_bit_that_flips_while_nobody_runs_is_not_sealed(
     tmp_path: Path, source: Path, want: dict[str, bytes], kind: str
 ) -> None:
     out = tmp_path / "out"
-    killed = subprocess.Popen(
-        command(out, source, *FLAGS, slice_bytes=6_000),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    killed = _started(out, source)
     _until((out / ".prepare" / "slices" / "000003.json").exists, killed)
     killed.kill()
     killed.communicate()
