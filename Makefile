@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= smoke
 TOKENIZER ?= bpe:4096
 
-.PHONY: setup train test test-long matrix soak lint format clean
+.PHONY: setup train test test-long test-cluster matrix soak lint format clean
 
 setup: $(VENV)/.ready
 
@@ -42,11 +42,16 @@ test: setup
 	$(BIN)/pytest --durations=15
 
 test-long: setup
-	$(BIN)/pytest -m 'slow and not gpu' --durations=15
+	$(BIN)/pytest -m 'slow and not gpu and not cluster' --durations=15
+
+# A real Slurm cluster of four nodes on this machine: needs root and the packages that README.md names.
+test-cluster: setup
+	$(BIN)/pytest -m cluster tests/cluster --durations=15 -rs
 
 # The long matrices, whole and resumable; their tables go to docs/.
 soak: setup
 	LMSCALE_TEST_WHOLE=1 $(BIN)/pytest -m slow tests/unit/corpus
+	$(BIN)/python tools/kills_in_a_row.py
 	$(BIN)/python tools/soak.py
 
 matrix: setup

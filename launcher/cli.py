@@ -12,6 +12,8 @@ from typing import Annotated
 
 import typer
 
+from launcher.jobs import verbs
+from launcher.options import Cluster, Json, Nproc, Overrides, Run, with_cluster
 from lmscale import __version__
 from lmscale.errors import ExitCode, LmscaleError, UsageError
 
@@ -22,16 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Run = Annotated[
-    str, typer.Argument(metavar="RUN.yaml", help="Run file, or its name in configs/runs.")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Keys of the run file to set.")
-]
-Nproc = Annotated[
-    int | None, typer.Option("--nproc", min=1, help="Ranks on this host: cluster.ranks_per_node.")
-]
 
 
 def _version(wanted: bool) -> None:
@@ -100,16 +92,13 @@ def train(
     run: Run,
     overrides: Overrides = None,
     nproc: Nproc = None,
-    cluster: Annotated[
-        str | None, typer.Option(help="A cluster by name: short for cluster=NAME.")
-    ] = None,
+    cluster: Cluster = None,
 ) -> None:
     """Train a run, or go on with it from its newest checkpoint."""
     from launcher.train import train as run_train
 
     _configure_log()
-    given = [*(overrides or []), *([f"cluster={cluster}"] if cluster else [])]
-    raise typer.Exit(run_train(run, given, nproc))
+    raise typer.Exit(run_train(run, with_cluster(overrides, cluster), nproc))
 
 
 @app.command()
@@ -117,6 +106,7 @@ def plan(
     run: Run,
     overrides: Overrides = None,
     nproc: Nproc = None,
+    cluster: Cluster = None,
     data: Annotated[bool, typer.Option("--data", help="List the samples of each step.")] = False,
     steps: Annotated[
         str | None, typer.Option(metavar="A:B", help="Steps of --data, both included, from 1.")
@@ -129,7 +119,8 @@ def plan(
 
     if steps is not None and not data:
         raise UsageError("--steps belongs to --data")
-    given = [*(overrides or []), *([f"cluster.ranks_per_node={nproc}"] if nproc else [])]
+    given = with_cluster(overrides, cluster)
+    given += [f"cluster.ranks_per_node={nproc}"] if nproc else []
     cfg, env = load(run, given), dict(os.environ)
     if data:
         show = planning.as_json if as_json else planning.row_in_words
@@ -206,14 +197,20 @@ def generate(  # noqa: PLR0913, PLR0917 one parameter an option
 
 
 @app.command()
-def stop(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name in runs/.")],
-    now: Annotated[bool, typer.Option("--now", help="Kill it, without saving.")] = False,
+def doctor(
+    cluster: Annotated[
+        str | None, typer.Option(help="Look at a cluster, by its name in configs/clusters.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Ask a run to save and stop, and wait for it. Nothing but `lmscale train` starts it again."""
-    from launcher.stop import stop as run_stop
+    """Say what this machine and its cluster can run, and what to do about the rest."""
+    from launcher.doctor.command import doctor as run_doctor
 
-    raise typer.Exit(run_stop(run, now=now, say=typer.echo))
+    raise typer.Exit(run_doctor(cluster=cluster, as_json=as_json))
+
+
+for verb in (verbs.submit, verbs.status, verbs.logs, verbs.stop, verbs.resume):
+    app.command()(verb)
 
 
 def _hand_off(context: typer.Context) -> None:

@@ -26,6 +26,11 @@ def count_gpus(env: Mapping[str, str], *, proc: Path = _PROC) -> int:
     return len(list(proc.iterdir())) if proc.is_dir() else 0
 
 
+def count_gpus_here() -> int:
+    """GPUs that a process started from here would see, by this process's own environment."""
+    return count_gpus(os.environ)
+
+
 def _listed(visible: str) -> int:
     """Entries of CUDA_VISIBLE_DEVICES; CUDA ignores everything from the first invalid one on."""
     count = 0

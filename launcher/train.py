@@ -2,21 +2,21 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from launcher.going_on import farewell, finished, missing
 from launcher.handoff import command, hand_off
-from launcher.length import corpus_samples
 from launcher.ranks import rank_env
-from launcher.spawn import Place
-from launcher.supervise import Job, supervise
+from launcher.supervisor.job import Job
+from launcher.supervisor.spawn import Place
+from launcher.supervisor.stall import Patience
+from launcher.supervisor.supervise import excuse, supervise
 from lmscale.config import checks
-from lmscale.config.length import total_steps
 from lmscale.config.load import load
 from lmscale.config.run import RunConfig
-from lmscale.errors import ConfigError, ExitCode, Problem, UsageError
-from lmscale.run.checkpoints import newest_valid
+from lmscale.errors import ConfigError, ExitCode, LmscaleError, Problem, UsageError
+from lmscale.run.durable import storage_errors
 from lmscale.run.events import start_name
 from lmscale.run.folder import RunFolder
 from lmscale.run.hold import wait_for_silence
@@ -28,26 +28,94 @@ def train(source: str, overrides: Sequence[str], nproc: int | None) -> int:
         hand_off("train", [source, *overrides], {**os.environ, **added})
     if nproc is not None:
         overrides = [*overrides, f"cluster.ranks_per_node={nproc}"]
+    try:
+        job = _job(source, overrides)
+    except LmscaleError as error:
+        if (own := _nodes_of(os.environ))[0] == 1:
+            raise
+        return excuse(_stub(own, nproc or 1), error)
+    if job.finished and job.place.nodes == 1:
+        sys.stderr.write(job.finished + "\n")
+        return ExitCode.DONE
+    return supervise(job)
+
+
+def _job(source: str, overrides: Sequence[str]) -> Job:
+    """What to supervise. Raises ConfigError for all that can be found wrong without torch."""
     cfg = load(source, overrides)
     num_ranks, nodes, node, master = world_of(cfg, os.environ)
-    if found := [*checks.world_problems(cfg, world_size=num_ranks * nodes), *_missing(cfg)]:
+    if found := [*checks.world_problems(cfg, world_size=num_ranks * nodes), *missing(cfg)]:
         raise ConfigError(found)
     folder, by_hand = RunFolder(Path(cfg.train.run_dir)), "LMSCALE_START" not in os.environ
     if by_hand:
         wait_for_silence(folder)  # here, where Ctrl-C still ends the process at once
-    if (step := finished(cfg, folder)) is not None:
-        sys.stderr.write(_farewell(folder, step))
-        return ExitCode.DONE
-    job = Job(
+    # Node 0 judges for all: others may see an older state of a shared folder.
+    step = finished(cfg, folder) if node == 0 else None
+    staging = None
+    if cfg.data.cache_dir is not None:
+        from launcher import stage
+
+        staging = stage.command(
+            source, overrides=overrides, node=node, nodes=nodes, ranks_per_node=num_ranks
+        )
+    return Job(
         command=command("train", [source, *overrides]),
         folder=folder,
         place=Place(num_ranks, nodes, node, master),
         start=start_name(os.environ),
         by_hand=by_hand,
         max_restarts=cfg.cluster.max_restarts,
+        env={**os.environ, **cfg.cluster.env},
+        fresh=os.environ.get("LMSCALE_FRESH") == "1",
+        deadline=_deadline(os.environ),
+        stage=staging,
+        unfit=() if by_hand else _unfit(folder, node=node, ranks=num_ranks),
+        finished="" if step is None else farewell(folder, step),
+        patience=Patience(cfg.cluster.stall_limit, least_s=_least_stall_s(cfg)),
+    )
+
+
+def _stub(own: tuple[int, int, str | None], num_ranks: int) -> Job:
+    """A job without a run: enough to meet the other nodes and part from them."""
+    return Job(
+        command=(),
+        folder=RunFolder(Path()),
+        place=Place(num_ranks, *own),
+        start=start_name(os.environ),
+        by_hand=False,
+        max_restarts=0,
         env=os.environ,
     )
-    return supervise(job)
+
+
+def _least_stall_s(cfg: RunConfig) -> float:
+    # A compiler may come back at any step, when shapes or modes change.
+    return 600.0 if cfg.engine.compile else 30.0
+
+
+def _deadline(env: Mapping[str, str]) -> float | None:
+    text = env.get("LMSCALE_DEADLINE")
+    try:
+        return float(text) if text else None
+    except ValueError as error:
+        raise UsageError(
+            f"environment: LMSCALE_DEADLINE={text!r} is no time in seconds since 1970; let a template set it"
+        ) from error
+
+
+def _unfit(folder: RunFolder, *, node: int, ranks: int) -> list[str]:
+    """Why this node should not train; what else is odd about it is said once, on node 0."""
+    from launcher.doctor.node import check_node
+
+    # A start that was not submitted makes its folder here; on a host without the file system of a submitted
+    # one, not even the run file could be read.
+    with storage_errors(f"making {folder.path}"):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    found = check_node(folder, ranks=ranks)
+    for one in found:
+        if one.level == "warn" and node == 0:
+            sys.stderr.write(f"careful: {one}\n")
+    return [str(one) for one in found if one.level == "fail"]
 
 
 def world_of(cfg: RunConfig, env: Mapping[str, str]) -> tuple[int, int, int, str | None]:
@@ -57,6 +125,19 @@ def world_of(cfg: RunConfig, env: Mapping[str, str]) -> tuple[int, int, int, str
         from launcher.gpus import count_gpus
 
         num_ranks = count_gpus(env) or 2
+    nodes, node, master = _nodes_of(env)
+    most = cfg.cluster.nodes
+    least = min(cfg.cluster.min_nodes or most, most)
+    if not least <= nodes <= most:
+        wanted = str(most) if least == most else f"{least} to {most}"
+        fact = f"{wanted}, but this start has {nodes} (LMSCALE_NODES)"
+        hint = "start it on every node with LMSCALE_NODES set, or use cluster.nodes=1"
+        raise ConfigError([Problem("cluster.nodes", fact, hint)])
+    return num_ranks, nodes, node, master
+
+
+def _nodes_of(env: Mapping[str, str]) -> tuple[int, int, str | None]:
+    """Number of hosts, this host's number, and where the supervisors meet. Raises UsageError."""
     given = {name: env.get(name) for name in ("LMSCALE_NODES", "LMSCALE_NODE_RANK")}
     if any(text is not None and not text.isdecimal() for text in given.values()):
         raise UsageError(
@@ -65,7 +146,8 @@ def world_of(cfg: RunConfig, env: Mapping[str, str]) -> tuple[int, int, int, str
     nodes = int(given["LMSCALE_NODES"] or 1)
     node = int(given["LMSCALE_NODE_RANK"] or 0)
     master = env.get("LMSCALE_MASTER")
-    if node >= nodes or (nodes > 1 and ":" not in (master or "")):
+    port = (master or "").rpartition(":")[2]
+    if node >= nodes or (nodes > 1 and not (":" in (master or "") and port.isdecimal())):
         raise UsageError(
             f"environment: node {node} of {nodes} meeting at LMSCALE_MASTER={master!r}; "
             "every node needs LMSCALE_NODES, LMSCALE_NODE_RANK and LMSCALE_MASTER=host:port"
@@ -75,46 +157,4 @@ def world_of(cfg: RunConfig, env: Mapping[str, str]) -> tuple[int, int, int, str
             f"environment: {nodes} nodes need LMSCALE_START, a name of this start that is the same on "
             "every node and new each time: by it they find each other (e.g. job id and restart count)"
         )
-    if nodes != cfg.cluster.nodes:
-        fact = f"{cfg.cluster.nodes}, but this start has {nodes} (LMSCALE_NODES)"
-        hint = "start it on every node with LMSCALE_NODES set, or use cluster.nodes=1"
-        raise ConfigError([Problem("cluster.nodes", fact, hint)])
-    return num_ranks, nodes, node, master
-
-
-def finished(cfg: RunConfig, folder: RunFolder) -> int | None:
-    """The step of the checkpoint that completes the run, if there is one of the same identity.
-
-    With another identity the ranks shall judge: they know the corpora, and name the keys.
-    """
-    if cfg.train.resume == "never" or (found := newest_valid(folder)) is None:
-        return None
-    from lmscale.config.identity import differing, identity
-    from lmscale.run.manifest import read_manifest
-
-    body = read_manifest(found.path)
-    before, stands = body.get("identity", {}), body.get("state", {}).get("train", {})
-    blank = {"data.corpora": None, "data.tokenizer": None, "data.streams": None}
-    now = identity(cfg, corpora=[""] * len(cfg.data.corpora), tokenizer="", streams=0)
-    changed = differing({**before, **blank}, {**now, **blank})
-    if set(changed) - set(cfg.train.allow_change):
-        return None
-    position = stands.get("position", found.step * cfg.train.global_batch)
-    total = total_steps(cfg, partial(corpus_samples, cfg), step=found.step, position=position)
-    return found.step if found.step >= total else None
-
-
-def _missing(cfg: RunConfig) -> Iterator[Problem]:
-    paths = {f"data.corpora[{i}].path": corpus.path for i, corpus in enumerate(cfg.data.corpora)}
-    paths |= {f"eval.corpora[{i}]": path for i, path in enumerate(cfg.eval.corpora)}
-    for key, path in paths.items():
-        if not Path(path).exists():
-            hint = f"make it with: lmscale prepare {path} INPUT..."
-            yield Problem(key, f"{path} does not exist", hint)
-
-
-def _farewell(folder: RunFolder, step: int) -> str:
-    return (
-        f"finished: {folder.path} stands at its last step, {step}. Its report: {folder.report}. "
-        "To train on, raise train.steps with train.allow_change='[train.steps]'\n"
-    )
+    return nodes, node, master

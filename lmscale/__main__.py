@@ -18,6 +18,7 @@ VERBS = {
     "eval": ("lmscale.train.eval_command", "main"),
     "generate": ("lmscale.train.generate_command", "main"),
     "prepare": ("lmscale.prepare.command", "prepare_main"),
+    "probe": ("lmscale.dist.probe", "main"),
 }
 
 

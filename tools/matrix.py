@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dist"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 import judge
-from conftest import Job, processes_of, small_run
 from pool import Pool
 from results import ROOT, Line, Results, facts, provenance, sources, table, write_page
+from small_job import Job, processes_of, small_run
 from small_jobs import ENGINES, SharedJobs, plan_rows
 
 STEPS, SAVED_AT, BATCH = 12, 6, 8

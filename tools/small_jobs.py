@@ -1,4 +1,4 @@
-"""Small runs of the real command, as tests/e2e starts them, kept in a folder so that each is made once."""
+"""Small runs of the real command, as the tests start them, kept in a folder so that each is made once."""
 
 import json
 import shutil
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from conftest import LMSCALE, Job, clean_env, lmscale, write_texts
+from small_job import LMSCALE, Job, clean_env, lmscale, prepare_corpus
 
 ENGINES: dict[str, dict[str, Any]] = {
     "fsdp": {"kind": "fsdp"},
@@ -28,10 +28,7 @@ class SharedJobs:
         self.corpus = folder / "small"
         if not (self.corpus / "manifest.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            _must(
-                "prepare", self.corpus, write_texts(folder), "--tokenizer", "bytes",
-                "--chunk-tokens", "1024", "--shard-chunks", "8", "--heldout", "5%", cwd=folder,
-            )  # fmt: skip
+            prepare_corpus(folder)
 
     def finished(self, name: str, run: dict[str, Any], *overrides: str) -> Job:
         """The job `name`, run to its end (or to train.stop_at) in one go."""

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 import judge
-from conftest import Job, lmscale, small_run
 from kills import IN_PLACE, MOMENTS, VICTIMS, Trial, in_words, plan_trial
 from results import ROOT, Line, Results, facts, provenance, sources, table, write_page
+from small_job import Job, lmscale, small_run
 from small_jobs import ENGINES, SharedJobs, plan_rows
 from strike import Struck, Usual, abandoned, kill_all, shared_memory
 

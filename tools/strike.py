@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-from conftest import Job, descendants, processes_of, rank_pids
 from kills import IN_PLACE, Kill, Trial
+from small_job import Job, descendants, processes_of, rank_pids
 from small_jobs import Started, start
 
 KILLED = 128 + signal.SIGKILL

@@ -171,6 +171,22 @@ def _nodes(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem("cluster.min_nodes", fact, f"use at most {nodes}")
 
 
+def _time_limit(cfg: RunConfig) -> Iterator[Problem]:
+    cluster = cfg.cluster
+    if cluster.time_limit is None:
+        return
+    if cluster.kind != "slurm":
+        fact = f"{cluster.time_limit} s, but nobody ends a job of kind {cluster.kind}"
+        hint = "leave it out; `lmscale stop` or train.stop_at saves and ends a run"
+        yield Problem("cluster.time_limit", fact, hint)
+    elif cluster.time_limit <= cluster.slurm.signal_lead:
+        fact = (
+            f"{cluster.time_limit} s, and cluster.slurm.signal_lead asks for a checkpoint "
+            f"{cluster.slurm.signal_lead} s before: the job would stop as soon as it starts"
+        )
+        yield Problem("cluster.time_limit", fact, "raise it, or lower cluster.slurm.signal_lead")
+
+
 def _allow_change(cfg: RunConfig) -> Iterator[Problem]:
     if not cfg.train.allow_change:
         return
@@ -214,5 +230,6 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("engine.kind", "engine.compile"), _compile),
     (("data.corpora",), _weights),
     (("cluster.nodes", "cluster.min_nodes"), _nodes),
+    (("cluster.kind", "cluster.time_limit", "cluster.slurm"), _time_limit),
     (("train.allow_change",), _allow_change),
 )

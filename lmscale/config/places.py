@@ -1,4 +1,4 @@
-"""Where run files and the files of single sections are found."""
+"""Where run files, the files of single sections and the templates of clusters are found."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,10 +8,13 @@ _FOLDERS = {"model": "models", "cluster": "clusters"}
 
 
 def configs_dir() -> Path:
-    """The folder configs/: inside an installed package, else of the checkout beside it."""
-    package = Path(__file__).resolve().parents[1]
-    shipped = package / "_shipped" / "configs"
-    return shipped if shipped.is_dir() else package.parent / "configs"
+    """The folder configs/."""
+    return _shipped("configs")
+
+
+def cluster_dir() -> Path:
+    """The folder cluster/, of templates."""
+    return _shipped("cluster")
 
 
 def section_folder(section: str) -> Path:
@@ -32,6 +35,13 @@ def find_section(section: str, text: str, *, beside: Path, last: Sequence[Path])
 def names(folder: Path) -> list[str]:
     """What may be given by name from a folder of configs/."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def _shipped(name: str) -> Path:
+    """A folder of the project: inside an installed package, else of the checkout beside it."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "_shipped" / name
+    return inside if inside.is_dir() else package.parent / name
 
 
 def _files(text: str, folders: Sequence[Path]) -> Iterator[Path]:

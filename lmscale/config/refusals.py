@@ -65,10 +65,6 @@ def _data(cfg: RunConfig) -> Iterator[Problem]:
     if data.max_damage_rate != type(data).model_fields["max_damage_rate"].default:
         nearest = "leave it out; with data.on_damage=fail the first damaged sample ends the run"
         yield _not_yet("data.max_damage_rate", data.max_damage_rate, nearest)
-    for key in ("cache_dir", "cache_bytes"):
-        if getattr(data, key) is not None:
-            nearest = "use null; copy the corpus to a local disk and name that copy in data.corpora"
-            yield _not_yet(f"data.{key}", getattr(data, key), nearest)
     remote = [("data.corpora", corpus.path) for corpus in data.corpora]
     remote += [("eval.corpora", path) for path in cfg.eval.corpora]
     for key, path in remote:
@@ -97,17 +93,5 @@ def _rest(cfg: RunConfig) -> Iterator[Problem]:
 
 
 def _cluster(cfg: RunConfig) -> Iterator[Problem]:
-    nearest = {
-        "min_nodes": "use null; a start has all of cluster.nodes",
-        "gpus_per_node": "use null, and cluster.ranks_per_node: one rank a GPU",
-        "time_limit": "use null; `lmscale stop`, train.stop_at or a SIGTERM saves and stops",
-    }
-    for key, hint in nearest.items():
-        if getattr(cfg.cluster, key) is not None:
-            yield _not_yet(f"cluster.{key}", getattr(cfg.cluster, key), hint)
-    if cfg.cluster.kind != "local":
-        yield _not_yet(
-            "cluster.kind",
-            cfg.cluster.kind,
-            "use local; in a job of your own, torchrun or mpirun can start `lmscale train`",
-        )
+    if cfg.cluster.kind == "kubernetes":
+        yield _not_yet("cluster.kind", "kubernetes", "use slurm, mpi or local")

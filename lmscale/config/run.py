@@ -2,10 +2,10 @@
 
 from pydantic import Field
 
+from lmscale.config.cluster import ClusterConfig
 from lmscale.config.fields import Section
 from lmscale.config.sections import (
     CheckpointConfig,
-    ClusterConfig,
     DataConfig,
     EngineConfig,
     EvalConfig,

@@ -13,7 +13,6 @@ from lmscale.config.fields import (
     Count,
     FloatPair,
     Paths,
-    Seconds,
     Section,
     SizeOrAuto,
     StepRange,
@@ -123,9 +122,16 @@ class DataConfig(Section):
     max_damage_rate: float = placement(
         "share of masked samples that ends the run", default=0.001, ge=0, le=1
     )
-    cache_dir: str | None = placement("for copies of shards", default=None, min_length=1)
+    cache_dir: str | None = placement(
+        "folder on the node's own disk, filled before the first step with the chunks that the node "
+        "reads next; null: none",
+        default=None,
+        min_length=1,
+    )
     cache_bytes: Bytes | None = placement(
-        "most bytes in cache_dir; null: no limit", default=None, schema=NUMBER_TEXT_OR_NULL
+        "most bytes in cache_dir; null: what its disk has, less 5 % or 10 GiB",
+        default=None,
+        schema=NUMBER_TEXT_OR_NULL,
     )
     prefetch: int = placement("optimizer steps read ahead", default=2, ge=0)
     trace: bool = placement("write every sample that was trained on to trace/", default=False)
@@ -277,21 +283,3 @@ class LogConfig(Section):
     )
     profile: ProfileConfig | None = placement("profile some steps; null: none", default=None)
     layer_stats: bool = placement("record norms of each layer", default=False)
-
-
-class ClusterConfig(Section):
-    """Where the ranks run."""
-
-    kind: Literal["local", "slurm", "kubernetes"] = placement("who starts them", default="local")
-    nodes: int = placement("hosts", default=1, ge=1)
-    min_nodes: int | None = placement("fewest hosts to go on with; null: all", default=None, ge=1)
-    ranks_per_node: int | None = placement(
-        "null: one per GPU, or 2 without a GPU", default=None, ge=1
-    )
-    gpus_per_node: int | None = placement("null: what the host has", default=None, ge=0)
-    time_limit: Seconds | None = placement(
-        'in seconds, or as text like "2h"; null: none', default=None, schema=NUMBER_TEXT_OR_NULL
-    )
-    max_restarts: int = placement(
-        "starts without a newer checkpoint before giving up", default=0, ge=0
-    )

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lmscale.corpus.cache import ChunkCache
 from lmscale.corpus.files import Bytes, Files, Region
-from lmscale.corpus.index import Index, parse
+from lmscale.corpus.index import Index, Member, parse
 from lmscale.corpus.manifest import Manifest
 from lmscale.corpus.shard import DTYPES
 
@@ -16,12 +17,15 @@ _KEPT_INDEXES = 1024  # about 20 KB each at 256 chunks of 512 KiB a shard
 
 
 class Chunks:
-    """Reads pieces of chunks. One thread at a time."""
+    """Reads pieces of chunks, from the node's cache where they are. One thread at a time."""
 
-    def __init__(self, folder: Path, manifest: Manifest, files: Files) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, files: Files, *, cache: ChunkCache | None = None
+    ) -> None:
         self._folder = folder
         self._manifest = manifest
         self._files = files
+        self._cache = cache
         self._dtype: np.dtype[Any] = DTYPES[manifest.dtype]
         self._firsts = np.cumsum([0] + [shard.chunks for shard in manifest.shards])
         self._indexes: OrderedDict[int, Index] = OrderedDict()
@@ -30,42 +34,47 @@ class Chunks:
         """The numbers of a shard's chunks."""
         return range(int(self._firsts[shard]), int(self._firsts[shard + 1]))
 
+    def shard_of(self, chunk: int) -> int:
+        """The number of the shard that holds a chunk."""
+        assert 0 <= chunk < self._firsts[-1], f"chunk {chunk} of {self._firsts[-1]}"
+        return int(np.searchsorted(self._firsts, chunk, side="right")) - 1
+
     def stored(self, chunk: int) -> tuple[Path, Index]:
         """The shard that holds a chunk. Reads its index. Raises DataError."""
-        assert 0 <= chunk < self._firsts[-1], f"chunk {chunk} of {self._firsts[-1]}"
-        shard = int(np.searchsorted(self._firsts, chunk, side="right")) - 1
+        shard = self.shard_of(chunk)
         return self._folder / self._manifest.shards[shard].name, self._index(shard)
 
     def size(self, chunk: int) -> int:
         """Bytes of a chunk's tokens and document starts."""
-        _, index = self.stored(chunk)
+        cached = self._cache.index(chunk, seal=self.seal_of(chunk)) if self._cache else None
+        index = cached or self.stored(chunk)[1]
         starts = index.starts(chunk)
         return index.tokens(chunk).bytes + (starts.bytes if starts else 0)
 
+    def seal_of(self, chunk: int) -> int:
+        """The CRC32C that ends the index of a chunk's shard, by the manifest."""
+        return self._manifest.shards[self.shard_of(chunk)].index_crc32c
+
     def tokens(self, chunk: int, piece: slice | None = None) -> NDArray[np.unsignedinteger[Any]]:
         """A chunk's tokens, or a piece of them, checked. Raises DataError."""
-        path, index = self.stored(chunk)
-        extent, width = index.tokens(chunk), self._dtype.itemsize
-        cut = slice(piece.start * width, piece.stop * width) if piece else slice(0, extent.bytes)
-        data = self._files.blocks(
-            path, f"chunk {chunk}", extent, block_bytes=index.block_bytes, cut=cut
-        )
-        return data.view(self._dtype)
+        width = self._dtype.itemsize
+        cut = slice(piece.start * width, piece.stop * width) if piece else None
+        return self._member(chunk, "tokens", cut).view(self._dtype)
 
     def starts(self, chunk: int) -> NDArray[np.uint32]:
         """Where documents start inside a chunk, checked. Raises DataError."""
+        return self._member(chunk, "starts", None).view("<u4")
+
+    def _member(self, chunk: int, member: Member, cut: slice | None) -> Bytes:
+        if self._cache is not None:
+            cached = self._cache.read(chunk, member, cut, seal=self.seal_of(chunk))
+            if cached is not None:
+                return cached
         path, index = self.stored(chunk)
-        extent = index.starts(chunk)
-        if extent is None or not extent.bytes:
-            return np.empty(0, dtype=np.uint32)
-        data = self._files.blocks(
-            path,
-            f"document starts of chunk {chunk}",
-            extent,
-            block_bytes=index.block_bytes,
-            cut=slice(0, extent.bytes),
+        what = f"chunk {chunk}" if member == "tokens" else f"document starts of chunk {chunk}"
+        return self._files.blocks(
+            path, what, index.member(chunk, member), block_bytes=index.block_bytes, cut=cut
         )
-        return data.view("<u4")
 
     def _index(self, shard: int) -> Index:
         if shard in self._indexes:

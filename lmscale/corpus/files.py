@@ -46,8 +46,11 @@ class Files:
     wrong is DataError; what stays refused (EIO, ESTALE, a timeout) proves nothing and is RetryableError.
     """
 
-    def __init__(self, *, max_open: int = 64, backoff_s: float = 0.2) -> None:
+    def __init__(
+        self, *, max_open: int = 64, backoff_s: float = 0.2, attempts: int = _ATTEMPTS
+    ) -> None:
         self._max_open = max_open
+        self._attempts = attempts
         self._backoff_s = backoff_s
         self._open: OrderedDict[Path, int] = OrderedDict()
         self._jitter = random.Random()  # of waiting times only, never of data
@@ -61,9 +64,12 @@ class Files:
         return self._persistently(region, lambda: parse(self._pread(region)))
 
     def blocks(
-        self, path: Path, what: str, extent: Extent, *, block_bytes: int, cut: slice
+        self, path: Path, what: str, extent: Extent, *, block_bytes: int, cut: slice | None = None
     ) -> Bytes:
-        """The bytes [cut.start, cut.stop) of a member, after a check of every block they touch."""
+        """The bytes [cut.start, cut.stop) of a member, or all, after a check of every block they touch."""
+        cut = cut or slice(0, extent.bytes)
+        if not extent.bytes:
+            return np.empty(0, dtype=np.uint8)
         first, stop = cut.start // block_bytes, -(-cut.stop // block_bytes)
         begin, end = first * block_bytes, min(stop * block_bytes, extent.bytes)
         region = Region(path, what, extent.offset + begin, extent.offset + end)
@@ -80,7 +86,7 @@ class Files:
             os.close(self._open.popitem()[1])
 
     def _persistently(self, region: Region, read: Callable[[], X]) -> X:
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(self._attempts):
             try:
                 return read()
             except (OSError, ValueError) as error:
@@ -88,9 +94,9 @@ class Files:
                 failure: Exception = error
                 if isinstance(error, OSError) and error.errno not in _TRANSIENT:
                     break
-            if attempt < _ATTEMPTS - 1:
+            if attempt < self._attempts - 1:
                 time.sleep(self._jitter.uniform(0, self._backoff_s * 2**attempt))
-        raise _final(failure, region) from failure
+        raise _final(failure, region, self._attempts) from failure
 
     def _pread(self, region: Region) -> Bytes:
         descriptor = self._descriptor(region.path)
@@ -133,13 +139,13 @@ def _check_blocks(
             )
 
 
-def _final(failure: Exception, region: Region) -> DataError | RetryableError:
+def _final(failure: Exception, region: Region, attempts: int) -> DataError | RetryableError:
     corpus = region.path.parent
     if isinstance(failure, OSError):
         reason = failure.strerror or str(failure)
         if failure.errno in _TRANSIENT:
             return RetryableError(
-                f"{region}: {reason}, {_ATTEMPTS} times; mend the file system, then start again"
+                f"{region}: {reason}, {attempts} times; mend the file system, then start again"
             )
     else:
         reason = str(failure)

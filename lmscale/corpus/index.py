@@ -16,7 +16,7 @@ be checked without the rest of its chunk. A chunk without a list of document sta
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import crc32c
 import numpy as np
@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 INDEX_NAME = "__lmidx__"  # webdataset skips members named __*__
 BLOCK_BYTES = 65_536
 START_BYTES = 4  # a document start is a u32
+
+Member = Literal["tokens", "starts"]
 
 _MAGIC = b"LMIDX\0\0\1"
 _HEADER = struct.Struct("<8sIIQQ")
@@ -79,6 +81,11 @@ class Index:
         which = 2 * (chunk - self.first_chunk) + 1
         return self._extent(which, row.starts_offset, row.starts * START_BYTES)
 
+    def member(self, chunk: int, member: Member) -> Extent:
+        """Either of them; a list of document starts that is missing is empty."""
+        found = self.tokens(chunk) if member == "tokens" else self.starts(chunk)
+        return found or Extent(0, 0, self.crcs[:0])
+
     def _row(self, chunk: int) -> Row:
         return Row(*(int(value) for value in self.rows[chunk - self.first_chunk]))
 
@@ -95,11 +102,18 @@ def block_crcs(data: bytes | memoryview) -> list[int]:
     ]
 
 
-def pack(rows: Sequence[Row], crcs: Sequence[int], *, first_chunk: int, token_bytes: int) -> bytes:
+def pack(
+    rows: Sequence[Row],
+    crcs: Sequence[int],
+    *,
+    first_chunk: int,
+    token_bytes: int,
+    block_bytes: int = BLOCK_BYTES,
+) -> bytes:
     """The bytes of an index."""
     body = b"".join(
         (
-            _HEADER.pack(_MAGIC, token_bytes, BLOCK_BYTES, first_chunk, len(rows)),
+            _HEADER.pack(_MAGIC, token_bytes, block_bytes, first_chunk, len(rows)),
             np.array(rows, dtype="<u8").tobytes(),
             np.array(crcs, dtype="<u4").tobytes(),
         )

@@ -43,22 +43,27 @@ class Order:
         assert not len(u) or u.min() >= 0, f"position {u.min()}"
         epochs, r = np.divmod(u, self.num_samples)
         samples = np.empty_like(r)
-        tail_from = self.streams * self._lane_chunks * self.samples_per_chunk
+        tail_from = self.streams * self.lane_chunks * self.samples_per_chunk
         in_lane = r < tail_from
         samples[in_lane] = self._lane(epochs[in_lane], r[in_lane])
         samples[~in_lane] = self._tail(epochs[~in_lane], r[~in_lane] - tail_from)
         return epochs, samples
 
     @property
+    def lane_chunks(self) -> int:
+        """Whole chunks that each lane owns in an epoch."""
+        return self._chunks // self.streams
+
+    def chunks_at(self, places: Ints, *, epoch: int) -> Ints:
+        """The chunks that an epoch puts at these places: the i-th of lane s is at i * streams + s."""
+        return self._shuffled(np.full_like(places, epoch), places)
+
+    @property
     def _chunks(self) -> int:
         return self.num_samples // self.samples_per_chunk
 
-    @property
-    def _lane_chunks(self) -> int:
-        return self._chunks // self.streams
-
     def _lane(self, epochs: Ints, r: Ints) -> Ints:
-        k, lane_samples = self.samples_per_chunk, self._lane_chunks * self.samples_per_chunk
+        k, lane_samples = self.samples_per_chunk, self.lane_chunks * self.samples_per_chunk
         m, lane = np.divmod(r, self.streams)
         w, o = np.divmod(m, self.window * k)
         o = permute(
@@ -70,7 +75,7 @@ class Order:
         return self._shuffled(epochs, chunk) * k + o % k
 
     def _tail(self, epochs: Ints, j: Ints) -> Ints:
-        k, owned = self.samples_per_chunk, self.streams * self._lane_chunks
+        k, owned = self.samples_per_chunk, self.streams * self.lane_chunks
         j = permute(
             j,
             n=np.full_like(j, self.num_samples - owned * k),

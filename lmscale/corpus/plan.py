@@ -1,6 +1,7 @@
 """Which bytes of which shard each rank reads in which step: what `lmscale plan --data` prints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 import numpy as np
@@ -24,21 +25,38 @@ class PlanRow(TypedDict):
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Steps of one global batch, from where it was set on."""
+
+    global_batch: int
+    step: int = 0  # steps done before it
+    position: int = 0  # samples consumed before it
+
+
+def begin_of(step: int, phases: Sequence[Phase]) -> tuple[int, int]:
+    """Where a step begins, and its batch. Step 1 is the first; phases are in their order."""
+    phase = next(one for one in reversed(phases) if one.step < step)
+    return phase.position + (step - 1 - phase.step) * phase.global_batch, phase.global_batch
+
+
 def rows(
     reader: Reader,
     order: Order,
     *,
     steps: range,
-    global_batch: int,
+    phases: Sequence[Phase],
     dp_size: int,
     tp_size: int = 1,
 ) -> Iterator[PlanRow]:
-    """The samples of `steps` (step 1 starts at position 0), each step's in order of position.
+    """The samples of `steps`, each step's in order of position.
 
-    Reads the indexes of the shards that hold them, no tokens. Raises DataError.
+    `phases`: one, Phase(global_batch), for a run whose batch has always been the same. Ranks are those of
+    `dp_size`, also for steps that other numbers of ranks have computed. Reads the indexes of the shards that
+    hold the samples, no tokens. Raises DataError.
     """
     for step in steps:
-        start = (step - 1) * global_batch
+        start, global_batch = begin_of(step, phases)
         positions = np.arange(start, start + global_batch, dtype=np.int64)
         ranks = _dp_ranks(start, global_batch, streams=order.streams, dp_size=dp_size)
         epochs, samples = order.at(positions)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lmscale.corpus.cache import ChunkCache, folder_of
 from lmscale.corpus.chunks import Chunks
 from lmscale.corpus.feistel import Ints
 from lmscale.corpus.files import Files
@@ -51,12 +52,13 @@ class Reader:
         memory_bytes: int,
         chunks_in_use: int | None = None,
         backoff_s: float = 0.2,
+        cache_dir: Path | None = None,
     ) -> None:
         """Open a corpus. Raises DataError (missing, damaged) and ConfigError (seq_len).
 
         `chunks_in_use` is how many chunks the caller reads from at a time: assign.window_chunks for
         training, 1 for reading in order; None: all of them. `backoff_s` bounds the first wait
-        before a failed read is tried again.
+        before a failed read is tried again. `cache_dir`: where copies of chunks may lie (staging.py).
         """
         self.path = path
         self.seq_len = seq_len
@@ -64,7 +66,8 @@ class Reader:
         self.num_samples = self.manifest.num_samples(seq_len)
         self.samples_per_chunk = self.manifest.samples_per_chunk(seq_len)
         self._files = Files(backoff_s=backoff_s)
-        self._chunks = Chunks(path, self.manifest, self._files)
+        self._cache = ChunkCache(folder_of(cache_dir, self.manifest)) if cache_dir else None
+        self._chunks = Chunks(path, self.manifest, self._files, cache=self._cache)
         self._memory_bytes = memory_bytes
         self.holds_chunks = memory_needed(self.manifest, chunks_in_use) <= memory_bytes
         self._held: OrderedDict[int, _Held] = OrderedDict()
@@ -106,6 +109,8 @@ class Reader:
         """Close the files and drop what is held."""
         with self._lock:
             self._files.close()
+            if self._cache is not None:
+                self._cache.close()
             self._held.clear()
             self._held_bytes = 0
 

@@ -49,8 +49,18 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def jobs(self) -> Path:
+        """Folder of K.json, K.yaml, K.sh: what was submitted, its run file, its script."""
+        return self.path / "jobs"
+
+    @property
+    def bad_nodes(self) -> Path:
+        """One file a node that failed its check before the first step; its name is the host's."""
+        return self.path / "bad-nodes"
+
+    @property
     def logs(self) -> Path:
-        """Folder of START-rank-R.log files."""
+        """Folder of START-rank-R.log and job-K.log files."""
         return self.path / "logs"
 
     @property

@@ -3,7 +3,7 @@
 import fcntl
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lmscale.errors import ConfigError, Problem
@@ -15,13 +15,22 @@ from lmscale.run.liveness import STALE_S, Live, live
 _log = logging.getLogger(__name__)
 
 
-def begin(folder: RunFolder, start: str, *, by_hand: bool, ranks: int) -> EventLog:
+def begin(
+    folder: RunFolder,
+    start: str,
+    *,
+    by_hand: bool,
+    ranks: int,
+    nodes: Sequence[str] = (),
+    fresh: bool = False,
+) -> EventLog:
     """Write the start into the folder's events, and from then on be seen as running in it.
 
     By hand only where nobody else is: raises ConfigError naming host, pid and attempt. Look and
     write happen under one lock, so of two simultaneous starts on a host exactly one wins. Between
-    hosts the attempts' fence decides. A scheduler's restart takes over at once. `ranks`: that this
-    start makes, for the record.
+    hosts the attempts' fence decides. A scheduler's restart takes over at once. For the record: the
+    `ranks` that this start makes, on which `nodes`, and whether it is the first of a submission
+    that a person has made (`fresh`: the budget counts anew).
     """
     if by_hand:
         wait_for_silence(folder)
@@ -32,7 +41,7 @@ def begin(folder: RunFolder, start: str, *, by_hand: bool, ranks: int) -> EventL
             with storage_errors(f"removing {folder.stop}"):
                 folder.stop.unlink(missing_ok=True)
         events = EventLog(folder, start)
-        events.write("start", by_hand=by_hand, ranks=ranks)
+        events.write("start", by_hand=by_hand, ranks=ranks, nodes=list(nodes), fresh=fresh)
         return events
 
 

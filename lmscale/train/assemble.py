@@ -21,6 +21,7 @@ from lmscale.model.language import LanguageModel
 from lmscale.run.attempts import check_not_overtaken
 from lmscale.run.events import EventLog
 from lmscale.run.folder import RunFolder
+from lmscale.run.pulse import Pulse
 from lmscale.train.attempt import (
     Attempt,
     Source,
@@ -53,7 +54,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def train(
-    cfg: RunConfig, world: World, stop: StopRequest, *, folder: RunFolder, events: EventLog | None
+    cfg: RunConfig,
+    world: World,
+    stop: StopRequest,
+    *,
+    folder: RunFolder,
+    events: EventLog | None,
+    pulse: Pulse,
 ) -> ExitCode:
     """Open the corpora, meet the other ranks, train. Raises LmscaleError with what to do."""
     corpora = open_corpora(cfg, world_size=world.size)
@@ -61,7 +68,9 @@ def train(
     # Refuses kernels whose sums depend on timing; the CPU kernels used here are deterministic anyway.
     torch.use_deterministic_algorithms(cfg.train.deterministic)
     with distributed(world, device=device):
-        rank = Rank(cfg, make_mesh(cfg.parallel, world, device.type), device, folder, events)
+        pulse.tick("load")
+        mesh = make_mesh(cfg.parallel, world, device.type)
+        rank = Rank(cfg, mesh, device, folder, events, pulse)
         try:
             return _train(rank, corpora, stop)
         except (RuntimeError, MemoryError) as error:
@@ -124,6 +133,8 @@ def _to_the_end(loop: Loop, corpora: Corpora, *, counted: Loader) -> ExitCode:
     if loop.state.step >= loop.total_steps:
         code = finish(loop, corpora, counted=counted)
     farewell(loop, code)
+    # Together: mpirun kills within 0.3 s whoever is left when one rank has ended with another code than 0.
+    loop.rank.on_root(lambda: None)
     return code
 
 

@@ -48,6 +48,7 @@ def open_corpora(cfg: RunConfig, *, world_size: int) -> Corpora:
         seq_len=seq_len,
         memory_bytes=memory,
         chunks_in_use=in_use,
+        cache_dir=Path(cfg.data.cache_dir) if cfg.data.cache_dir else None,
     )
     held_out = {
         path: Reader(

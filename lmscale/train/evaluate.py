@@ -55,6 +55,7 @@ class Validation:
             sums = torch.zeros(3, dtype=torch.float64)
             for batch in self._batches(reader, rank.mesh.dp_rank, rank.mesh.dp_size):
                 found = engine.evaluate(to_device(batch, rank.device))
+                rank.pulse.tick("eval")
                 sums[0] += found.loss.double().cpu()
                 sums[1] += found.weight.double().cpu()
                 sums[2] += self._bytes(batch)

@@ -79,7 +79,10 @@ class Loop:
         with closing(self.loader.steps(self.state.position)) as batches:
             asked = agree({"stop": self._stop_asked(), "save": 0})
             while self.state.step < last and not asked["stop"]:
-                self._step(next(batches))
+                self.rank.pulse.tick("data", self.state.step + 1)
+                batch = next(batches)
+                self.rank.pulse.tick("step")
+                self._step(batch)
                 due = self.rank.is_root and self.saver.due(self.state.step)
                 asked = agree({"stop": self._stop_asked(), "save": int(due)})
                 if self._eval_due():
@@ -110,6 +113,8 @@ class Loop:
         self.state.step = step
         self.state.position = batch.position + self.rank.cfg.train.global_batch
         self.recorder.note(step=step, position=self.state.position, lr=lr, result=result)
+        if self.profile.recording:
+            self.rank.pulse.tick("save")  # writing a trace may take minutes
         if path := self.profile.after(step):
             log.info("profile of steps up to %d: %s", step, path)
 
@@ -117,6 +122,7 @@ class Loop:
         """Validate now, unless this step has been validated."""
         if self._evaluated == self.state.step:
             return
+        self.rank.pulse.tick("eval")
         with self._paused():
             self.recorder.flush()
             self.scores = self.validation.score(self.engine, self.rank, step=self.state.step)
@@ -133,6 +139,7 @@ class Loop:
         """Publish a checkpoint of this step, unless it stands already."""
         if self.saver.newest_step == self.state.step:
             return True
+        self.rank.pulse.tick("save")
         with self._paused():
             self.recorder.flush()
             self.state.updates, self.state.skipped = self.recorder.updates, self.recorder.skipped

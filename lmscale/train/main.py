@@ -11,10 +11,12 @@ from lmscale import log as logs
 from lmscale.config import checks
 from lmscale.config.load import dump, load
 from lmscale.config.run import RunConfig
+from lmscale.dist.mpi import meet
 from lmscale.errors import ConfigError, ExitCode, LmscaleError
 from lmscale.run.events import EventLog, start_name
 from lmscale.run.folder import RunFolder
 from lmscale.run.hold import begin
+from lmscale.run.pulse import Pulse
 from lmscale.train.signals import StopRequest
 from lmscale.world import World
 
@@ -27,6 +29,9 @@ def main(argv: list[str], stop: StopRequest) -> ExitCode:
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args(argv)
+    pulse = Pulse.inherited(os.environ)
+    pulse.tick("start")
+    os.environ |= meet(os.environ)
     world = World.from_env(os.environ)
     logs.configure(world)
     cfg = load(args.run, args.overrides)
@@ -38,7 +43,7 @@ def main(argv: list[str], stop: StopRequest) -> ExitCode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         from lmscale.train.assemble import train
 
-        code = train(cfg, world, stop, folder=folder, events=events)
+        code = train(cfg, world, stop, folder=folder, events=events, pulse=pulse)
         _tell_end(events, code, code.name.lower())
         return code
 
@@ -53,7 +58,10 @@ def recorded(folder: RunFolder, world: World, env: Mapping[str, str]) -> Iterato
     if not world.is_root:
         yield None
         return
-    with begin(folder, start_name(env), by_hand=by_hand(world, env), ranks=world.size) as events:
+    fresh = env.get("LMSCALE_FRESH") == "1"
+    with begin(
+        folder, start_name(env), by_hand=by_hand(world, env), ranks=world.size, fresh=fresh
+    ) as events:
         try:
             yield events
         except LmscaleError as error:
@@ -63,7 +71,9 @@ def recorded(folder: RunFolder, world: World, env: Mapping[str, str]) -> Iterato
 
 def by_hand(world: World, env: Mapping[str, str]) -> bool:
     """Whether a person has started this rank: no supervisor, no scheduler, no restart by torchrun."""
-    return not world.start and env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    # Ranks of mpirun have named the start themselves.
+    unnamed = not world.start or "LMSCALE_BY_HAND" in env
+    return unnamed and env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
 
 def write_config(folder: RunFolder, cfg: RunConfig) -> None:

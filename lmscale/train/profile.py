@@ -32,6 +32,11 @@ class Profile:
         self._cuda = device.type == "cuda"
         self._profiler: Any = None
 
+    @property
+    def recording(self) -> bool:
+        """Whether the steps of now are recorded."""
+        return self._profiler is not None
+
     def before(self, step: int) -> None:
         """Call before each step."""
         if step != self._first:

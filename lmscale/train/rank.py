@@ -1,7 +1,7 @@
 """What every part of one rank's start needs to know: the run file, the mesh, the run folder, the events."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from lmscale.dist.mesh import Mesh
 from lmscale.dist.reduce import on_root
 from lmscale.run.events import EventLog
 from lmscale.run.folder import RunFolder
+from lmscale.run.pulse import Pulse
 
 T = TypeVar("T")
 
@@ -24,6 +25,7 @@ class Rank:
     device: torch.device
     folder: RunFolder
     events: EventLog | None  # rank 0 only
+    pulse: Pulse = field(default_factory=Pulse)  # tells the supervisor that this rank gets on
 
     @property
     def is_root(self) -> bool:

@@ -217,13 +217,9 @@ def test_conflicts_between_keys(run: Path, overrides: list[str], path: str, word
         (["log.layer_stats=true"], "log.layer_stats"),
         (["log.trackers=[tensorboard, wandb]"], "log.trackers"),
         (["data.max_damage_rate=0.1"], "data.max_damage_rate"),
-        (["data.cache_dir=cache"], "data.cache_dir"),
-        (["data.cache_bytes=1 GiB"], "data.cache_bytes"),
         (["train.init_from=step-00000010-a1"], "train.init_from"),
-        (["cluster.min_nodes=1"], "cluster.min_nodes"),
-        (["cluster.gpus_per_node=8"], "cluster.gpus_per_node"),
         (["cluster.time_limit=2h"], "cluster.time_limit"),
-        (["cluster.kind=slurm"], "cluster.kind"),
+        (["cluster.kind=kubernetes"], "cluster.kind"),
     ],
 )
 def test_what_is_not_supported_is_refused_with_the_nearest(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from small_corpus import Made, make
 
 from lmscale.corpus.order import Order
-from lmscale.corpus.plan import rows
+from lmscale.corpus.plan import Phase, rows
 from lmscale.corpus.reader import Reader, memory_needed
 from lmscale.errors import DataError, RetryableError
 
@@ -108,7 +108,7 @@ def test_plan_names_the_bytes_that_are_read(made: Made, batch: int, size: int, t
     with open_reader(made) as reader:
         assert reader.num_samples == 20
         plan = list(
-            rows(reader, order, steps=range(2, 5), global_batch=batch, dp_size=size, tp_size=tp)
+            rows(reader, order, steps=range(2, 5), phases=[Phase(batch)], dp_size=size, tp_size=tp)
         )
         assert [row["position"] for row in plan] == list(range(batch, 4 * batch))
         for row in plan:

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from launcher import train as train_module
 from launcher.cli import app
-from launcher.stop import find_run_folder, stop
+from launcher.jobs.find import find_run_folder
+from launcher.jobs.stop import stop
 from launcher.train import finished, world_of
 from launcher.verify import kind_of, verify
 from lmscale.config.identity import identity
@@ -83,7 +84,13 @@ def test_a_missing_corpus_names_the_command(folder: Path) -> None:
     assert not (folder / "runs").exists()
 
 
-@pytest.mark.parametrize("verb", ["prepare", "train", "plan", "verify", "eval", "generate", "stop"])
+VERBS = (
+    "prepare", "train", "plan", "verify", "eval", "generate", "doctor",
+    "submit", "status", "logs", "stop", "resume",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str) -> None:
     done = CliRunner().invoke(app, [verb, "--help"])
     assert done.exit_code == 0
@@ -134,6 +141,21 @@ def test_a_rank_becomes_the_rank_program_unless_nproc_is_given(
         train_module.train("run.yaml", ["train.steps=3"], None)
     got: Any = train_module.train("run.yaml", ["train.steps=3"], 2)
     assert got == ["train", "run.yaml", "train.steps=3", "cluster.ranks_per_node=2"]
+
+
+def test_a_cluster_comes_before_the_keys_that_change_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[list[str]] = []
+
+    def trained(source: str, overrides: list[str], nproc: int | None) -> int:
+        seen.append(overrides)
+        return 75
+
+    monkeypatch.setattr("launcher.train.train", trained)
+    argv = ["train", "run.yaml", "cluster.nodes=2", "--cluster", "slurm"]
+    assert CliRunner().invoke(app, argv).exit_code == 75
+    assert seen == [["cluster=slurm", "cluster.nodes=2"]]
 
 
 def test_the_number_of_ranks_and_nodes(folder: Path) -> None:
@@ -301,16 +323,20 @@ time.sleep(30)
 
 
 @pytest.mark.parametrize("now", [False, True])
-def test_stop_signals_waits_and_says_what_happened(tmp_path: Path, now: bool) -> None:
+def test_stop_signals_waits_and_says_what_happened(
+    tmp_path: Path, now: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", LIVE, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "live\n"
-    said: list[str] = []
-    assert stop(str(tmp_path), now=now, say=said.append) == 0
+    assert stop(str(tmp_path), now=now, as_json=True) == 0
     process.communicate(timeout=5)
     assert process.returncode == (-signal.SIGKILL if now else 85)
-    want = "killed; no checkpoint was saved" if now else "it ended (saved, 85)"
-    assert said[-1].startswith(want)
-    assert now or said[-1].endswith("step 12")
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert result["ended"]
+    want = ("killed", None, None) if now else ("stopped", 85, 12)
+    assert (result["what"], result["code"], result["checkpoint"]) == want
+    assert "no checkpoint was saved" in err if now else "step 12" in err

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from launcher.gpus import count_cores, count_gpus
-from launcher.output import Output
 from launcher.ranks import rank_env
-from launcher.signals import Signals
-from launcher.spawn import Place, free_port, port_is_taken
+from launcher.supervisor.output import Output
+from launcher.supervisor.signals import Signals
+from launcher.supervisor.spawn import Place, free_port, port_is_taken
 from lmscale.errors import UsageError
 from lmscale.world import World
 
@@ -34,31 +34,53 @@ def test_torchrun_made_a_rank() -> None:
     assert rank_env({"RANK": "1", "WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}) == {}
 
 
-def test_mpirun_made_a_rank() -> None:
+def test_mpirun_made_a_rank_and_mpi_says_where_to_meet() -> None:
     env = {
-        "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3",
-        "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "PMIX_NAMESPACE": "prterun-host-77@1", "PMIX_RANK": "3",
+        "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": "prterun-host-77@1", "PMIX_RANK": "3",
     }  # fmt: skip
     added = rank_env(env)
-    assert added is not None
-    world = World.from_env({**env, **added})
-    assert (world.rank, world.local_rank, world.size, world.local_size) == (3, 3, 4, 4)
-    assert world.master is not None and world.master.startswith("127.0.0.1:2")
-    same = rank_env({**env, "OMPI_COMM_WORLD_RANK": "0"})
-    assert same is not None and same["MASTER_PORT"] == added["MASTER_PORT"]
+    assert added == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    world = World.from_env({**env, **added, "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+    assert (world.rank, world.local_rank, world.size, world.local_size) == (3, 1, 4, 2)
+    hydra = {
+        "PMI_RANK": "1",
+        "PMI_SIZE": "2",
+        "MPI_LOCALRANKID": "1",
+        "MPI_LOCALNRANKS": "2",
+    }
+    added = rank_env(hydra)
+    assert added == {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert rank_env({"PMIX_RANK": "0"}) == {}
+
+
+STEP = {
+    "SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_JOB_ID": "4711",
+}  # fmt: skip
 
 
 def test_a_real_slurm_step_made_a_rank_and_several_hosts_need_an_address() -> None:
-    env = {
-        "SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1",
-        "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_ID": "4711",
-    }  # fmt: skip
-    added = rank_env(env)
+    added = rank_env(STEP)
     assert added is not None
     with pytest.raises(UsageError, match="MASTER_ADDR"):
-        World.from_env({**env, **added})
-    world = World.from_env({**env, **added, "MASTER_ADDR": "node0"})
-    assert (world.rank, world.local_rank, world.node) == (9, 1, 1)
+        World.from_env({**STEP, **added})
+    world = World.from_env({**STEP, **added, "MASTER_ADDR": "node0"})
+    assert (world.rank, world.local_rank, world.local_size, world.node) == (9, 1, 8, 1)
+    uneven = rank_env({**STEP, "SLURM_STEP_TASKS_PER_NODE": "8,4(x2)"})
+    assert uneven is not None and "LOCAL_WORLD_SIZE" not in uneven
+
+
+def test_slurm_tasks_of_one_host_meet_there_without_a_word() -> None:
+    one = {**STEP, "SLURM_STEP_TASKS_PER_NODE": "16"}
+    added = rank_env(one)
+    assert added is not None and added["MASTER_ADDR"] == "127.0.0.1"
+    assert 20_000 <= int(added["MASTER_PORT"]) < 30_000
+    same = rank_env({**one, "SLURM_PROCID": "0"})
+    assert same is not None and same["MASTER_PORT"] == added["MASTER_PORT"]
+    assert "MASTER_PORT" not in (rank_env({**one, "MASTER_PORT": "7"}) or {})
+    by_mpi = rank_env({**one, "PMIX_RANK": "9"})  # srun --mpi=pmix: MPI is asked
+    assert by_mpi is not None and by_mpi["RANK"] == "9" and "MASTER_PORT" not in by_mpi
 
 
 @pytest.mark.parametrize(

@@ -1,156 +1,24 @@
-"""The supervisor, with stand-in ranks: plain scripts without torch, and real signals."""
+"""The supervisor of one node, with stand-in ranks: plain scripts without torch, and real signals."""
 
 import json
 import os
 import signal
 import socket
 import subprocess
-import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from stand_ins import ROOT, Start, alive, clean_env, mentioning, until, watched
 
-from lmscale.run.events import read_events
 from lmscale.run.folder import RunFolder
-
-ROOT = Path(__file__).parents[3]
-
-# Runs supervise() as the launcher does: from the main thread of a process of its own.
-DRIVER = """
-import os, sys, json
-from pathlib import Path
-from launcher.spawn import Place
-from launcher.supervise import Job, supervise
-from lmscale.run.folder import RunFolder
-from lmscale.errors import LmscaleError
-options = json.loads(sys.argv[1])
-nodes = options.pop("nodes", {})
-job = Job(
-    command=[sys.executable, "-S", options.pop("script")], folder=RunFolder(Path(options.pop("folder"))),
-    place=Place(options.pop("ranks"), **nodes), env=os.environ,
-    **{"start": "s", "by_hand": True, "max_restarts": 0, "grace_s": 1.0, "pause_s": 0.01, **options},
-)
-try:
-    sys.exit(supervise(job))
-except LmscaleError as error:
-    print(error, file=sys.stderr)
-    sys.exit(int(error.exit_code))
-"""
-
-RANK = """
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
-rank, run = int(os.environ["RANK"]), Path({run!r})
-def mark(name, text=""):
-    path = run / "marks" / f"{{name}}-{{rank}}"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(str(text))
-def wait(seconds=60):
-    time.sleep(seconds)
-def event(kind, **fields):
-    with open(run / "events" / (os.environ["LMSCALE_START"] + ".jsonl"), "a") as file:
-        line = {{"time": time.time(), "kind": kind, "start": os.environ["LMSCALE_START"]}}
-        file.write(json.dumps({{**line, "host": "h", "pid": os.getpid(), **fields}}) + "\\n")
-"""
-
-
-class Start:
-    """One supervised job of stand-in ranks."""
-
-    def __init__(self, folder: Path) -> None:
-        self.run = folder / "run"
-        self.run.mkdir(exist_ok=True)
-        self.script = folder / "rank.py"
-
-    def options(self, body: str, **options: Any) -> list[str]:
-        self.script.write_text(RANK.format(run=str(self.run)) + textwrap.dedent(body))
-        given = {"script": str(self.script), "folder": str(self.run), "ranks": 2, **options}
-        return [sys.executable, "-c", DRIVER, json.dumps(given)]
-
-    def launch(self, body: str, **options: Any) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            self.options(body, **options), cwd=ROOT, env=clean_env(), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-    def to_the_end(self, body: str, **options: Any) -> tuple[int, str]:
-        process = self.launch(body, **options)
-        said, _ = process.communicate(timeout=20)
-        return process.returncode, said
-
-    def marks(self, name: str) -> dict[int, str]:
-        found = (self.run / "marks").glob(f"{name}-*")
-        return {int(p.name.rpartition("-")[2]): p.read_text() for p in sorted(found)}
-
-    def events(self) -> list[dict[str, Any]]:
-        return read_events(RunFolder(self.run))
-
-    def wait_for(self, name: str, count: int) -> dict[int, str]:
-        until(lambda: len([t for t in self.marks(name).values() if t]) == count, name)
-        return self.marks(name)
-
-
-def clean_env(**more: str) -> dict[str, str]:
-    drop = (
-        "RANK",
-        "WORLD_SIZE",
-        "LMSCALE_",
-        "MASTER_",
-        "LOCAL_",
-        "OMP_",
-        "SLURM_",
-        "OMPI_",
-        "PMIX",
-    )
-    return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | more
-
-
-def until(condition: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"still not: {what}"
-        time.sleep(0.01)
-
-
-def alive(pids: list[int]) -> list[int]:
-    """Those that run: a zombie whose reaper is slow has ended."""
-    found = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            continue
-        if state not in "ZX":
-            found.append(pid)
-    return found
-
-
-def mentioning(folder: Path) -> list[int]:
-    """Every process whose command line names the folder: ranks and what they started."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and int(entry.name) != os.getpid():
-            try:
-                if str(folder).encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return alive(found)
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    yield Start(tmp_path)
-    deadline = time.monotonic() + 2  # after a SIGKILL the kernel and the guard need a moment
-    while (left := mentioning(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left, "processes outlived their supervisor"
+    yield from watched(tmp_path)
 
 
 def test_ranks_get_their_environment_and_logs_are_merged(start: Start) -> None:
@@ -181,14 +49,8 @@ def test_ranks_get_their_environment_and_logs_are_merged(start: Start) -> None:
     }  # fmt: skip
     log = (start.run / "logs" / "s-rank-1.log").read_text()
     assert log.splitlines() == ["hello from 1", "[r1] already prefixed", "no line end"]
-    assert [e["kind"] for e in start.events()] == ["start", "exit"]
+    assert start.kinds() == ["start", "exit"]
     assert start.events()[-1]["code"] == 0
-
-
-def test_a_second_node_has_higher_ranks_and_the_given_address(start: Start) -> None:
-    nodes = {"nodes": 3, "node": 1, "master": "head:29500"}
-    start.to_the_end("mark('m', os.environ['MASTER_ADDR'] + os.environ['WORLD_SIZE'])", nodes=nodes)
-    assert start.marks("m") == {2: "head6", 3: "head6"}
 
 
 @pytest.mark.parametrize(
@@ -334,7 +196,7 @@ def test_restarts_in_place_within_the_budget(start: Start, code: int, starts: in
     got, said = start.to_the_end(COUNTING + end, ranks=1, max_restarts=2)
     assert got == code, said
     assert (start.run / "starts").read_text().split() == ["s", "s.1", "s.2"][:starts]
-    kinds = [event["kind"] for event in start.events()]
+    kinds = start.kinds()
     assert kinds == ["start", "restart"] * (starts - 1) + ["start", "exit"]
     assert [e["by_hand"] for e in start.events() if e["kind"] == "start"] == [True, False, False][
         :starts
@@ -387,7 +249,7 @@ def test_a_taken_port_is_replaced_without_costing_a_restart(start: Start) -> Non
         said, _ = process.communicate(timeout=10)
     assert process.returncode == 0, said
     assert start.marks("other") != start.marks("port")
-    assert [event["kind"] for event in start.events()] == ["start", "exit"]
+    assert start.kinds() == ["start", "exit"]
 
 
 def test_two_simultaneous_starts_do_not_both_win(start: Start) -> None:

@@ -1,0 +1,169 @@
+"""Slurm as a user of this host sees it: controller, partitions, accounting, requeue, and a job on trial."""
+
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from launcher.doctor.finding import Finding, fail, ok, warn
+from launcher.jobs.plan import JobPlan
+from launcher.slurm import commands, partition, preflight
+from lmscale.config.cluster import ClusterConfig
+from lmscale.errors import ConfigError, LmscaleError
+from lmscale.units import show_seconds
+
+ANSWER_S = 15.0  # Slurm's commands give up after 9 to 10 s themselves
+_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+_CRED_EXPIRE_S = 120  # slurm.conf(5), AuthInfo
+
+
+def check(env: Mapping[str, str], cluster: ClusterConfig | None) -> list[Finding]:
+    """Everything of Slurm. With `cluster`, of kind slurm, also whether a job of it could ever run."""
+    bad = warn if cluster is None else fail
+    missing = [name for name in _COMMANDS if shutil.which(name, path=env.get("PATH")) is None]
+    if len(missing) == len(_COMMANDS) and cluster is None:
+        return [ok("slurm", "not on this host (no sbatch on PATH)")]
+    if missing:
+        hint = "run this on a login node, `module load slurm`, or install slurm-client"
+        return [bad("slurm", f"not on PATH: {', '.join(missing)}", hint)]
+    found = [_passed_over(env)]
+    try:
+        found.append(_inside_job(env))
+        found += _answering(cluster)
+    except LmscaleError as error:
+        fact, hint = _told(error)
+        found.append(bad("controller", fact, hint))
+    return [one for one in found if one is not None]
+
+
+def settings(text: str) -> dict[str, str]:
+    """`scontrol show config` as a mapping."""
+    pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _answering(cluster: ClusterConfig | None) -> list[Finding]:
+    begun = time.monotonic()
+    config = commands.ask("scontrol", "show", "config", timeout_s=ANSWER_S)
+    seconds = time.monotonic() - begun
+    if config.code != 0:
+        hint = "`scontrol ping` says whether it is down; jobs that run go on without it"
+        return [(fail if cluster else warn)("controller", config.words, hint)]
+    values = settings(config.out)
+    version = values.get("SLURM_VERSION", "?")
+    fact = f"{values.get('ClusterName', '?')}, Slurm {version}, answered in {seconds:.1f} s"
+    found = [ok("controller", fact)]
+    ours = commands.ask("sbatch", "--version", timeout_s=ANSWER_S).out.strip().rpartition(" ")[2]
+    if ours.split(".")[:2] != version.split(".")[:2]:
+        hint = "use the commands that the site installed; two releases apart work at most"
+        found.append(warn("versions", f"commands {ours}, controller {version}", hint))
+    partitions = preflight.look()
+    found += [_partition(one) for one in partitions]
+    if not partitions:
+        found.append(warn("partitions", "none is shown to this user", "ask the site's keeper"))
+    found += [_accounting(values), _requeue(values, cluster)]
+    return found + (_on_trial(cluster) if cluster is not None else [])
+
+
+def _told(error: LmscaleError) -> tuple[str, str]:
+    """Fact and hint of an error of launcher.slurm."""
+    if isinstance(error, ConfigError):
+        return error.problems[0].fact, error.problems[0].hint
+    fact, _, hint = str(error).partition("\n  hint: ")
+    return fact, hint or "try again later"
+
+
+def _partition(one: partition.Partition) -> Finding:
+    usable = sum(node.usable for node in one.nodes)
+    gpus = sorted({node.count_gpus() for node in one.nodes})
+    limit = show_seconds(one.max_time_s) if one.max_time_s is not None else "none"
+    fact = f"{len(one.nodes)} node(s)"
+    fact += (
+        f", {len(one.nodes) - usable} of them down or drained" if usable < len(one.nodes) else ""
+    )
+    fact += f", {one.max_nodes} a job at most" if one.max_nodes is not None else ""
+    fact += f", time limit {limit}"
+    fact += f", {' or '.join(map(str, gpus))} GPUs a node" if any(gpus) else ", no GPUs"
+    fact += ", the default" if one.default else ""
+    what = f"partition {one.name}"
+    if one.state != "UP":
+        hint = "jobs wait there until its keeper opens it"
+        return warn(what, f"{fact}; its state is {one.state}", hint)
+    if not usable:
+        return warn(what, fact, "see why: sinfo -R")
+    return ok(what, fact)
+
+
+def _accounting(values: Mapping[str, str]) -> Finding:
+    if values.get("AccountingStorageType", "").endswith("none"):
+        keep = values.get("MinJobAge", "300 sec")
+        return ok("accounting", f"none, and not needed; ended jobs are forgotten after {keep}")
+    begun = time.monotonic()
+    try:
+        answer = commands.ask("sacct", "-n", "-X", "-S", "now-1minutes", timeout_s=ANSWER_S)
+        words = "" if answer.code == 0 else answer.words
+    except LmscaleError as error:
+        words = _told(error)[0]
+    if not words:
+        return ok("accounting", f"sacct answered in {time.monotonic() - begun:.1f} s")
+    hint = "lmscale works without; how a job ended is then known only from its run folder"
+    return warn("accounting", f"sacct: {words}", hint)
+
+
+def _requeue(values: Mapping[str, str], cluster: ClusterConfig | None) -> Finding:
+    match = re.search(r"cred_expire=(\d+)", values.get("AuthInfo", ""))
+    delay = (int(match[1]) if match else _CRED_EXPIRE_S) + 1
+    if values.get("JobRequeue") == "0":
+        fact = "off by default (JobRequeue=0); lmscale asks for it with --requeue"
+        hint = "if the site refuses that, set cluster.slurm.requeue: false (follow-up jobs)"
+        level = warn if cluster is None or cluster.slurm.requeue else ok
+        return level("requeue", fact, hint)
+    hint = "a restart by the scheduler waits that long; one in place does not" if delay > 30 else ""
+    return ok("requeue", f"allowed; a requeued job starts after {delay} s at least", hint)
+
+
+def _inside_job(env: Mapping[str, str]) -> Finding | None:
+    job = env.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    answer = commands.ask("squeue", "-h", "-j", job, "-o", "%T", timeout_s=ANSWER_S)
+    if answer.code == 0 and answer.out.strip():
+        hint = "`lmscale submit` from here is fine: it drops this job's variables"
+        return ok("this shell", f"runs inside job {job}", hint)
+    hint = "open a new shell, or unset them (a tmux session keeps those of its first job)"
+    return warn("this shell", f"has SLURM_* variables of job {job}, which is not running", hint)
+
+
+def _passed_over(env: Mapping[str, str]) -> Finding | None:
+    names = sorted(name for name in env if name.startswith(("SBATCH_", "SRUN_", "SALLOC_")))
+    if not names or "SLURM_JOB_ID" in env:
+        return None
+    hint = "write what you need into cluster.slurm (partition, account, qos, sbatch: [...])"
+    return warn(
+        "this shell", f"sets {', '.join(names)}; lmscale submit does not pass them on", hint
+    )
+
+
+def _on_trial(cluster: ClusterConfig) -> list[Finding]:
+    """Let a job of this shape be judged as `submit` would, by us and by sbatch --test-only; nothing is queued."""
+    from launcher.slurm.script import render
+
+    with tempfile.TemporaryDirectory(prefix="lmscale-doctor-") as folder:
+        plan = JobPlan(
+            name="lmscale-doctor", run_dir=Path(folder), number=1, nodes=cluster.nodes,
+            min_nodes=cluster.min_nodes or cluster.nodes,
+            ranks_per_node=cluster.ranks_per_node or cluster.gpus_per_node or 1,
+            gpus_per_node=cluster.gpus_per_node or 0, workdir=Path.cwd(), python=sys.executable,
+            cluster=cluster,
+        )  # fmt: skip
+        plan.folder.logs.mkdir()
+        plan.folder.jobs.mkdir()
+        try:
+            plan.script.write_text(render(plan))
+            preflight.check(plan)
+        except ConfigError as error:
+            return [fail(one.path or "a job", one.fact, one.hint) for one in error.problems]
+    return [ok("a job", f"sbatch --test-only accepts one of {cluster.nodes} node(s)")]

@@ -1,0 +1,110 @@
+"""A job as one value: everything that any kind of cluster needs to know to start it. Pure."""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lmscale.config import checks
+from lmscale.config.cluster import ClusterConfig
+from lmscale.config.run import RunConfig
+from lmscale.errors import ConfigError, Problem
+from lmscale.run.folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """What one submission starts, and where. Paths are absolute and the same on every node."""
+
+    name: str  # of the run, for lists of jobs
+    run_dir: Path
+    number: int  # of this submission in its run folder, from 1
+    nodes: int  # at most
+    min_nodes: int  # at least
+    ranks_per_node: int
+    gpus_per_node: int  # 0: none are asked for
+    workdir: Path
+    python: str  # interpreter on the nodes
+    cluster: ClusterConfig
+    paths: tuple[Path, ...] = ()  # corpora, tokenizer, caches: what a container must mount
+    env: Mapping[str, str] = field(default_factory=dict)  # of the whole job, besides cluster.env
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        return RunFolder(self.run_dir)
+
+    @property
+    def config(self) -> Path:
+        """The resolved run file of this submission: later edits of the user's file change nothing."""
+        return self.folder.jobs / f"{self.number}.yaml"
+
+    @property
+    def script(self) -> Path:
+        """What the cluster runs, kept for people and for follow-up jobs."""
+        return self.folder.jobs / f"{self.number}.sh"
+
+    @property
+    def log(self) -> Path:
+        """The merged log of all ranks and of every start of this job."""
+        return self.folder.logs / f"job-{self.number}.log"
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What one supervisor runs on its node."""
+        return (*self.rank_command, "--nproc", str(self.ranks_per_node))
+
+    @property
+    def rank_command(self) -> tuple[str, ...]:
+        """What one rank runs where the cluster itself starts the ranks."""
+        return (self.python, "-P", "-m", "launcher.cli", "train", str(self.config))
+
+    def in_words(self) -> str:
+        """One line for people."""
+        nodes = (
+            str(self.nodes) if self.nodes == self.min_nodes else f"{self.min_nodes}-{self.nodes}"
+        )
+        gpus = f", {self.gpus_per_node} GPUs a node" if self.gpus_per_node else ""
+        return f"{nodes} node(s) x {self.ranks_per_node} ranks{gpus}: {shlex.join(self.command)}"
+
+
+def plan_job(cfg: RunConfig, *, number: int, cwd: Path, python: str = sys.executable) -> JobPlan:
+    """The job of a checked run file. Raises ConfigError for what no number of its nodes could run."""
+    cluster = cfg.cluster
+    min_nodes = cluster.min_nodes or cluster.nodes
+    ranks = cluster.ranks_per_node or cluster.gpus_per_node
+    if ranks is None:
+        if cluster.kind == "slurm":  # its nodes cannot be looked at from here
+            hint = "set one of cluster.ranks_per_node and cluster.gpus_per_node"
+            raise ConfigError(
+                [Problem("cluster.ranks_per_node", "unknown for slurm's nodes", hint)]
+            )
+        from launcher.gpus import count_gpus_here
+
+        ranks = count_gpus_here() or 2
+    found = [
+        Problem(one.path, f"with {nodes} of the {min_nodes} to {cluster.nodes} nodes: {one.fact}", one.hint)
+        for nodes in range(min_nodes, cluster.nodes + 1)
+        for one in checks.world_problems(cfg, world_size=nodes * ranks)
+    ]  # fmt: skip
+    if found:
+        raise ConfigError(found[:1])
+    run_dir = Path(cfg.train.run_dir)
+    paths = [*(one.path for one in cfg.data.corpora), *cfg.eval.corpora]
+    paths += [path for path in (cfg.data.tokenizer, cfg.data.cache_dir) if path is not None]
+    if cfg.train.resume not in ("auto", "never"):
+        paths.append(cfg.train.resume)
+    return JobPlan(
+        name=run_dir.name,
+        run_dir=run_dir,
+        number=number,
+        nodes=cluster.nodes,
+        min_nodes=min_nodes,
+        ranks_per_node=ranks,
+        gpus_per_node=cluster.gpus_per_node or 0,
+        workdir=cwd,
+        python=python,
+        cluster=cluster,
+        paths=tuple(dict.fromkeys(Path(path) for path in paths)),
+    )

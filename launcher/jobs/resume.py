@@ -1,0 +1,78 @@
+"""`lmscale resume RUN`: submit a run again that was stopped, has failed or was cancelled."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from launcher.going_on import changes
+from launcher.jobs.find import find_run_folder
+from launcher.jobs.submit import hand_over, refuse_a_live_run, run_name
+from lmscale.config.load import load
+from lmscale.config.run import RunConfig
+from lmscale.errors import ConfigError, Problem, UsageError
+from lmscale.run.checkpoints import Found, newest_valid
+from lmscale.run.folder import RunFolder
+
+_JOB_CONFIG = re.compile(r"([1-9]\d*)\.yaml")
+
+
+def resume(run: str, overrides: Sequence[str], *, dry_run: bool, as_json: bool) -> int:
+    """Go on from the newest checkpoint, as a new job. Returns 0, or the exit code of a job that ended at once."""
+    folder = find_run_folder(run)
+    refuse_a_live_run(folder)
+    cfg = _config(folder, overrides)
+    found = newest_valid(folder)
+    if found is not None:
+        _check(cfg, folder, found)
+    notes = [_from_where(found), *_excluded(folder)]
+    return hand_over(cfg, dry_run=dry_run, as_json=as_json, notes=notes)
+
+
+def newest_config(folder: RunFolder) -> Path:
+    """The run file of the newest submission; config.yaml of a run that was only started by hand."""
+    names = folder.jobs.iterdir() if folder.jobs.is_dir() else ()
+    numbers = [
+        int(match[1]) for match in (_JOB_CONFIG.fullmatch(path.name) for path in names) if match
+    ]
+    path = folder.jobs / f"{max(numbers)}.yaml" if numbers else folder.config
+    if not path.is_file():
+        hint = "start it with its run file: lmscale submit RUN.yaml"
+        raise ConfigError(
+            [Problem("", f"{folder.path} has no run file, {path.name} is missing", hint)]
+        )
+    return path
+
+
+def _config(folder: RunFolder, overrides: Sequence[str]) -> RunConfig:
+    if any(text.startswith("train.run_dir=") for text in overrides):
+        raise UsageError("a run goes on in its own folder: leave train.run_dir out")
+    # JSON is YAML. The folder may have been moved or copied since its run file was written.
+    here = f"train.run_dir={json.dumps(str(folder.path))}"
+    path = newest_config(folder)
+    cfg = load(path, [*overrides, here])
+    if cfg.train.resume == "never":  # meant for the first start: now there are checkpoints
+        cfg = load(path, [*overrides, here, "train.resume=auto"])
+    return cfg
+
+
+def _check(cfg: RunConfig, folder: RunFolder, found: Found) -> None:
+    """Say here what the ranks would refuse, or do nothing about, in their first seconds."""
+    if problems := changes(cfg, found):
+        raise ConfigError(problems)
+    if cfg.train.stop_at is not None and found.step >= cfg.train.stop_at:
+        fact = f"{cfg.train.stop_at}, but the run stands at step {found.step} already"
+        hint = f"lmscale resume {run_name(folder)} train.stop_at=null"
+        raise ConfigError([Problem("train.stop_at", fact, hint)])
+
+
+def _from_where(found: Found | None) -> str:
+    if found is None:
+        return "there is no checkpoint yet: it starts from the beginning"
+    return f"going on from step {found.step} ({found.path.name})"
+
+
+def _excluded(folder: RunFolder) -> Iterator[str]:
+    for path in sorted(folder.bad_nodes.iterdir()) if folder.bad_nodes.is_dir() else ():
+        why = (path.read_text(errors="replace").strip().splitlines() or ["no reason given"])[0]
+        yield f"excluded: {path.name} ({why}); to use it again, remove {path}"

@@ -1,0 +1,200 @@
+"""Everything `lmscale plan` knows of a run, as one value for programs; words.py says it to people."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from launcher.planning import warnings
+from launcher.planning.activations import BYTES, Work
+from launcher.planning.corpus import CorpusFacts, corpus_facts, node_facts
+from launcher.planning.memory import Memory, Mesh, checkpoint_bytes, memory_of
+from launcher.planning.parameters import Parameter, parameters, total, trainable
+from launcher.planning.places import Place, mesh_of, placed, room_of
+from launcher.planning.standing import Standing, standing
+from lmscale.config import checks
+from lmscale.config.length import total_steps
+from lmscale.config.run import RunConfig
+from lmscale.errors import Problem
+from lmscale.run.folder import RunFolder
+
+
+def facts(cfg: RunConfig, env: Mapping[str, str]) -> dict[str, Any]:
+    """The plan of a checked run file. Raises ConfigError for what no start could run, DataError."""
+    from lmscale.corpus.assign import wasted_frac
+
+    place, stands, corpus = placed(cfg, env), standing(cfg), corpus_facts(cfg)
+    found = parameters(cfg.model, vocab_size=corpus.vocab_size, max_positions=_positions(cfg))
+    train = cfg.train
+    steps = _steps(cfg, stands, corpus)
+    need = _memory(cfg, found, corpus, place, place.mesh)
+    plan = {
+        "run_dir": str(train.run_dir),
+        "stands_at": stands.step,
+        "model": {
+            "layers": cfg.model.layers,
+            "width": cfg.model.width,
+            "parameters": total(found),
+            "trainable": total(trainable(cfg.model, found)),
+        },
+        **_length(cfg, stands, corpus, steps),
+        "global_batch_samples": train.global_batch,
+        "global_batch_tokens": train.global_batch * train.seq_len,
+        **_ranks(place),
+        "engine": {"kind": cfg.engine.kind, "precision": cfg.engine.precision},
+        "micro_batch": train.micro_batch,
+        "micro_batches": _micro_batches(cfg, place.mesh),
+        "wasted_frac": wasted_frac(train.global_batch, place.mesh.dp, train.micro_batch),
+        **_corpus(corpus),
+        "node_reads": None if steps is None else node_facts(cfg, place, stands, steps=steps),
+        "checkpoints": _checkpoints(cfg, found),
+        "memory": {**asdict(need), "total": need.total, "room": room_of(place, env, cfg)},
+        "memory_at_min_nodes": _at_min_nodes(cfg, found, corpus, place),
+    }
+    warned = _warnings(cfg, plan, place, found)
+    return {**plan, "warnings": [{"key": w.path, "fact": w.fact, "hint": w.hint} for w in warned]}
+
+
+def _ranks(place: Place) -> dict[str, Any]:
+    return {
+        "cluster": {
+            "kind": place.kind,
+            "nodes": place.nodes,
+            "min_nodes": place.min_nodes,
+            "ranks_per_node": place.ranks_per_node,
+            "ranks_assumed": place.assumed,
+            "launch": place.launch,
+            "device": place.device,
+        },
+        "ranks": place.ranks,
+        "dp_size": place.mesh.dp,
+        "mesh": asdict(place.mesh),
+    }
+
+
+def _checkpoints(cfg: RunConfig, found: Sequence[Parameter]) -> dict[str, Any]:
+    size, cadence = checkpoint_bytes(found, cfg.model, cfg.engine), cfg.checkpoint
+    return {
+        "bytes": size,
+        "keep": cadence.keep,
+        "bytes_on_disk": size * (cadence.keep + 1),  # one more while it is being written
+        "every_steps": cadence.every_steps,
+        "every_minutes": cadence.every_minutes,
+    }
+
+
+def _positions(cfg: RunConfig) -> int:
+    return cfg.model.max_positions or cfg.train.seq_len
+
+
+def _steps(cfg: RunConfig, stands: Standing, corpus: CorpusFacts) -> int | None:
+    """Steps of the whole run; None where only the corpus could tell."""
+    if cfg.train.epochs is not None and corpus.samples is None:
+        return None
+    return total_steps(cfg, lambda: corpus.samples or 0, step=stands.step, position=stands.position)
+
+
+def _length(
+    cfg: RunConfig, stands: Standing, corpus: CorpusFacts, steps: int | None
+) -> dict[str, Any]:
+    from lmscale.corpus.plan import begin_of
+
+    if steps is None:
+        return {"steps": None, "tokens": None, "epochs": cfg.train.epochs}
+    samples = sum(begin_of(steps, stands.phases))  # where the last step ends
+    epochs = None if corpus.samples is None else samples / corpus.samples
+    return {"steps": steps, "tokens": samples * cfg.train.seq_len, "epochs": epochs}
+
+
+def _corpus(corpus: CorpusFacts) -> dict[str, Any]:
+    return {
+        "corpus": corpus.path,
+        "corpus_samples": corpus.samples,
+        "corpus_tokens": corpus.tokens,
+        "vocab_size": corpus.vocab_size,
+        "vocab_from": corpus.vocab_from,
+    }
+
+
+def _micro_batches(cfg: RunConfig, mesh: Mesh) -> int:
+    from lmscale.corpus.assign import micro_batches
+
+    return micro_batches(cfg.train.global_batch, mesh.dp, cfg.train.micro_batch)
+
+
+def _memory(
+    cfg: RunConfig, found: Sequence[Parameter], corpus: CorpusFacts, place: Place, mesh: Mesh
+) -> Memory:
+    work = Work(
+        device=place.device,
+        precision=cfg.engine.precision,
+        rows=cfg.train.micro_batch,
+        seq_len=cfg.train.seq_len,
+        vocab_size=corpus.vocab_size,
+        separate=cfg.data.documents == "separate",
+        recompute=cfg.engine.activation_checkpointing,
+        tp=mesh.tp,
+        sequence_parallel=cfg.parallel.sequence_parallel,
+    )
+    return memory_of(
+        cfg.model, found, cfg.engine, mesh, work=work, micro_batches=_micro_batches(cfg, mesh)
+    )
+
+
+def _at_min_nodes(
+    cfg: RunConfig, found: Sequence[Parameter], corpus: CorpusFacts, place: Place
+) -> int | None:
+    """Bytes a rank needs on the fewest nodes; None where those are all, or cannot share the work."""
+    ranks = place.min_nodes * place.ranks_per_node
+    if place.min_nodes == place.nodes or list(checks.world_problems(cfg, world_size=ranks)):
+        return None
+    return _memory(cfg, found, corpus, place, mesh_of(cfg, ranks)).total
+
+
+def _warnings(
+    cfg: RunConfig, plan: Mapping[str, Any], place: Place, found: Sequence[Parameter]
+) -> Iterator[Problem]:
+    cluster = cfg.cluster
+    if place.assumed:
+        yield from warnings.unknown_ranks(place.ranks_per_node)
+    yield from warnings.tp_spans_nodes(place.mesh.tp, place.ranks_per_node)
+    yield from warnings.unfit_nodes(cfg, place.ranks_per_node)
+    yield from warnings.fillers(plan["wasted_frac"], micro_batch=cfg.train.micro_batch)
+    if (reads := plan["node_reads"]) is not None:
+        yield from warnings.starving_nodes(
+            place.nodes, idle=reads["idle_nodes"], streams_stay=reads["streams_stay"]
+        )
+    if cfg.engine.kind == "fsdp":
+        block = total(p for p in found if p.in_block) // cfg.model.layers // place.mesh.tp
+        size = block * BYTES[cfg.engine.precision]
+        yield from warnings.small_shards(size, shard=place.mesh.shard, nodes=place.nodes)
+    need = Memory(**{name: plan["memory"][name] for name in Memory.__dataclass_fields__})
+    yield from warnings.too_much_memory(
+        need, plan["memory"]["room"], cfg, micro_batches=plan["micro_batches"], nodes=place.nodes
+    )
+    yield from warnings.costly_fewer_nodes(
+        need.total,
+        plan["memory_at_min_nodes"],
+        min_nodes=place.min_nodes,
+        room=plan["memory"]["room"],
+    )
+    yield from warnings.rare_checkpoints(
+        cfg.checkpoint, seconds_a_step=_pace(cfg), time_limit=cluster.time_limit
+    )
+    if cluster.kind == "slurm":
+        yield from warnings.short_lead(
+            plan["checkpoints"]["bytes"],
+            nodes=place.nodes,
+            signal_lead=cluster.slurm.signal_lead,
+            time_limit=cluster.time_limit,
+        )
+
+
+def _pace(cfg: RunConfig) -> float | None:
+    """Seconds a step took lately; None for a run that has not trained yet."""
+    from launcher.jobs.tail import newest_lines
+
+    lines = newest_lines(RunFolder(Path(cfg.train.run_dir)).metrics, 20)
+    rates = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
+    return cfg.train.global_batch * cfg.train.seq_len / median(rates) if rates else None

@@ -1,0 +1,40 @@
+"""The command line of sbatch for a job. Pure, but for the names in RUN/bad-nodes."""
+
+import os
+from collections.abc import Collection
+
+from launcher.jobs.plan import JobPlan
+from launcher.slurm.options import words
+from launcher.slurm.partition import passed_through
+
+
+def command(
+    plan: JobPlan, *, known: Collection[str] | None = None, how: str = "--parsable"
+) -> list[str]:
+    """What queues the job: its script alone, or with the nodes to leave out that failed their check.
+
+    `known`: Slurm's names of nodes; None: host names are taken for them.
+    """
+    bad = ",".join(bad_nodes(plan, known))
+    if not bad:
+        return ["sbatch", how, str(plan.script)]
+    passed = passed_through(
+        words(plan.cluster.slurm.sbatch, "cluster.slurm.sbatch"), ("-x", "--exclude")
+    )
+    given = [passed] if passed else list(plan.cluster.slurm.exclude)
+    # The command line comes before the script's own options. The script is told which job it
+    # follows (none), and which nodes it was queued without, so that it knows of new ones.
+    return ["sbatch", how, f"--exclude={','.join([*given, bad])}", str(plan.script), "", bad]
+
+
+def bad_nodes(plan: JobPlan, known: Collection[str] | None) -> list[str]:
+    """Nodes that failed their check, by Slurm's names: a host name may have a domain, a node's not."""
+    folder, found = plan.folder.bad_nodes, []
+    for host in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        short = host.partition(".")[0]
+        name = host if known is not None and host in known else short
+        if (
+            known is None or name in known
+        ):  # one that has left the cluster would make sbatch refuse the job
+            found.append(name)
+    return found

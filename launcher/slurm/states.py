@@ -1,0 +1,147 @@
+"""From what Slurm shows of jobs to how they stand. Pure. What is not known never counts as ended."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from launcher.jobs.cluster import JobState
+from launcher.slurm import reasons
+from launcher.slurm.answers import Seen
+from launcher.slurm.hostlist import expand
+
+_ORDER = ("running", "pending", "unknown", "ended")
+
+
+def by_job(found: Iterable[Seen]) -> dict[str, list[Seen]]:
+    """Grouped by base id: the tasks of an array (17_3) and parts of a heterogeneous job (17+1) together."""
+    groups: dict[str, list[Seen]] = {}
+    for seen in found:
+        groups.setdefault(_base(seen.job), []).append(seen)
+    return groups
+
+
+def find(job: str, groups: Mapping[str, Sequence[Seen]], *, name: str = "") -> JobState | None:
+    """How one job stands, or None where it is not among them. A base id stands for all of its parts.
+
+    With `name`, a job of another name is another job that has got the same number.
+    """
+    family = [seen for seen in groups.get(_base(job), ()) if _named(seen, name)]
+    if job != _base(job):
+        family = [seen for seen in family if _covers(seen.job, job)]
+    if not family:
+        return None
+    states = [state_of(seen) for seen in family]
+    return min(states, key=lambda state: _ORDER.index(state.standing))
+
+
+def state_of(seen: Seen) -> JobState:
+    """How a job stands by one answer."""
+    words = [word.strip() for state in seen.states for word in state.split(",")]
+    # CANCELLED by 1000: sacct names who did it. RUNNING+ is a word that sacct has cut short.
+    names = [word.split()[0].rstrip("+").upper() for word in words if word]
+    if "COMPLETING" in names:  # the state beside it is not final yet: it may be requeued
+        return _at_work(seen, "COMPLETING")
+    for name in names:
+        if name in reasons.WAITING and name != "PENDING":
+            return _waiting(seen, name)
+    if "PENDING" in names:
+        return _waiting(seen, "PENDING")
+    for name in names:
+        if name in reasons.AT_WORK:
+            return _at_work(seen, name)
+    for word, name in zip(words, names, strict=False):
+        if name in reasons.ENDED:
+            return _ended(seen, name, word)
+        if name in reasons.ELSEWHERE:
+            return JobState("unknown", reasons.ELSEWHERE[name], raw=name)
+    told = ", ".join(seen.states)
+    return JobState("unknown", f"in a state that is not known here: {told}", raw=told)
+
+
+def of_chain(states: Sequence[JobState]) -> JobState:
+    """How a run stands whose job went on in follow-up jobs, oldest first: the one at work or next."""
+    for standing in ("running", "pending"):
+        for state in states:
+            if state.standing == standing:
+                return state
+    return states[-1]
+
+
+def _waiting(seen: Seen, name: str) -> JobState:
+    why = reasons.reason(seen.reason)
+    words = [reasons.WAITING[name], why.words]
+    if name == "PENDING" and seen.restarts and why.name == "BeginTime":
+        words = ["requeued, a short pause before it starts again"]
+    return JobState(
+        "pending", "; ".join(filter(None, words)), restarts=seen.restarts, raw=_raw(seen, name)
+    )
+
+
+def _at_work(seen: Seen, name: str) -> JobState:
+    return JobState(
+        "running", reasons.AT_WORK[name], _hosts(seen.nodes),
+        restarts=seen.restarts, raw=_raw(seen, name),
+    )  # fmt: skip
+
+
+def _hosts(nodes: str) -> tuple[str, ...]:
+    """One by one; a list that cannot be read is shown as it is: how the job stands is known all the same."""
+    try:
+        return tuple(expand(nodes)) if nodes else ()
+    except ValueError:
+        return (nodes,)
+
+
+def _ended(seen: Seen, name: str, word: str) -> JobState:
+    words = [reasons.ENDED[name]]
+    if match := re.fullmatch(r"CANCELLED by (\S+)", word, re.IGNORECASE):
+        words = [f"cancelled by {'root' if match[1] == '0' else f'user {match[1]}'}"]
+    why = reasons.reason(seen.reason)
+    # A job that was cancelled while it waited keeps the reason of its waiting: no news.
+    if name in ("FAILED", "LAUNCH_FAILED") and why.name != "NonZeroExitCode" and why.words:
+        words = [why.words]
+    return JobState(
+        "ended", "; ".join(filter(None, words)), code=_code(seen, name, why.name),
+        restarts=seen.restarts, raw=name,
+    )  # fmt: skip
+
+
+def _code(seen: Seen, name: str, why: str) -> int | None:
+    """Exit code of the batch script, where it is its own: Slurm writes 0:53 for one it never started."""
+    if seen.status is None or why == "JobLaunchFailure" or seen.status == (0, 53):
+        return None
+    code, signal = seen.status
+    if signal:
+        return 128 + signal
+    return code if code or name == "COMPLETED" else None
+
+
+def _raw(seen: Seen, name: str) -> str:
+    why = reasons.reason(seen.reason).name
+    return f"{name} ({why})" if why not in ("", "None") and name == "PENDING" else name
+
+
+def _named(seen: Seen, name: str) -> bool:
+    # scontrol ends a name at its first space.
+    return not name or not seen.name or seen.name.split()[:1] == name.split()[:1]
+
+
+def _base(job: str) -> str:
+    return re.split(r"[_+.]", job, maxsplit=1)[0]
+
+
+def _covers(shown: str, job: str) -> bool:
+    """Whether 17_[1-3,7%2], as waiting tasks are shown, includes 17_2."""
+    if shown == job:
+        return True
+    match = re.fullmatch(r"(\d+)_\[([\d,\-:]+)(?:%\d+)?(?:\.\.\.)?\]", shown)
+    if match is None or not job.startswith(f"{match[1]}_"):
+        return False
+    task = job.partition("_")[2]
+    for part in match[2].split(","):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        if task.isdecimal() and int(task) in range(
+            int(first), int(last or first) + 1, int(step or 1)
+        ):
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""Starts the ranks of a host, watches them and starts them again; across nodes, with its peers."""

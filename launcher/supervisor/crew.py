@@ -1,0 +1,66 @@
+"""What runs on this node in one round: its ranks, or what stages its data. Nothing of it outlives the round."""
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+from launcher.supervisor.job import Job
+from launcher.supervisor.spawn import RankProcess, spawn
+from launcher.supervisor.station import Station
+from launcher.supervisor.team import Round, Team
+from launcher.supervisor.watch import Watch
+from lmscale.run.events import events_path
+
+
+def run(station: Station, one: Round, team: Team) -> dict[int, int]:
+    """The round on this node, from its first process to its last; the exit code of each rank."""
+    job, running = station.job, list[RankProcess]()
+    log = events_path(job.folder, one.start).stem
+    station.output.open_logs(job.folder.logs, log, job.place.ranks)
+    try:
+        for rank in _who(job, one):
+            running.append(_spawn(station, one, rank))
+            station.guard.add(running[-1].pid)
+        return Watch(running, team, station).until_the_end()
+    finally:
+        for process in running:
+            if process.process.returncode is None:
+                process.reap()
+            process.close()
+        end_strays(spare={station.guard.pid})
+
+
+def _who(job: Job, one: Round) -> range:
+    """The ranks to start; staging runs in the name of the first one."""
+    ranks = job.place.ranks
+    if one.what == "ranks":
+        return ranks
+    return ranks[:1] if job.stage is not None else ranks[:0]
+
+
+def _spawn(station: Station, one: Round, rank: int) -> RankProcess:
+    job = station.job
+    terminal = station.terminal if rank == 0 else None
+    if one.what == "stage":
+        assert job.stage is not None
+        env = {**job.env, "LMSCALE_START": one.start}
+        return spawn(job.stage, env, rank=rank, terminal=terminal, shares=False)
+    env = job.place.environment(job.env, rank=rank, port=one.port, start=one.start)
+    return spawn(job.command, env, rank=rank, terminal=terminal, shares=job.place.ranked)
+
+
+def end_strays(*, spare: set[int]) -> None:
+    """Kill and reap every other child of this process: what ranks started outside of their groups."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    for _ in range(100):  # killing one hands its own children over to us
+        try:
+            pids = {int(pid) for pid in children.read_text().split()} - spare
+        except OSError:  # a kernel without this file
+            return
+        if not pids:
+            return
+        for pid in pids:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)

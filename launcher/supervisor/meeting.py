@@ -1,0 +1,266 @@
+"""How the supervisors of several nodes find each other: node 0 listens, the others come and greet.
+
+The port follows from the job's id, so other programs, or another job's supervisors, may have it: node 0 takes the
+next free one of eight, the others try them all until somebody answers who is of the same start.
+"""
+
+import contextlib
+import errno
+import platform
+import resource
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import lmscale
+from launcher.supervisor.channel import Channel, Message
+from launcher.supervisor.job import Job
+from launcher.supervisor.leader import Node
+from launcher.supervisor.loop import Loop
+from launcher.supervisor.team import BEAT_S
+from lmscale.errors import RetryableError
+
+PORTS = 8
+_ANSWER_S = 3.0  # for a greeting to come, or its answer
+_DIAL_S = 1.0
+_AGAIN_S = 0.5
+_SKEW_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What a node says of itself."""
+
+    start: str
+    node: int
+    nodes: int
+    ranks: int  # on it
+    host: str
+    lmscale: str
+    python: str
+    clock: float
+    unfit: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        """This node's."""
+        place = job.place
+        return cls(
+            job.start, place.node, place.nodes, place.num_ranks, job.host,
+            lmscale.__version__, platform.python_version(), time.time(), tuple(job.unfit),
+        )  # fmt: skip
+
+    @classmethod
+    def read(cls, message: Message) -> Self | None:
+        """Another node's; None for other words."""
+        try:
+            body: dict[str, Any] = {name: message[name] for name in cls.__slots__}
+            return cls(**{**body, "unfit": tuple(body["unfit"])})
+        except (KeyError, TypeError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A node that has come."""
+
+    greeting: Greeting
+    channel: Channel
+    skew_s: float  # how far its clock is ahead of ours
+
+
+class Lobby:
+    """Node 0's side: waits for the others."""
+
+    def __init__(self, job: Job, loop: Loop) -> None:
+        assert job.place.master is not None
+        self._own = Greeting.of(job)
+        self._loop = loop
+        self.until = time.monotonic() + job.meeting_s
+        self._arrived: list[Channel] = []
+        self.guests: dict[int, Guest] = {}
+        self.stop_asked = False  # by one of them
+        self._beat_s = -BEAT_S
+        _make_room(job.place.nodes)
+        host, port = split(job.place.master)
+        self._listener = _listen(port, job.place.nodes)
+        self.address = f"{host}:{self._listener.getsockname()[1]}"
+        self._listener.setblocking(False)
+        loop.watch(self._listener.fileno(), self._accept)
+
+    @property
+    def missing(self) -> list[int]:
+        """Nodes that have not come yet."""
+        return [node for node in range(1, self._own.nodes) if node not in self.guests]
+
+    def look(self) -> None:
+        """Greet who has come, and forget who has gone."""
+        for channel in self._arrived[:]:
+            messages = channel.take()
+            if messages:
+                self._arrived.remove(channel)
+                self._greet(channel, Greeting.read(messages[0]))
+            elif not channel.open or channel.silent_s > _ANSWER_S:
+                self._arrived.remove(channel)
+                channel.close()
+        beats = self._loop.awake_s - self._beat_s >= BEAT_S
+        self._beat_s = self._loop.awake_s if beats else self._beat_s
+        for number, guest in list(self.guests.items()):
+            self.stop_asked |= any(one["kind"] == "stop" for one in guest.channel.take())
+            if not guest.channel.open:
+                del self.guests[number]  # it may come again
+            elif beats:
+                guest.channel.send("beat")
+
+    def close(self) -> None:
+        """Let nobody else in."""
+        self._loop.forget(self._listener.fileno())
+        self._listener.close()
+        for channel in self._arrived:
+            channel.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # who came has gone, or there are no descriptors left
+            self._arrived.append(Channel(self._listener.accept()[0], self._loop))
+
+    def _greet(self, channel: Channel, theirs: Greeting | None) -> None:
+        ours = self._own
+        if (
+            theirs is None
+            or (theirs.start, theirs.nodes) != (ours.start, ours.nodes)
+            or not 0 < theirs.node < ours.nodes
+            or theirs.node in self.guests
+        ):
+            channel.send("stranger")
+            channel.close()
+            return
+        self.guests[theirs.node] = Guest(theirs, channel, theirs.clock - time.time())
+        channel.send("welcome")
+
+
+def gather(job: Job, loop: Loop, stopped: Callable[[], bool]) -> Lobby:
+    """Wait for all nodes, until a deadline or a request to stop. Raises RetryableError without a port."""
+    lobby = Lobby(job, loop)
+    while lobby.missing and time.monotonic() < lobby.until and not (stopped() or lobby.stop_asked):
+        loop.turn(_AGAIN_S)
+        lobby.look()
+    lobby.close()
+    return lobby
+
+
+def nodes_of(guests: Sequence[Guest]) -> list[Node]:
+    """The others as node 0 works with them, by number."""
+    found = [Node(one.greeting.node, one.greeting.host, one.channel) for one in guests]
+    return sorted(found, key=lambda node: node.number)
+
+
+def find(job: Job, loop: Loop, stopped: Callable[[], bool]) -> Channel | None:
+    """The other nodes' side: the connection to node 0. None when stopped. Raises RetryableError."""
+    assert job.place.master is not None
+    host, first = split(job.place.master)
+    until, why = time.monotonic() + job.meeting_s, "nobody has answered"
+    while True:
+        for port in _ports(first):
+            if stopped():
+                return None
+            try:
+                channel = Channel(socket.create_connection((host, port), timeout=_DIAL_S), loop)
+            except OSError as error:
+                why = str(error) if port == first else why
+                continue
+            if _is_welcome(channel, job, loop, stopped):
+                return channel
+            why = f"who listens on port {port} is of another start"
+        if time.monotonic() >= until:
+            raise RetryableError(
+                f"node {job.place.node}: node 0 was not found at {host}, ports {first} to "
+                f"{first + PORTS - 1}, within {job.meeting_s:.0f} s ({why}). See what its log says, "
+                "and whether this host reaches it"
+            )
+        loop.turn(_AGAIN_S)
+
+
+def disagreement(own: Greeting, guests: Sequence[Greeting]) -> str:
+    """Why these nodes cannot train together; empty where they can."""
+    for other in guests:
+        where = f"node {other.node} ({other.host})"
+        if other.lmscale != own.lmscale:
+            return (
+                f"{where} runs lmscale {other.lmscale}, node 0 ({own.host}) {own.lmscale}; install the "
+                "same version on all nodes"
+            )
+        if other.ranks != own.ranks:
+            return (
+                f"{where} has {other.ranks} ranks, node 0 ({own.host}) {own.ranks}; set "
+                "cluster.ranks_per_node, or use nodes that are alike"
+            )
+    return ""
+
+
+def cautions(own: Greeting, guests: Sequence[Guest]) -> list[str]:
+    """What is odd about these nodes, but no reason not to train."""
+    found = []
+    for one in guests:
+        where = f"node {one.greeting.node} ({one.greeting.host})"
+        if abs(one.skew_s) > _SKEW_S:
+            way = "ahead of" if one.skew_s > 0 else "behind"
+            found.append(
+                f"the clock of {where} is {abs(one.skew_s):.0f} s {way} that of node 0; times in events and "
+                "logs will not fit together: let NTP set it"
+            )
+        if one.greeting.python != own.python:
+            found.append(f"{where} runs Python {one.greeting.python}, node 0 {own.python}")
+    return found
+
+
+def split(master: str) -> tuple[str, int]:
+    """Host and port of LMSCALE_MASTER."""
+    host, _, port = master.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _make_room(nodes: int) -> None:
+    """A descriptor for each node: shells often allow 1024 where the system would allow more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = min(nodes + 1024, hard) if hard != resource.RLIM_INFINITY else nodes + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _ports(first: int) -> range:
+    return range(first, min(first + PORTS, 1 << 16))
+
+
+def _is_welcome(channel: Channel, job: Job, loop: Loop, stopped: Callable[[], bool]) -> bool:
+    channel.send("greet", **asdict(Greeting.of(job)))
+    while channel.open and channel.silent_s < _ANSWER_S and not stopped():
+        loop.turn(_AGAIN_S)
+        if messages := channel.take():
+            # What node 0 has said since belongs to who uses the connection next.
+            channel.put_back(messages[1:])
+            if messages[0]["kind"] == "welcome":
+                return True
+            break
+    channel.close()
+    return False
+
+
+def _listen(first: int, nodes: int) -> socket.socket:
+    families = [(socket.AF_INET6, True)] if socket.has_dualstack_ipv6() else []
+    error: OSError | None = None
+    for port in _ports(first):
+        for family, dual in [*families, (socket.AF_INET, False)]:
+            try:
+                return socket.create_server(
+                    ("", port), family=family, backlog=max(nodes, 16), dualstack_ipv6=dual
+                )
+            except OSError as failed:
+                error = failed
+                if failed.errno == errno.EADDRINUSE:
+                    break  # IPv4 alone may still be free, but whoever dials tries IPv6 first
+    raise RetryableError(
+        f"node 0 could listen on none of the ports {first} to {first + PORTS - 1} ({error}); end what uses "
+        "them, or give LMSCALE_MASTER another port"
+    )

@@ -1,0 +1,271 @@
+"""The supervisor behind `lmscale train`: starts the ranks of all nodes, and starts them again.
+
+One thread, so that forking is safe and the ranks' death signal is tied to the process. Nothing that it
+starts outlives it, whichever way it ends.
+"""
+
+import ctypes
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+from launcher.supervisor import crew
+from launcher.supervisor.follow import follow
+from launcher.supervisor.guard import Guard
+from launcher.supervisor.job import Job
+from launcher.supervisor.loop import Loop
+from launcher.supervisor.output import Output
+from launcher.supervisor.signals import Signals
+from launcher.supervisor.spawn import free_port, port_is_taken
+from launcher.supervisor.station import Station
+from launcher.supervisor.team import Round, What, parted
+from launcher.supervisor.together import Met, Trouble, meet, write_bad_nodes
+from launcher.supervisor.words import describe
+from lmscale.errors import ExitCode, LmscaleError, RetryableError, decisive
+from lmscale.run.budget import starts_since_progress
+from lmscale.run.durable import replace_file, storage_errors
+from lmscale.run.events import EventLog, read_events
+from lmscale.run.hold import begin
+from lmscale.run.lines import readable_lines
+
+__all__ = ["Job", "supervise"]
+
+_PR_SET_CHILD_SUBREAPER = 36
+_PORTS_TRIED = 4
+_LONGEST_PAUSE_S = 60.0
+_EXCUSE_S = 60.0  # for other nodes to hear that there is nothing to wait for
+
+
+def supervise(job: Job, *, terminal: int = 2) -> int:
+    """Run the job to its end and return the exit code that speaks for all ranks of all nodes.
+
+    Call it from the main thread of a process without other threads. Raises ConfigError when somebody
+    else is training in the folder.
+    """
+    with _stationed(job, terminal) as station:
+        return follow(station) if job.place.node else _lead(station)
+
+
+def excuse(job: Job, error: LmscaleError, *, terminal: int = 2) -> int:
+    """Part from the other nodes, since this one cannot start: nobody shall wait for it in vain.
+
+    What is wrong on node 0 is wrong with the run; on another node alone, with that node. Raises the
+    error again where node 0 is not found to say so.
+    """
+    told = replace(job, unfit=(str(error),), meeting_s=_EXCUSE_S)
+    with _stationed(told, terminal) as station:
+        if job.place.node:
+            with suppress(RetryableError):
+                return follow(station)
+            raise error
+        met = meet(station)
+        met.leader.leave(error.exit_code, str(error))
+    raise error
+
+
+@contextmanager
+def _stationed(job: Job, terminal: int) -> Iterator[Station]:
+    several = job.place.nodes > 1
+    in_place = os.isatty(terminal) and not several
+    output = Output(terminal, in_place=in_place, host=job.host if several else "")
+    # Orphans of the ranks become children of this process instead of init's, and can be ended.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    with Signals() as signals, Guard() as guard, Loop() as loop:
+        loop.watch(signals.descriptor, signals.drain)
+        try:
+            yield Station(job, loop, output, signals, guard, terminal if in_place else None)
+        finally:
+            output.close()
+
+
+def _lead(station: Station) -> int:
+    """Node 0: nothing to do, or a meeting and starts; and a code that all nodes leave with."""
+    nothing = _nothing_to_do(station.job)
+    if nothing and station.job.place.nodes == 1:
+        station.output.say(nothing)
+        return ExitCode.DONE
+    met = meet(station)
+    try:
+        if nothing:
+            station.output.say(nothing)
+            met.leader.leave(ExitCode.DONE, "")
+            return ExitCode.DONE
+        return _Starts(station, met).run()
+    except LmscaleError as error:
+        met.leader.leave(error.exit_code, "")
+        raise
+
+
+def _nothing_to_do(job: Job) -> str:
+    """Why this start is none; exit code 0, for any other would make a scheduler try again."""
+    if job.by_hand or not job.folder.stop.exists():
+        return job.finished
+    with storage_errors(f"reading {job.folder.stop}"):
+        why = job.folder.stop.read_text(errors="replace").strip()
+    return (
+        f"stopped by {why or '`lmscale stop`'}: `lmscale resume`, or removing {job.folder.stop}, "
+        "lets it go on"
+    )
+
+
+class _Starts:
+    """Node 0's policy: one start after the other, while it makes sense."""
+
+    def __init__(self, station: Station, met: Met) -> None:
+        self._station = station
+        self._job = station.job
+        self._met = met
+        self._leader = met.leader
+        self._output = station.output
+        self._staged = station.job.stage is None
+
+    def run(self) -> int:
+        """Start, and start again."""
+        job = self._job
+        for count in itertools.count():
+            start = f"{job.start}.{count}" if count else job.start
+            events = begin(
+                job.folder,
+                start,
+                by_hand=job.by_hand and count == 0,
+                fresh=job.fresh and count == 0,
+                ranks=job.place.num_ranks * job.place.nodes,
+                nodes=self._leader.hosts,
+            )
+            self._leader.record(events)
+            try:
+                trouble = self._trouble() if count == 0 else None
+                if trouble is not None:
+                    return self._leave(trouble.code, f"{describe(trouble.code)}: {trouble.words}")
+                code = self._one_start(start, events)
+                if not self._leader.stop_asked and self._goes_on(code):
+                    self._tell("restart", code, describe(code))
+                    if self._pause():
+                        continue
+                    code = parted(code) if self._leader.lost else code
+                return self._leave(code, describe(code))
+            finally:
+                self._leader.record(None)
+                events.close()
+        raise AssertionError("unreachable: the loop above only returns")
+
+    def _trouble(self) -> Trouble | None:
+        """Why not even one start should be made, after the events that tell of it."""
+        met = self._met
+        for number in met.missing:
+            self._leader.tell("lost_node", node="", number=number, reason="it did not come")
+        for host, reasons in met.unfit.items():
+            self._leader.tell("bad_node", node=host, reasons=reasons)
+        write_bad_nodes(self._job.folder, met.unfit)
+        trouble = met.trouble or self._spent()
+        if trouble is not None:
+            self._output.say(trouble.words)
+        return trouble
+
+    def _spent(self) -> Trouble | None:
+        """Whether the starts before this one have used up the budget without a word: with their nodes."""
+        job = self._job
+        vain = starts_since_progress(read_events(job.folder))
+        # A scheduler that has started again once has decided so: max_restarts=0 is about our own restarts.
+        if job.by_hand or vain <= max(job.max_restarts, 1):
+            return None
+        words = (
+            f"not started: {vain - 1} restarts since the newest checkpoint, the last without a word; "
+            f"cluster.max_restarts={job.max_restarts}"
+        )
+        return Trouble(ExitCode.RETRY, self._give_up(words))
+
+    def _one_start(self, start: str, events: EventLog) -> int:
+        """Run all ranks once; again with another port where somebody took ours before they met."""
+        if not self._staged:
+            code = self._round("stage", start, 0)
+            if self._leader.stop_asked:
+                return code if code and code < 128 else ExitCode.SAVED  # nothing new to save
+            if code != ExitCode.DONE:
+                return code
+            self._staged = True
+        for attempt in range(_PORTS_TRIED):
+            port = free_port()
+            code = self._round("ranks", start, port)
+            lost_port = (
+                code == ExitCode.RETRY
+                and not (self._leader.stop_asked or self._leader.lost)
+                and not _has_attempt(events)
+                and port_is_taken(port)
+            )
+            if not lost_port or attempt == _PORTS_TRIED - 1:
+                return code
+            self._output.say(f"another process took port {port}: trying another one")
+        raise AssertionError("unreachable: the loop above always returns")
+
+    def _round(self, what: What, start: str, port: int) -> int:
+        one = Round(what, start, port)
+        self._leader.go(one)
+        own = crew.run(self._station, one, self._leader)
+        self._leader.codes |= own
+        code = decisive(self._leader.codes.values())
+        return parted(code) if self._leader.lost else code
+
+    def _goes_on(self, code: int) -> bool:
+        """Whether to start again; says why not where a user might expect it."""
+        job = self._job
+        if not (code in (ExitCode.RETRY, ExitCode.BUG) or code > 128) or job.folder.stop.exists():
+            return False
+        if self._leader.lost:
+            self._output.say(f"{self._leader.lost}. All nodes leave, to be started again")
+            return False
+        vain = starts_since_progress(read_events(job.folder))
+        if vain >= job.max_restarts:
+            words = (
+                f"{describe(code)}; not started again: {vain} restarts since the newest checkpoint, "
+                f"cluster.max_restarts={job.max_restarts}"
+            )
+            self._output.say(self._give_up(words))
+            return False
+        self._output.say(
+            f"{describe(code)}; starting again, restart {vain + 1} of at most {job.max_restarts} "
+            "without a newer checkpoint"
+        )
+        return True
+
+    def _give_up(self, words: str) -> str:
+        """See that no scheduler starts it again, where one has started it; what to tell the user."""
+        job = self._job
+        if job.by_hand:
+            return f"{words}. The same command goes on from there"
+        with storage_errors(f"writing {job.folder.stop}"):
+            replace_file(job.folder.stop, f"{words}\n".encode())
+        return f"{words}. `lmscale resume {job.folder.path}` goes on from there"
+
+    def _pause(self) -> bool:
+        """Wait before a restart; False when a stop was requested or a node lost meanwhile."""
+        job, leader = self._job, self._leader
+        vain = starts_since_progress(read_events(job.folder))
+        until = time.monotonic() + min(job.pause_s * 2**vain, _LONGEST_PAUSE_S)
+        while True:
+            for number in self._station.signals.take():
+                leader.stop(number)
+            leader.take()
+            leader.tick(None)
+            if leader.stop_asked or leader.lost:
+                return False
+            if time.monotonic() >= until:
+                return True
+            self._station.loop.turn(min(0.1, job.pause_s))
+
+    def _leave(self, code: int, reason: str) -> int:
+        """All nodes leave with this code; the last word in the events is node 0's."""
+        words = self._met.trouble.words if self._met.trouble is not None else ""
+        self._leader.leave(code, words)
+        self._tell("exit", code, reason)
+        return code
+
+    def _tell(self, kind: str, code: int, reason: str) -> None:
+        self._leader.tell(kind, code=int(code), reason=reason, codes=self._leader.codes)
+
+
+def _has_attempt(events: EventLog) -> bool:
+    return any(event["kind"] == "attempt" for event in readable_lines(events.path))

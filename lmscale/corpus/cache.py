@@ -1,0 +1,165 @@
+"""Copies of chunks on a node's own disk: one file a chunk, checked on every read like the corpus itself.
+
+    CACHE_DIR/<corpus fingerprint>/00000017.chunk
+        the chunk's tokens | its document starts
+        an index (index.py) of this one chunk, with the block CRCs of the shard's index
+        u32 bytes of that index | u32 CRC32C that ends the shard's index (the manifest holds it too)
+
+So a chunk that is here needs nothing of the shared file system, and the manifest still vouches for it. A
+copy is never trusted and never needed: what is damaged is removed and read from the corpus instead.
+"""
+
+import logging
+import os
+import struct
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from lmscale.corpus.files import Bytes, Files, Region
+from lmscale.corpus.index import BLOCK_BYTES, Index, Member, Row, pack, parse, seal_of
+from lmscale.corpus.manifest import Manifest
+from lmscale.errors import DataError, LmscaleError
+
+X = TypeVar("X")
+
+SUFFIX = ".chunk"
+_FOOTER = struct.Struct("<II")
+_KEPT_INDEXES = 1 << 14  # about 1 KB each
+_log = logging.getLogger(__name__)
+
+
+def folder_of(cache_dir: Path, manifest: Manifest) -> Path:
+    """Where the copies of a corpus' chunks lie, whichever copy of the corpus they come from."""
+    return cache_dir / manifest.fingerprint
+
+
+def chunk_path(folder: Path, chunk: int) -> Path:
+    """The file of one chunk."""
+    return folder / f"{chunk:08d}{SUFFIX}"
+
+
+def trailer(chunk: int, index: Index, *, seal: int) -> bytes:
+    """What follows the tokens and document starts of a chunk of the shard with this index."""
+    tokens, starts = index.tokens(chunk), index.starts(chunk)
+    crcs = [*tokens.crcs.tolist(), *(starts.crcs.tolist() if starts else ())]
+    row = Row(
+        offset=0,
+        tokens=tokens.bytes // index.token_bytes,
+        starts_offset=tokens.bytes if starts else 0,
+        starts=starts.bytes // 4 if starts else 0,
+    )
+    own = pack(
+        [row],
+        crcs,
+        first_chunk=chunk,
+        token_bytes=index.token_bytes,
+        block_bytes=index.block_bytes,
+    )
+    return own + _FOOTER.pack(len(own), seal)
+
+
+def trailer_bytes(token_bytes: int) -> int:
+    """How long the trailer of a chunk with so many bytes of tokens is, where its document starts fill a block."""
+    blocks = -(-token_bytes // BLOCK_BYTES) + 1
+    return len(pack([Row(0, 0, 0, 0)], [0] * blocks, first_chunk=0, token_bytes=1)) + _FOOTER.size
+
+
+class ChunkCache:
+    """Reads what staging has left in a folder; whatever is wrong with it is None, said once. One thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files = Files(attempts=2, backoff_s=0)  # two: an open file may be a stale one
+        self._indexes: OrderedDict[int, Index] = OrderedDict()
+        self._shunned: set[int] = set()  # that could not be read, and not be proven wrong either
+        self._said: set[str] = set()
+
+    def index(self, chunk: int, *, seal: int) -> Index | None:
+        """The index of a copy; None where there is none. `seal` ends the index of the chunk's shard."""
+        if chunk in self._indexes:
+            self._indexes.move_to_end(chunk)
+            return self._indexes[chunk]
+        path = chunk_path(self.folder, chunk)
+        if chunk in self._shunned or not os.path.exists(
+            path
+        ):  # False also where the folder is closed to us
+            return None
+        index = self._trying(chunk, lambda: self._parsed(path, chunk, seal))
+        if index is not None:
+            self._indexes[chunk] = index
+            if len(self._indexes) > _KEPT_INDEXES:
+                self._indexes.popitem(last=False)
+        return index
+
+    def read(self, chunk: int, member: Member, cut: slice | None, *, seal: int) -> Bytes | None:
+        """A piece of a copy (None: all), every block checked; None: read the corpus."""
+        index = self.index(chunk, seal=seal)
+        if index is None:
+            return None
+        path, extent = chunk_path(self.folder, chunk), index.member(chunk, member)
+        return self._trying(
+            chunk,
+            lambda: self._files.blocks(
+                path, f"copy of chunk {chunk}", extent, block_bytes=index.block_bytes, cut=cut
+            ),
+        )
+
+    def close(self) -> None:
+        """Close the files."""
+        self._files.close()
+
+    def _parsed(self, path: Path, chunk: int, seal: int) -> Index:
+        size = path.stat().st_size
+        footer = self._files.read(Region(path, "footer", max(0, size - _FOOTER.size), size))
+        if len(footer) < _FOOTER.size:
+            raise DataError(f"{path} has only {size} bytes")
+        length, sealed = _FOOTER.unpack(footer.data)
+        stop = size - _FOOTER.size
+        if sealed != seal or length > stop:
+            raise DataError(f"{path} is no copy of this corpus' chunk")
+
+        def fitting(data: Bytes) -> Index:
+            index = parse(data.data, seal=seal_of(data.tobytes()))
+            if (index.first_chunk, index.num_chunks) != (chunk, 1):
+                raise ValueError(f"it holds chunk {index.first_chunk}")
+            return index
+
+        return self._files.parsed(Region(path, "index", stop - length, stop), fitting)
+
+    def _trying(self, chunk: int, read: Callable[[], X]) -> X | None:
+        """What `read` gives, or None: then the copy is removed where it is wrong, and left alone from now on."""
+        path = chunk_path(self.folder, chunk)
+        try:
+            return read()
+        except (LmscaleError, OSError) as error:
+            self._indexes.pop(chunk, None)
+            if not os.path.exists(path):
+                self._say("gone", f"{path} is gone: its chunk is read from the corpus instead")
+                return None
+            self._shunned.add(chunk)
+            if isinstance(error, DataError):
+                self._remove(path)
+                self._say("wrong", f"{path} was damaged and is removed: its chunk is read from the corpus "
+                          f"instead, as will be any other damaged copy ({_reason(error)})")  # fmt: skip
+            else:
+                self._say("unread", f"{path} cannot be read: its chunk is read from the corpus instead, as will "
+                          f"be any other such copy ({_reason(error)})")  # fmt: skip
+            return None
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._say("stays", f"{path} cannot be removed: {error.strerror or error}")
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            _log.warning("data.cache_dir: %s", text)
+
+
+def _reason(error: Exception) -> str:
+    """The fact alone: what a user should do about a corpus is no advice about a copy."""
+    return str(error.__cause__ or error)

@@ -1,0 +1,263 @@
+"""What each node reads of a corpus, in numbers: shards, chunks and bytes, and where a node would starve."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmscale.corpus.ahead import (
+    Piece,
+    Readers,
+    Reads,
+    Split,
+    piece_reads,
+    pieces,
+    step_reads,
+    stream_readers,
+)
+from lmscale.corpus.feistel import Ints
+from lmscale.corpus.manifest import Manifest
+from lmscale.corpus.order import Order
+
+__all__ = ["Layout", "NodeShares", "Split", "node_shares"]
+
+_MOST_CHUNKS = 3 << 19  # that are looked up one by one: 0.5 to 1 s a million
+_MOST_SAMPLES = 1 << 20  # about 1 s a million
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Where a corpus' chunks lie, as far as its manifest tells."""
+
+    firsts: Ints  # [shards + 1]: the first chunk of each shard, then the number of chunks
+    chunk_bytes: int  # of the tokens of a whole chunk
+    last_bytes: int  # of the tokens of the last chunk, which may be shorter
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Layout":
+        """The layout of a corpus."""
+        chunks = np.array([0, *(shard.chunks for shard in manifest.shards)], dtype=np.int64)
+        stored = manifest.tokens + manifest.num_chunks - 1
+        width = manifest.chunk_bytes // (manifest.chunk_tokens + 1)
+        before = (manifest.num_chunks - 1) * (manifest.chunk_tokens + 1)
+        return cls(np.cumsum(chunks), manifest.chunk_bytes, max(0, stored - before) * width)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of the corpus."""
+        return int(self.firsts[-1])
+
+    def shards(self, chunks: Ints) -> Ints:
+        """The shards that hold these chunks."""
+        return np.searchsorted(self.firsts, chunks, side="right") - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NodeShares:
+    """What each node reads in `steps` steps from `position` on. Arrays are [nodes], int64."""
+
+    position: int
+    steps: int  # covered: at most those asked for, see node_shares
+    samples: Ints
+    chunks: Ints  # different ones
+    shards: Ints  # different ones that hold them
+    bytes: Ints  # of the tokens of those chunks, as they are stored
+    shared_chunks: int  # that more than one node reads
+    exact: bool  # False: chunks, shards, bytes are expected values, usually within 1 %
+    streams_stay: bool  # False: streams go from node to node; most chunks have several readers
+
+    @property
+    def largest(self) -> int:
+        """The node with the most bytes."""
+        return int(np.argmax(self.bytes))
+
+    @property
+    def smallest(self) -> int:
+        """The node with the fewest bytes."""
+        return int(np.argmin(self.bytes))
+
+    @property
+    def idle(self) -> Ints:
+        """Nodes that read nothing."""
+        return np.flatnonzero(self.samples == 0)
+
+
+def node_shares(
+    order: Order, layout: Layout, split: Split, *, steps: int, position: int = 0
+) -> NodeShares:
+    """The share of each node in the steps from `position` on, at most those that end in the same epoch.
+
+        reader = Reader(path, seq_len=..., memory_bytes=0)      # or a Manifest and its two numbers
+        order = Order(reader.num_samples, reader.samples_per_chunk, streams, window=..., seed=...)
+        split = Split(global_batch, nodes=..., ranks_per_node=..., tp_size=cfg.parallel.tp)
+        shares = node_shares(order, Layout.of(reader.manifest), split, steps=total_steps)
+        shares.shards[shares.largest], shares.bytes.min(), len(shares.idle), shares.shared_chunks
+
+    Later epochs read the same chunks in other shares. Costs at most a few seconds and 200 MB: above 1.5
+    million chunks the numbers are expected values of the same permutations (`exact`), and where streams
+    go from node to node only the first million samples are looked at (`steps`).
+    """
+    assert steps >= 1, f"{steps} steps"
+    batch, size = split.global_batch, order.num_samples
+    steps = min(steps, max(1, ((position // size + 1) * size - position) // batch))
+    owners = stream_readers(split, order.streams, position=position)
+    if owners is None:
+        steps = min(steps, max(1, _MOST_SAMPLES // batch))
+    span = _Span(order, split, position, position + steps * batch)
+    exact = owners is None or span.cheap()
+    if owners is None:
+        found = _counted(span, _pairs_by_steps(span), layout)
+    elif exact:
+        found = _counted(span, _pairs_by_lanes(span, owners), layout)
+    else:
+        found = _expected(span, owners, layout)
+    first, stop = split.cuts()
+    return NodeShares(
+        position=position,
+        steps=steps,
+        samples=(stop - first) * steps,
+        chunks=found.chunks,
+        shards=found.shards,
+        bytes=found.bytes,
+        shared_chunks=found.shared,
+        exact=exact,
+        streams_stay=owners is not None,
+    )
+
+
+class _Counts(NamedTuple):
+    chunks: Ints
+    shards: Ints
+    bytes: Ints
+    shared: int
+
+
+class _Span(NamedTuple):
+    """The positions [position, stop) of a run."""
+
+    order: Order
+    split: Split
+    position: int
+    stop: int
+
+    def pieces(self) -> Iterator[tuple[Piece, Ints]]:
+        """The rows of all lanes."""
+        streams = np.arange(self.order.streams, dtype=np.int64)
+        return pieces(self.order, streams, position=self.position, stop=self.stop)
+
+    def cheap(self) -> bool:
+        """Whether every chunk can be looked up."""
+        found = [(piece.stop - piece.first, piece.whole) for piece, _ in self.pieces()]
+        k, v = self.order.samples_per_chunk, self.order.streams
+        chunks = sum(rows // k * v for rows, whole in found if whole)
+        samples = sum(rows * v for rows, whole in found if not whole)
+        return chunks <= _MOST_CHUNKS and samples <= _MOST_SAMPLES
+
+
+def _pairs_by_steps(span: _Span) -> Iterator[Ints]:
+    readers = span.split.readers()
+    steps = (span.stop - span.position) // span.split.global_batch
+    for reads in step_reads(span.order, span.split, position=span.position, steps=steps):
+        yield _pairs(readers, reads, span.order)
+
+
+def _pairs_by_lanes(span: _Span, owners: Readers) -> Iterator[Ints]:
+    order = span.order
+    for piece, lanes in span.pieces():
+        shift = piece.epoch * order.num_samples
+        for reads in piece_reads(order, piece, lanes, position=span.position, stop=span.stop):
+            streams = (reads.lanes + shift) % order.streams
+            yield _pairs(owners, Reads(streams, reads.chunks), order)
+
+
+def _pairs(readers: Readers, reads: Reads, order: Order) -> Ints:
+    """Node and chunk as one number, for every node that reads the chunk."""
+    first = readers.first[reads.lanes]
+    several = readers.stop[reads.lanes] - first
+    nodes = np.repeat(first, several)
+    nodes += np.arange(len(nodes)) - np.repeat(np.cumsum(several) - several, several)
+    return nodes * _stored(order) + np.repeat(reads.chunks, several)
+
+
+def _stored(order: Order) -> int:
+    """Chunks that hold a sample."""
+    return -(-order.num_samples // order.samples_per_chunk)
+
+
+def _counted(span: _Span, blocks: Iterator[Ints], layout: Layout) -> _Counts:
+    """Exact numbers from every pair of node and chunk."""
+    nodes, num_shards = span.split.nodes, len(layout.firsts) - 1
+    node, chunk = np.divmod(_different(np.concatenate(list(blocks))), _stored(span.order))
+    chunks = np.bincount(node, minlength=nodes)
+    size = chunks * layout.chunk_bytes
+    size[node[chunk == layout.num_chunks - 1]] += layout.last_bytes - layout.chunk_bytes
+    shards = _different(node * num_shards + layout.shards(chunk)) // num_shards
+    several = np.sort(chunk)
+    shared = len(_different(several[1:][several[1:] == several[:-1]]))
+    return _Counts(chunks, np.bincount(shards, minlength=nodes), size, shared)
+
+
+def _different(values: Ints) -> Ints:
+    """np.unique, whose hashing takes five times as long as a sort for millions of numbers."""
+    values = np.sort(values)
+    return values[np.diff(values, prepend=values[:1] - 1) > 0]
+
+
+def _expected(span: _Span, owners: Readers, layout: Layout) -> _Counts:
+    """Expected numbers: a permutation spreads what a node draws evenly over groups of equal size."""
+    order, nodes = span.order, span.split.nodes
+    k, rows = order.samples_per_chunk, order.lane_chunks * order.samples_per_chunk
+    lanes = _lanes_of_nodes(owners, nodes)
+    tail = order.num_samples - rows * order.streams
+    in_lanes, in_tail = 0.0, np.zeros(nodes)  # chunks a lane, chunks a node
+    for piece, _ in span.pieces():
+        if piece.whole:
+            in_lanes += (piece.stop - piece.first) // k
+            continue
+        for chunks, drawn in _parts_of_windows(order, piece.first, min(piece.stop, rows)):
+            in_lanes += float(_met(chunks, k, np.array([drawn]))[0])
+        drawn_by = np.minimum((piece.stop - max(piece.first, rows)) * lanes, tail)
+        in_tail += _met(-(-tail // k), k, np.maximum(drawn_by, 0))
+    found = np.rint(in_lanes * lanes + in_tail).astype(np.int64)
+    shards = np.zeros(nodes)
+    for size, count in zip(*np.unique(np.diff(layout.firsts), return_counts=True), strict=True):
+        spread = _met(layout.num_chunks / int(size), int(size), found)
+        shards += spread * count * int(size) / layout.num_chunks
+    shared = (owners.stop - owners.first > 1).sum() * in_lanes
+    if nodes > 1 and in_tail.any():
+        shared += -(-tail // k)
+    return _Counts(
+        found, np.rint(shards).astype(np.int64), found * layout.chunk_bytes, round(shared)
+    )
+
+
+def _lanes_of_nodes(owners: Readers, nodes: int) -> Ints:
+    begun = np.bincount(owners.first, minlength=nodes + 1)
+    ended = np.bincount(owners.stop, minlength=nodes + 1)
+    return np.cumsum(begun - ended)[:nodes]
+
+
+def _parts_of_windows(order: Order, first: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Chunks of each window that the rows [first, stop) of a lane meet, and how many rows lie in it."""
+    size = order.window * order.samples_per_chunk
+    for begin in range(first // size * size, stop, size):
+        chunks = min(order.window, order.lane_chunks - begin // order.samples_per_chunk)
+        yield chunks, min(stop, begin + size) - max(first, begin)
+
+
+def _met(groups: float, size: int, drawn: Ints) -> NDArray[np.float64]:
+    """Groups that are met, on average, when so many of groups * size things are drawn."""
+    things = groups * size
+    each, where = np.unique(drawn, return_inverse=True)
+    met = np.empty(len(each))
+    for index, number in enumerate(each.tolist()):
+        if number > things - size:
+            met[index] = groups
+            continue
+        missed = math.lgamma(things - size + 1) - math.lgamma(things - size - number + 1)
+        missed += math.lgamma(things - number + 1) - math.lgamma(things + 1)
+        met[index] = groups * -math.expm1(missed)
+    return met[where]

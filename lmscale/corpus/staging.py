@@ -1,0 +1,192 @@
+"""Filling a node's cache: the chunks that it reads next, checked, until the room is used.
+
+Copies appear by rename, whole or not at all; a killed stager leaves at most scratch files, which the next
+one removes. Nothing is synced: after a power cut a copy may be torn, and its block CRCs tell.
+"""
+
+import errno
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmscale.corpus.cache import chunk_path, folder_of, trailer, trailer_bytes
+from lmscale.corpus.chunks import Chunks
+from lmscale.corpus.feistel import Ints
+from lmscale.corpus.files import Files
+from lmscale.corpus.index import START_BYTES
+from lmscale.corpus.manifest import Manifest
+from lmscale.corpus.pool import Pool, Work
+from lmscale.corpus.room import put, room_left, sizes, sweep
+
+THREADS = 3  # one waits for the shared file system, one checks, one writes
+_BATCH = 512  # chunks handed out together, those of a shard side by side
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+Progress = Callable[[int, int], None]  # bytes staged, bytes to stage in all
+
+
+@dataclass(slots=True)
+class Staged:
+    """What a stager has done."""
+
+    wanted: int = 0  # chunks that will be read next and fit
+    there: int = 0  # of those already in the cache
+    copied: int = 0
+    copied_bytes: int = 0
+    evicted: int = 0
+    all_fit: bool = True  # False: the run reads more than the room holds
+    stopped_by: str = ""  # what ended the copying early: a full or failing disk
+
+
+class Stager:
+    """Copies chunks of one corpus into a cache folder. Use while holding room.alone."""
+
+    def __init__(
+        self, corpus: Path, manifest: Manifest, cache_dir: Path, *, cache_bytes: int | None
+    ) -> None:
+        self._corpus = corpus
+        self._manifest = manifest
+        self._folder = folder_of(cache_dir, manifest)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        sweep(self._folder)
+        self._sizes = sizes(self._folder)
+        self._used = sum(self._sizes.values())
+        self._room = self._used + room_left(cache_dir, cache_bytes=cache_bytes)
+        self._evictable: list[int] = []
+        self._lock = threading.Lock()  # of what the threads count
+        self.staged = Staged()
+
+    def stage(
+        self, blocks: Iterable[Ints], *, most: int, stop: threading.Event, progress: Progress
+    ) -> Staged:
+        """Copy the chunks of `blocks`, in that order, until the room is used or `stop` is set.
+
+        `most`: different chunks that the blocks can name at all. Raises DataError and RetryableError as
+        reading the corpus does; whatever is wrong with the cache only ends the copying.
+        """
+        wanted = self._choose(blocks, most, stop)
+        there = np.fromiter(self._sizes, dtype=np.int64, count=len(self._sizes))
+        missing = wanted[~np.isin(wanted, there)]
+        by_age = sorted(set(self._sizes) - set(wanted.tolist()), key=self._age, reverse=True)
+        self._evictable = by_age  # the oldest last: pop takes it
+        self.staged.wanted = len(wanted)
+        self.staged.there = len(wanted) - len(missing)
+        while self._used > self._room and self._evict_one():  # less is allowed than was
+            pass
+        self._copy_all(missing, stop, progress)
+        return self.staged
+
+    def _choose(self, blocks: Iterable[Ints], most: int, stop: threading.Event) -> Ints:
+        """The first chunks of the blocks that fit into the room, each once."""
+        seen: NDArray[np.bool_] = np.zeros(self._manifest.num_chunks, dtype=bool)
+        typical = self._typical_bytes()
+        chosen: list[Ints] = []
+        count, total = 0, 0
+        for block in blocks:
+            new = block[~seen[block]]
+            seen[new] = True
+            sizes = np.array(
+                [self._sizes.get(chunk, typical) for chunk in new.tolist()], dtype=np.int64
+            )
+            fitting = int(np.searchsorted(total + np.cumsum(sizes), self._room, side="right"))
+            chosen.append(new[:fitting])
+            count += fitting
+            total += int(sizes[:fitting].sum())
+            if fitting < len(new):
+                self.staged.all_fit = False
+            if fitting < len(new) or count >= most or stop.is_set():
+                break
+        return np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+
+    def _typical_bytes(self) -> int:
+        """Of a copy; only its number of document starts varies."""
+        manifest = self._manifest
+        starts = manifest.documents * START_BYTES // max(1, manifest.num_chunks)
+        return manifest.chunk_bytes + starts + trailer_bytes(manifest.chunk_bytes)
+
+    def _copy_all(self, missing: Ints, stop: threading.Event, progress: Progress) -> None:
+        total = len(missing) * self._typical_bytes()
+        with Pool(self._copier, stop, threads=THREADS) as pool:
+            pool.work(self._by_shard(missing), lambda: progress(self.staged.copied_bytes, total))
+
+    def _by_shard(self, missing: Ints) -> Iterator[list[int]]:
+        """Chunks in order of first use, roughly: throughput wants those of a shard side by side."""
+        chunks = Chunks(self._corpus, self._manifest, Files())  # shard_of reads nothing
+        for begin in range(0, len(missing), _BATCH):
+            batch = sorted(missing[begin : begin + _BATCH].tolist())
+            for _, shard in itertools.groupby(batch, chunks.shard_of):
+                yield list(shard)
+
+    def _copier(self) -> Work:
+        """What one thread does with a chunk."""
+        files = Files()
+        chunks = Chunks(self._corpus, self._manifest, files)
+
+        def copy(chunk: int) -> bool:
+            parts = [memoryview(chunks.tokens(chunk).data).cast("B")]
+            parts.append(memoryview(chunks.starts(chunk).data).cast("B"))
+            _, index = chunks.stored(chunk)
+            end = trailer(chunk, index, seal=chunks.seal_of(chunk))
+            return self._keep(chunk, [*parts, memoryview(end)])
+
+        return copy
+
+    def _keep(self, chunk: int, parts: list[memoryview]) -> bool:
+        size = sum(part.nbytes for part in parts)
+        if not self._reserve(size):
+            return False
+        path = chunk_path(self._folder, chunk)
+        try:
+            put(path, parts)
+        except OSError as error:
+            self._give_back(size)
+            full = error.errno in _FULL
+            if full and self._evict_one():
+                return self._keep(chunk, parts)
+            what = "its disk is full" if full else f"{path}: {error.strerror or error}"
+            self.staged.stopped_by = self.staged.stopped_by or what
+            return False
+        with self._lock:
+            self._sizes[chunk] = size
+            self.staged.copied += 1
+            self.staged.copied_bytes += size
+        return True
+
+    def _reserve(self, size: int) -> bool:
+        """Count bytes that are about to be written; old copies go where that needs it."""
+        while True:
+            with self._lock:
+                if self._used + size <= self._room:
+                    self._used += size
+                    return True
+            if not self._evict_one():
+                self.staged.all_fit = False
+                return False
+
+    def _give_back(self, size: int) -> None:
+        with self._lock:
+            self._used -= size
+
+    def _evict_one(self) -> bool:
+        with self._lock:
+            if not self._evictable:
+                return False
+            chunk = self._evictable.pop()
+            try:
+                chunk_path(self._folder, chunk).unlink(missing_ok=True)
+            except OSError:  # another user's, say: it stays, and stays counted
+                return bool(self._evictable)
+            self._used -= self._sizes.pop(chunk)
+            self.staged.evicted += 1
+            return True
+
+    def _age(self, chunk: int) -> float:
+        try:
+            return chunk_path(self._folder, chunk).stat().st_mtime
+        except OSError:
+            return 0.0

@@ -1,0 +1,62 @@
+"""How memory follows the mesh; the byte-exact check against real engines is tests/dist/test_plan_memory.py."""
+
+from typing import Any
+
+import pytest
+
+from launcher.planning.memory import Held, Mesh, checkpoint_bytes, held_by
+from launcher.planning.parameters import parameters, total
+from lmscale.config.sections import EngineConfig, ModelConfig
+
+MODEL = ModelConfig(layers=4, width=256, heads=8, feed_forward=1024)
+FOUND = parameters(MODEL, vocab_size=1024, max_positions=64)
+SIZE = total(FOUND)
+
+
+def held(mesh: Mesh, *, micro_batches: int = 1, **engine: Any) -> Held:
+    return held_by(MODEL, FOUND, EngineConfig(**engine), mesh, micro_batches=micro_batches)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_what_is_sharded_falls_with_the_ranks(kind: str) -> None:
+    one, many = held(Mesh(1, 1, 1), kind=kind), held(Mesh(1, 64, 1), kind=kind)
+    assert many.optimizer == pytest.approx(one.optimizer / 64, rel=0.01)
+    assert many.gradients == pytest.approx(one.gradients / 64, rel=0.01)
+    whole = kind == "deepspeed"  # ZeRO-2 keeps whole weights, in bf16
+    assert many.parameters == pytest.approx(2 * SIZE if whole else 4 * SIZE / 64, rel=0.01)
+
+
+def test_replicas_hold_the_same() -> None:
+    assert held(Mesh(4, 8, 1)) == held(Mesh(1, 8, 1))
+    ddp = held(Mesh(1, 1, 1), kind="ddp")
+    assert ddp.parameters == ddp.gradients == 4 * SIZE
+    assert held(Mesh(8, 1, 1), kind="ddp") == ddp
+
+
+def test_accumulation_keeps_whole_gradients() -> None:
+    assert held(Mesh(1, 64, 1), micro_batches=2).gradients == 4 * SIZE
+    assert held(Mesh(8, 1, 1), micro_batches=2, kind="ddp").gradients == 8 * SIZE
+    assert held(Mesh(1, 1, 1), micro_batches=2, kind="ddp").gradients == 4 * SIZE
+    zero = held(Mesh(1, 64, 1), micro_batches=2, kind="deepspeed")
+    assert zero == held(Mesh(1, 64, 1), kind="deepspeed")
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp", "deepspeed"])
+def test_tensor_parallelism_divides_all_but_the_norms(kind: str) -> None:
+    whole, half = held(Mesh(1, 1, 1), kind=kind), held(Mesh(1, 1, 2), kind=kind)
+    for part in ("parameters", "gradients", "optimizer"):
+        assert getattr(half, part) == pytest.approx(getattr(whole, part) / 2, rel=0.01), part
+        assert getattr(half, part) > getattr(whole, part) / 2
+
+
+def test_weights_that_stay_gathered_are_counted() -> None:
+    stays = held(Mesh(1, 64, 1), reshard_after_forward=False)
+    block = total(p for p in FOUND if p.in_block) // MODEL.layers
+    assert stays.working - held(Mesh(1, 64, 1)).working == 2 * (MODEL.layers - 2) * block
+
+
+def test_a_checkpoint_holds_weights_and_two_moments() -> None:
+    assert checkpoint_bytes(FOUND, MODEL, EngineConfig()) == 12 * SIZE
+    assert checkpoint_bytes(FOUND, MODEL, EngineConfig(precision="fp64")) == 24 * SIZE
+    frozen = ModelConfig(**{**MODEL.model_dump(), "trainable": ("heads.*",)})
+    assert checkpoint_bytes(FOUND, frozen, EngineConfig()) == 4 * SIZE + 8 * 1024 * 256

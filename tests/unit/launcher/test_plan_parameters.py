@@ -1,0 +1,103 @@
+"""Parameters by formula against the model that is really built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from launcher.planning.parameters import Parameter, parameters, total, trainable
+from lmscale.config.sections import ModelConfig
+from lmscale.model.build import build_model
+from lmscale.model.language import LanguageModel
+from lmscale.model.plan import split_of
+
+MODELS = Path(__file__).parents[3] / "configs" / "models"
+PUBLISHED = {
+    "gpt2-124m": (50_257, 124_439_808),
+    "llama-1b": (128_256, 1_235_814_400),
+    "llama-7b": (32_000, 6_738_415_616),
+    "llama-13b": (32_000, 13_015_864_320),
+    "llama-70b": (32_000, 68_976_648_192),
+}
+
+
+def config(name: str) -> ModelConfig:
+    values = yaml.safe_load((MODELS / f"{name}.yaml").read_text())
+    return ModelConfig(**{**values, "norm_eps": float(values.get("norm_eps", 1e-5))})
+
+
+def built(model: ModelConfig, vocab: int, positions: int) -> LanguageModel:
+    return build_model(model, vocab_size=vocab, max_positions=positions, device="meta")
+
+
+def cut_of(name: str) -> int | None:
+    """The dimension that the words of model/plan.py mean for this parameter."""
+    split, bias = split_of(name), name.endswith(".bias")
+    if name == "decoder.embedding.weight" or split == "columns":
+        return 0
+    return 1 if split == "rows" and not bias else None
+
+
+def assert_equal(model: ModelConfig, vocab: int, positions: int) -> tuple[Parameter, ...]:
+    found = parameters(model, vocab_size=vocab, max_positions=positions)
+    real = dict(built(model, vocab, positions).named_parameters())
+    assert [(p.name, p.shape) for p in found] == [(n, tuple(p.shape)) for n, p in real.items()]
+    assert all(p.cut == cut_of(p.name) for p in found)
+    learning = {name for name, p in real.items() if p.requires_grad}
+    assert {p.name for p in trainable(model, found)} == learning
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in MODELS.glob("*.yaml")))
+def test_every_model_file_has_the_parameters_that_are_built(name: str) -> None:
+    vocab, published = PUBLISHED.get(name, (4096, None))
+    found = assert_equal(config(name), vocab, 1024)
+    if published is not None:
+        rows = -(-vocab // 128) * 128 - vocab  # the published count has no padding
+        tables = 1 if config(name).tied else 2
+        assert total(found) - tables * rows * config(name).width == published
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_random_models_have_the_parameters_that_are_built(data: st.DataObject) -> None:
+    heads = data.draw(st.sampled_from([1, 2, 4, 6]))
+    width = heads * 2 * data.draw(st.integers(1, 5))
+    model = ModelConfig(
+        layers=data.draw(st.integers(1, 3)),
+        width=width,
+        heads=heads,
+        kv_heads=data.draw(st.sampled_from([None, 1, heads])),
+        head_dim=data.draw(st.sampled_from([None, 4])),
+        feed_forward=data.draw(st.sampled_from([None, 10])),
+        norm=data.draw(st.sampled_from(["rms", "layer"])),
+        norm_place=data.draw(st.sampled_from(["pre", "post"])),
+        positions=data.draw(st.sampled_from(["rotary", "learned", "none"])),
+        activation=data.draw(st.sampled_from(["swiglu", "gelu", "gelu_tanh", "relu"])),
+        biases=data.draw(st.booleans()),
+        tied=data.draw(st.booleans()),
+        trainable=data.draw(
+            st.sampled_from([("*",), ("*.attention.*",), ("decoder.emb*", "*.up.*")])
+        ),
+    )
+    assert_equal(model, data.draw(st.integers(1, 400)), data.draw(st.integers(1, 40)))
+
+
+def test_a_tied_head_counts_once_and_the_vocabulary_is_padded() -> None:
+    def size(**more: bool) -> int:
+        model = ModelConfig(layers=1, width=8, heads=2, **more)
+        return total(parameters(model, vocab_size=130, max_positions=16))
+
+    assert size(tied=False) - size(tied=True) == 256 * 8
+
+
+def test_slices_of_tensor_parallel_ranks_make_up_the_whole() -> None:
+    model = ModelConfig(layers=2, width=16, heads=4, kv_heads=2, feed_forward=24, biases=True)
+    for one in parameters(model, vocab_size=300, max_positions=8):
+        whole = torch.empty(one.shape)
+        parts = whole.tensor_split(2, one.cut) if one.cut is not None else (whole,)
+        assert one.slice_of(2).shape == tuple(parts[0].shape), one.name
+        assert one.slice_of(1) is one

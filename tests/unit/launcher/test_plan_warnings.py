@@ -1,0 +1,139 @@
+"""Each warning: silent where all is well, and in words where it is not."""
+
+from collections.abc import Iterable
+
+import pytest
+
+from launcher.planning import warnings
+from launcher.planning.memory import Memory
+from lmscale.config.load import load
+from lmscale.config.run import RunConfig
+from lmscale.config.sections import CheckpointConfig
+from lmscale.errors import Problem
+
+GIB = 1 << 30
+
+
+def config(*overrides: str) -> RunConfig:
+    return load("smoke", list(overrides))
+
+
+def only(found: Iterable[Problem]) -> str:
+    (one,) = found
+    assert one.path
+    assert one.hint
+    return f"{one.path}: {one.fact} ({one.hint})"
+
+
+def memory(**parts: int) -> Memory:
+    return Memory(**{name: parts.get(name, 0) for name in Memory.__dataclass_fields__})
+
+
+def test_tensor_parallel_groups_stay_inside_a_node() -> None:
+    assert not list(warnings.tp_spans_nodes(1, 8))
+    assert not list(warnings.tp_spans_nodes(8, 8))
+    assert "they span nodes" in only(warnings.tp_spans_nodes(16, 8))
+    assert "some groups span nodes" in only(warnings.tp_spans_nodes(4, 6))
+
+
+def test_every_number_of_nodes_must_fit_the_batch() -> None:
+    fits = config("cluster.nodes=4", "cluster.min_nodes=1", "train.global_batch=8")
+    assert not list(warnings.unfit_nodes(fits, 2))
+    fixed = config(
+        "cluster.nodes=4", "cluster.min_nodes=1", "train.global_batch=8", "parallel.shard=8"
+    )
+    said = only(warnings.unfit_nodes(fixed, 2))
+    assert "with 1 nodes (and with 2 other numbers" in said
+    assert "shard 8" in said
+
+
+def test_ranks_of_slurms_nodes_cannot_be_guessed() -> None:
+    assert "gpus_per_node" in only(warnings.unknown_ranks(8))
+
+
+def test_fillers_cost() -> None:
+    assert not list(warnings.fillers(0.05, micro_batch=3))
+    assert "33 %" in only(warnings.fillers(1 / 3, micro_batch=3))
+
+
+def test_nodes_that_read_nothing_or_everything() -> None:
+    assert not list(warnings.starving_nodes(4, idle=0, streams_stay=True))
+    assert not list(warnings.starving_nodes(1, idle=0, streams_stay=False))
+    assert "2 of 4 nodes read nothing" in only(
+        warnings.starving_nodes(4, idle=2, streams_stay=True)
+    )
+    assert "several of them" in only(warnings.starving_nodes(4, idle=0, streams_stay=False))
+
+
+def test_small_shards_over_a_network() -> None:
+    assert not list(warnings.small_shards(1 << 20, shard=512, nodes=1))
+    assert not list(warnings.small_shards(1 << 30, shard=512, nodes=64))
+    assert "64 nodes" in only(warnings.small_shards(1 << 20, shard=512, nodes=64))
+
+
+@pytest.mark.parametrize(
+    ("need", "overrides", "lever"),
+    [
+        (memory(activations=80 * GIB), ["train.micro_batch=4"], "train.micro_batch=2"),
+        (memory(activations=80 * GIB), [], "activation_checkpointing=full"),
+        (memory(gradients=80 * GIB), [], "no whole gradients"),
+        (memory(optimizer=80 * GIB), ["engine.kind=ddp"], "engine.kind=fsdp"),
+        (memory(optimizer=80 * GIB), [], "engine.precision=bf16"),
+    ],
+)
+def test_too_much_memory_names_what_needs_less(
+    need: Memory, overrides: list[str], lever: str
+) -> None:
+    cfg = config(*overrides)
+    said = only(warnings.too_much_memory(need, 80 * GIB, cfg, micro_batches=2, nodes=1))
+    assert "80 GiB" in said
+    assert lever in said
+    assert not list(warnings.too_much_memory(need, 100 * GIB, cfg, micro_batches=2, nodes=1))
+    assert not list(warnings.too_much_memory(need, None, cfg, micro_batches=2, nodes=1))
+
+
+def test_levers_that_would_not_help_are_not_named() -> None:
+    cfg = config("engine.precision=bf16", "train.micro_batch=1")
+    need = memory(optimizer=80 * GIB)
+    said = only(warnings.too_much_memory(need, 80 * GIB, cfg, micro_batches=1, nodes=1))
+    assert "more ranks" in said
+    for lever in ("checkpointing", "micro", "bf16", "fsdp"):
+        assert lever not in said
+
+
+def test_fewer_nodes_that_need_far_more_memory() -> None:
+    def found(room: int | None, at_least: int | None) -> list[Problem]:
+        return list(warnings.costly_fewer_nodes(20 * GIB, at_least, min_nodes=2, room=room))
+
+    assert not found(None, None)
+    assert not found(None, 40 * GIB)
+    assert not found(80 * GIB, 60 * GIB)
+    assert "60 GiB instead of 20 GiB" in only(found(None, 60 * GIB))
+    assert found(80 * GIB, 75 * GIB)
+
+
+def test_checkpoints_that_come_after_the_end() -> None:
+    def found(seconds_a_step: float | None, limit: int | None, **keys: object) -> list[Problem]:
+        return list(
+            warnings.rare_checkpoints(
+                CheckpointConfig(**keys), seconds_a_step=seconds_a_step, time_limit=limit
+            )
+        )
+
+    assert not found(None, 3600, every_steps=1000)  # who knows how long a step takes
+    assert not found(1.0, 3600, every_steps=1000)
+    assert not found(1.0, None, every_steps=5000)
+    assert not found(9.0, 3600, every_steps=5000, every_minutes=20)
+    assert "every 1h23m" in only(found(1.0, 3600, every_steps=5000))
+    assert "every 1h30m" in only(found(None, 3600, every_steps=1000, every_minutes=90))
+    assert "all steps" in only(found(None, None, every_steps=None))
+
+
+def test_a_lead_that_is_shorter_than_a_save() -> None:
+    def found(size: int, nodes: int, limit: int | None = 3600) -> list[Problem]:
+        return list(warnings.short_lead(size, nodes=nodes, signal_lead=180, time_limit=limit))
+
+    assert not found(GIB, 1)
+    assert not found(800 * GIB, 64)
+    assert not found(800 * GIB, 1, limit=None)
+    assert "800 GiB takes about 28m" in only(found(800 * GIB, 1))
