@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -194,9 +195,8 @@ _CLUSTER = {
 @pytest.fixture
 def user(whole: Testbed, shared_disk: Path, corpus: Path, request: pytest.FixtureRequest) -> User:
     """A user with a run file and the site's cluster file; the run is named after the test."""
-    name = re.sub(r"\W+", "-", request.node.name)[:40]
-    folder = shared_disk / name
-    folder.mkdir()
+    name = re.sub(r"\W+", "-", request.node.originalname)[:40]
+    folder = Path(tempfile.mkdtemp(dir=shared_disk, prefix="user-"))
     (folder / "testbed.yaml").write_text(yaml.safe_dump(_CLUSTER))
     found = User(folder, name, bed=whole)
     found.write(small_cluster_run(corpus, STEPS))

@@ -343,7 +343,8 @@ fi
 case $code in
     75 | 85 | 1) go_on ;;
     *)
-        [ "$code" -gt 128 ] || finish "$code"
+        # Beyond 128 + 64 there is no signal: 255 is srun's word for an option it does not know.
+        if [ "$code" -le 128 ] || [ "$code" -gt 192 ]; then finish "$code"; fi
         go_on ;;
 esac
 settled=yes

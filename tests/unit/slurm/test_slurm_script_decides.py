@@ -123,7 +123,7 @@ def test_a_code_that_another_start_may_cure_puts_the_job_back(site: Site, code: 
     assert site.calls == ["requeue 100"]
 
 
-@pytest.mark.parametrize("code", [0, 2, 65, 78, 86, 87, 127])
+@pytest.mark.parametrize("code", [0, 2, 65, 78, 86, 87, 127, 255])
 @pytest.mark.parametrize("requeue", [True, False])
 def test_any_other_code_ends_the_run(site: Site, code: int, requeue: bool) -> None:
     assert site.end(f"exit {code}", slurm={"requeue": requeue}) == code
