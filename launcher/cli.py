@@ -115,6 +115,7 @@ def plan(
 ) -> None:
     """Say what a run will be: steps, tokens, batches, epochs; or which sample is read where."""
     from launcher import plan as planning
+    from launcher.jobs.plan import unstaged
     from lmscale.config.load import load
 
     if steps is not None and not data:
@@ -128,6 +129,7 @@ def plan(
             sys.stdout.write(show(row) + "\n")
         return
     facts = planning.facts(cfg, env)
+    facts["warnings"] += [{"key": w.path, "fact": w.fact, "hint": w.hint} for w in unstaged(cfg)]
     text = planning.as_json(facts) if as_json else "\n".join(planning.in_words(facts))
     sys.stdout.write(text + "\n")
 
@@ -201,12 +203,16 @@ def doctor(
     cluster: Annotated[
         str | None, typer.Option(help="Look at a cluster, by its name in configs/clusters.")
     ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option("--nodes", min=1, help="Check N idle nodes of that Slurm cluster, too."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what this machine and its cluster can run, and what to do about the rest."""
     from launcher.doctor.command import doctor as run_doctor
 
-    raise typer.Exit(run_doctor(cluster=cluster, as_json=as_json))
+    raise typer.Exit(run_doctor(cluster=cluster, as_json=as_json, nodes=nodes or 0))
 
 
 for verb in (verbs.submit, verbs.status, verbs.logs, verbs.stop, verbs.resume):

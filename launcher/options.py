@@ -11,7 +11,7 @@ Run = Annotated[
 ]
 RunDir = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name in runs/.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Keys of the run file to set.")
+    list[str] | None, typer.Argument(metavar="a.b=c", help="Keys of the run file to set.")
 ]
 Nproc = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Ranks on this host: cluster.ranks_per_node.")

@@ -25,7 +25,7 @@ from lmscale.config import checks
 from lmscale.config.length import total_steps
 from lmscale.config.load import load
 from lmscale.config.run import RunConfig
-from lmscale.errors import ConfigError, ExitCode, LmscaleError
+from lmscale.errors import ConfigError, ExitCode, LmscaleError, Problem
 from lmscale.units import show_bytes, show_seconds
 from lmscale.world import World
 
@@ -69,7 +69,8 @@ def command(
 
 def stage(cfg: RunConfig, place: Place, stop: threading.Event) -> ExitCode:
     """Fill data.cache_dir for one node. Raises ConfigError, DataError, RetryableError."""
-    if found := list(checks.world_problems(cfg, world_size=place.nodes * place.ranks_per_node)):
+    found = list(checks.world_problems(cfg, world_size=place.nodes * place.ranks_per_node))
+    if found := [*found, *_misplaced(cfg)]:
         raise ConfigError(found)
     if cfg.data.cache_dir is None:
         return ExitCode.DONE
@@ -86,15 +87,25 @@ def stage(cfg: RunConfig, place: Place, stop: threading.Event) -> ExitCode:
     return ExitCode.DONE
 
 
+def _misplaced(cfg: RunConfig) -> Iterator[Problem]:
+    if cfg.data.cache_dir is None:
+        return
+    cache = Path(cfg.data.cache_dir).resolve()
+    for path in (*(corpus.path for corpus in cfg.data.corpora), *cfg.eval.corpora):
+        if cache.is_relative_to(Path(path).resolve()):
+            fact = f"{cfg.data.cache_dir} lies in the corpus {path}, of which every file is accounted for"
+            yield Problem("data.cache_dir", fact, "name a folder outside of it")
+
+
 def _stage(cfg: RunConfig, place: Place, cache_dir: Path, stop: threading.Event) -> None:
     from lmscale.corpus.ahead import Split, chunks_ahead
-    from lmscale.corpus.manifest import Manifest, resolve
+    from lmscale.corpus.manifest import load_part
     from lmscale.corpus.order import Order
     from lmscale.corpus.room import alone
     from lmscale.corpus.staging import Stager
 
-    corpus, stands = resolve(Path(cfg.data.corpora[0].path)), standing(cfg)
-    manifest = Manifest.load(corpus)
+    stands = standing(cfg)
+    corpus, manifest = load_part(Path(cfg.data.corpora[0].path))
     samples = manifest.num_samples(cfg.train.seq_len)
     last = total_steps(cfg, lambda: samples, step=stands.step, position=stands.position)
     steps = min(last, cfg.train.stop_at or last) - stands.step

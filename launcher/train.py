@@ -4,14 +4,11 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.going_on import farewell, finished, missing
 from launcher.handoff import command, hand_off
 from launcher.ranks import rank_env
-from launcher.supervisor.job import Job
-from launcher.supervisor.spawn import Place
-from launcher.supervisor.stall import Patience
-from launcher.supervisor.supervise import excuse, supervise
 from lmscale.config import checks
 from lmscale.config.load import load
 from lmscale.config.run import RunConfig
@@ -20,6 +17,9 @@ from lmscale.run.durable import storage_errors
 from lmscale.run.events import start_name
 from lmscale.run.folder import RunFolder
 from lmscale.run.hold import wait_for_silence
+
+if TYPE_CHECKING:
+    from launcher.supervisor.job import Job
 
 
 def train(source: str, overrides: Sequence[str], nproc: int | None) -> int:
@@ -40,7 +40,22 @@ def train(source: str, overrides: Sequence[str], nproc: int | None) -> int:
     return supervise(job)
 
 
-def _job(source: str, overrides: Sequence[str]) -> Job:
+# The supervisor is imported when there is something to supervise: a mistake in a run file is told within 0.3 s.
+def supervise(job: "Job") -> int:
+    """Run the job to its end, see launcher/supervisor."""
+    from launcher.supervisor.supervise import supervise
+
+    return supervise(job)
+
+
+def excuse(job: "Job", error: LmscaleError) -> int:
+    """Part from the other nodes, see launcher/supervisor."""
+    from launcher.supervisor.supervise import excuse
+
+    return excuse(job, error)
+
+
+def _job(source: str, overrides: Sequence[str]) -> "Job":
     """What to supervise. Raises ConfigError for all that can be found wrong without torch."""
     cfg = load(source, overrides)
     num_ranks, nodes, node, master = world_of(cfg, os.environ)
@@ -58,6 +73,10 @@ def _job(source: str, overrides: Sequence[str]) -> Job:
         staging = stage.command(
             source, overrides=overrides, node=node, nodes=nodes, ranks_per_node=num_ranks
         )
+    from launcher.supervisor.job import Job
+    from launcher.supervisor.spawn import Place
+    from launcher.supervisor.stall import Patience
+
     return Job(
         command=command("train", [source, *overrides]),
         folder=folder,
@@ -75,8 +94,11 @@ def _job(source: str, overrides: Sequence[str]) -> Job:
     )
 
 
-def _stub(own: tuple[int, int, str | None], num_ranks: int) -> Job:
+def _stub(own: tuple[int, int, str | None], num_ranks: int) -> "Job":
     """A job without a run: enough to meet the other nodes and part from them."""
+    from launcher.supervisor.job import Job
+    from launcher.supervisor.spawn import Place
+
     return Job(
         command=(),
         folder=RunFolder(Path()),

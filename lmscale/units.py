@@ -42,10 +42,11 @@ def parse_percent(text: str) -> float:
 def show_bytes(size: float) -> str:
     """A size for people: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        if abs(size) < 1023.5:
+            whole = unit == "B" or abs(size) >= 999.5  # .3g would show 1e+03
+            return f"{size:.0f} {unit}" if whole else f"{size:.3g} {unit}"
         size /= 1024
-    return f"{size:.3g} TiB"
+    return f"{size:.3g} TiB" if abs(size) < 999.5 else f"{size:.0f} TiB"
 
 
 def show_seconds(seconds: float) -> str:
@@ -63,10 +64,10 @@ def show_seconds(seconds: float) -> str:
 def show_count(count: float) -> str:
     """A count for people: 950, 12.3K, 1.24B."""
     for unit in ("", "K", "M", "B"):
-        if abs(count) < 1000:
+        if abs(count) < 999.5:  # from there on it would be shown as 1e+03
             return f"{count:.0f}" if unit == "" else f"{count:.3g}{unit}"
         count /= 1000
-    return f"{count:.3g}T"
+    return f"{count:.3g}T" if abs(count) < 999.5 else f"{count:.0f}T"
 
 
 def _scaled(text: str | int, factors: dict[str, int], hint: str) -> int:

@@ -53,6 +53,9 @@ def _cluster(name: str) -> ClusterConfig:
     from lmscale.config.load import load
     from lmscale.config.places import configs_dir
 
+    # Beside a run file comes first, as for `submit`: here, the current folder.
+    own = Path.cwd() / f"{name}.yaml"
+    name = str(own) if own.is_file() else name
     # Any run will do: only its section about the cluster is looked at.
     return load(configs_dir() / "runs" / "smoke.yaml", [f"cluster={name}"]).cluster
 

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.jobs.cluster import JobState
 from launcher.jobs.environment import scrubbed
 from launcher.jobs.plan import JobPlan
+from launcher.jobs.quiet import ends_quietly
 from launcher.jobs.record import JobRecord
 from lmscale.errors import ConfigError, Problem
 from lmscale.run.durable import storage_errors
@@ -51,11 +52,8 @@ def start(plan: JobPlan, command: Sequence[str], env: Mapping[str, str]) -> JobR
             fact = f"cannot start {command[0]}: {error.strerror}"
             raise ConfigError([Problem("", fact, "install it, or mend its permissions")]) from error
     ticks, begun = started_ticks(process.pid), time.time()
-    until = time.monotonic() + _WATCH_S
-    while process.poll() is None and time.monotonic() < until:
-        if _trains(plan.folder, begun):
-            break
-        time.sleep(_POLL_S)
+    with ends_quietly():  # Ctrl-C ends the looking: the job is there, and its record must be too
+        _watch(process, plan.folder, begun)
     facts: dict[str, Any] = {"host": this_host(), "ticks": ticks}
     if process.returncode is None:
         process.returncode = 0  # it outlives this process on purpose: no ResourceWarning
@@ -79,18 +77,19 @@ def state(folder: RunFolder, record: JobRecord) -> JobState:
     own, heard_at = list(_own_events(folder, record)), _heard_at(folder, record)
     restarts = max(0, sum(event["kind"] == "start" for event in own) - 1)
     ended = next((event for event in reversed(own) if event["kind"] == "exit"), None)
+    hosts = tuple(record.facts.get("hosts", (record.host,)))
     code = record.facts.get("code", ended["code"] if ended else None)
     here = record.facts.get("host") == this_host()
     if code is None and here and is_alive(int(record.job), record.facts.get("ticks")):
-        return JobState("running", hosts=(record.host,), restarts=restarts)
+        return JobState("running", hosts=hosts, restarts=restarts)
     if code is not None or here:
         reason = str(ended["reason"]) if ended else "" if code is not None else "killed"
-        return JobState("ended", reason, (record.host,), code, restarts)
+        return JobState("ended", reason, hosts, code, restarts)
     silent_s = time.time() - (heard_at or record.time)
     if heard_at and silent_s < STALE_S:
-        return JobState("running", hosts=(record.host,), restarts=restarts)
+        return JobState("running", hosts=hosts, restarts=restarts)
     reason = f"{record.host} has not been heard of for {silent_s:.0f} s; look there"
-    return JobState("unknown", reason, (record.host,), None, restarts)
+    return JobState("unknown", reason, hosts, None, restarts)
 
 
 def kill(record: JobRecord) -> None:
@@ -145,6 +144,13 @@ def _heard_at(folder: RunFolder, record: JobRecord) -> float | None:
         if any((event["host"], event["pid"]) == who for event in readable_lines(path))
     ]
     return max(beats, default=None)
+
+
+def _watch(process: subprocess.Popen[bytes], folder: RunFolder, begun: float) -> None:
+    """Until it trains, ends, or has stayed for some seconds."""
+    until = time.monotonic() + _WATCH_S
+    while process.poll() is None and time.monotonic() < until and not _trains(folder, begun):
+        time.sleep(_POLL_S)
 
 
 def _trains(folder: RunFolder, since: float) -> bool:

@@ -73,7 +73,7 @@ class Reader:
                 before = self._known[folder.path] = (seen, _read(folder))
             return replace(before[1], alive=_alive(before[1].events))
         except (LmscaleError, OSError) as error:
-            return Facts(folder, trouble=str(error))
+            return Facts(folder, trouble=str(error).replace("\n  hint: ", "; "))
 
 
 def is_run_folder(path: Path) -> bool:

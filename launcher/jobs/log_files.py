@@ -57,7 +57,11 @@ def as_object(line: str, log: LogFile, *, start: str | None) -> dict[str, object
 
 def _rank_logs(folder: RunFolder) -> list[LogFile]:
     names = folder.logs.iterdir() if folder.logs.is_dir() else ()
-    parsed = [(path, _RANK_LOG.fullmatch(path.name)) for path in names]
+    parsed = [
+        (path, _RANK_LOG.fullmatch(path.name))
+        for path in names
+        if not path.name.startswith("mpi-")  # of all ranks: mpirun merges them itself
+    ]
     return [LogFile(path, int(match[2]), match[1]) for path, match in parsed if match]
 
 

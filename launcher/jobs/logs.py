@@ -1,6 +1,7 @@
 """`lmscale logs RUN [-f] [--rank R] [--json]`: what the ranks of a run say."""
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -79,7 +80,7 @@ class _View:
             known = ", ".join(map(str, ranks[:16])) + (", ..." if len(ranks) > 16 else "")
             raise ConfigError([Problem("--rank", fact, f"ranks with a log: {known}")])
         which = "" if self.rank is None else f" of rank {self.rank}"
-        text = f"no log{which} yet: {standing.in_words()}"
+        text = f"no log{which}{'' if standing.ended else ' yet'}: {standing.in_words()}"
         if not ranks and standing.step and standing.kind is None:
             text = f"no log: another launcher started the ranks and has their output; {standing.in_words()}"
         elif not ranks and standing.step and self.rank is not None:
@@ -95,6 +96,9 @@ def _show(view: _View) -> None:
         view.say_missing(view.judge(facts))
         return
     with open(log.path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            who = "it" if log.rank is None else f"rank {log.rank}"
+            view.say(f"{who} has said nothing so far: {log.path} is empty")
         if view.as_json:
             view.show((line.rstrip(b"\n") for line in file), log)
         else:
@@ -127,6 +131,8 @@ class _Follow:
         if self._growing is not None:
             self._drain()
             self._show(self._growing.rest())
+            if not self._growing.path.exists():  # then that is said already
+                return
         self._view.say(f"{standing.run}: {standing.in_words()}")
 
     def _look(self) -> Standing:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.jobs import background
@@ -38,7 +39,9 @@ class MpiCluster:
         mpirun(
             plan, os.environ
         )  # what is wrong with hosts or mpirun shall be said here, not in the log
-        return background.start(plan, _supervisor(plan), os.environ)
+        record = background.start(plan, _supervisor(plan), os.environ)
+        hosts = [host.partition(":")[0] for host in plan.cluster.mpi.hosts]
+        return replace(record, facts={**record.facts, "hosts": hosts}) if hosts else record
 
     def states(self, jobs: Sequence[tuple[RunFolder, JobRecord]]) -> list[JobState]:
         """See Cluster."""

@@ -1,6 +1,5 @@
 """A job as one value: everything that any kind of cluster needs to know to start it. Pure."""
 
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,11 +61,25 @@ class JobPlan:
 
     def in_words(self) -> str:
         """One line for people."""
-        nodes = (
-            str(self.nodes) if self.nodes == self.min_nodes else f"{self.min_nodes}-{self.nodes}"
-        )
+        fewest = "" if self.nodes == self.min_nodes else f"{self.min_nodes} to "
+        nodes = f"{fewest}{self.nodes} node{'s' if self.nodes > 1 else ''}"
+        ranks = f"{self.ranks_per_node} rank{'s' if self.ranks_per_node > 1 else ''}"
         gpus = f", {self.gpus_per_node} GPUs a node" if self.gpus_per_node else ""
-        return f"{nodes} node(s) x {self.ranks_per_node} ranks{gpus}: {shlex.join(self.command)}"
+        return f"{nodes} x {ranks}{gpus}"
+
+
+def unstaged(cfg: RunConfig) -> list[Problem]:
+    """Where data.cache_dir stays as it is: it is filled by a supervisor a node, which not every job has."""
+    by_ranks = cfg.cluster.kind == "slurm" and cfg.cluster.slurm.launch == "rank"
+    if cfg.data.cache_dir is None or not (by_ranks or cfg.cluster.kind == "mpi"):
+        return []
+    starter = "cluster.slurm.launch=rank" if by_ranks else "cluster.kind mpi"
+    fact = (
+        f"nothing fills it with {starter}, which has no supervisor on each node: what is not there "
+        "already is read from the corpus"
+    )
+    instead = "cluster.slurm.launch=node" if by_ranks else "kind slurm or local"
+    return [Problem("data.cache_dir", fact, f"use {instead} to have it filled, or set it to null")]
 
 
 def plan_job(cfg: RunConfig, *, number: int, cwd: Path, python: str = sys.executable) -> JobPlan:

@@ -10,7 +10,7 @@ from lmscale.errors import ConfigError, Problem
 from lmscale.run.durable import replace_file, storage_errors
 from lmscale.run.folder import RunFolder
 
-_NAME = re.compile(r"([1-9]\d*)\.(?:json|yaml|sh)")
+_NAME = re.compile(r"([1-9]\d*)\.(?:json|yaml|sh|chain|tries)")
 
 
 @dataclass(frozen=True, slots=True)

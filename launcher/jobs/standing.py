@@ -144,11 +144,17 @@ def _restarts(starts: Sequence[Event]) -> int:
 
 
 def _nodes(facts: Facts, start: Start | None, answer: JobState | None) -> int | None:
+    record = facts.record
     if answer is not None and answer.standing == "running" and answer.hosts:
-        return len(answer.hosts)
-    if start is not None and (facts.record is None or not belongs(start, facts.record)):
+        # Of an mpirun with a host file only its own host is known.
+        few = record is not None and record.kind == "mpi" and len(answer.hosts) < record.nodes
+        return record.nodes if record is not None and few else len(answer.hosts)
+    if start is not None and (record is None or not belongs(start, record)):
         return len(start.nodes) or 1
-    return facts.record.nodes if facts.record is not None else None
+    goes_on = start is not None and start.exit is None and start.restart is None
+    if start is not None and goes_on and record is not None and record.kind == "slurm":
+        return len(start.nodes) or record.nodes  # of an elastic job, while its cluster is silent
+    return record.nodes if record is not None else None
 
 
 def _hosts(start: Start | None, answer: JobState | None, *, running: bool) -> tuple[str, ...]:

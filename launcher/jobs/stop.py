@@ -61,6 +61,8 @@ class _Ending:
             signal_to(found.pid, signal.SIGTERM)
         if found is None and state.standing not in ("running", "pending"):
             return self._nothing_runs(state)
+        if self._gone(found, state):
+            return self._result("not running", ended=True)
         where = found.host if found is not None else ", ".join(state.hosts) or "the cluster"
         self.say.lines(f"asked the run on {where} to save and stop; waiting until it has")
         self._wait(found, state, forever=True)
@@ -77,7 +79,7 @@ class _Ending:
                 raise
             # What it killed elsewhere leaves a heartbeat that looks young for a minute: believe the cluster.
             found = found if found is not None and found.here else None
-        elif found is None:
+        elif found is None or self._gone(found, state):
             return self._nothing_runs(state)
         elif not found.here:
             self.say.lines(f"it runs on {found.host}: only `lmscale stop --now` there can kill it")
@@ -86,6 +88,12 @@ class _Ending:
         if found is not None:
             signal_to(found.pid, signal.SIGKILL)
         return self._result("killed", ended=self._wait(found, state, forever=False))
+
+    def _gone(self, found: Live | None, state: JobState) -> bool:
+        """Whether a start of the newest job is dead, however young its heartbeat looks: Slurm says so."""
+        mine = found is None or (not found.here and found.start.startswith("slurm-"))
+        slurm = self.record is not None and self.record.kind == "slurm"
+        return slurm and mine and state.standing == "ended"
 
     def _cluster(self) -> Cluster:
         assert self.record is not None
@@ -115,7 +123,9 @@ class _Ending:
         every_s = _ASK_S.get(self.record.kind, _POLL_S) if self.record is not None else _POLL_S
         begun = told = time.monotonic()
         asked = 0.0
-        while (runs := self._runs(found, ticks)) or state.standing in ("running", "pending"):
+        while (
+            runs := self._runs(found, ticks) and not self._gone(found, state)
+        ) or state.standing in ("running", "pending"):
             time.sleep(_POLL_S)
             now = time.monotonic()
             over = found is not None and not runs  # its job is about to follow

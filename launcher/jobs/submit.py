@@ -3,6 +3,7 @@
 import fcntl
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from typing import Any
 from launcher.going_on import farewell, finished, missing
 from launcher.jobs.cluster import Cluster, JobState, cluster_of
 from launcher.jobs.exits import code_in_words
-from launcher.jobs.plan import JobPlan, plan_job
+from launcher.jobs.plan import JobPlan, plan_job, unstaged
 from launcher.jobs.record import JobRecord, newest_record, next_number, write_record
 from lmscale.config.load import dump, load
 from lmscale.config.run import RunConfig
@@ -43,14 +44,14 @@ def hand_over(cfg: RunConfig, *, dry_run: bool, as_json: bool, notes: Sequence[s
         say.lines(farewell(folder, step))
         say.result({"run": str(folder.path), "finished": step})
         return ExitCode.DONE
-    say.lines(*notes)
+    say.lines(*notes, *(f"note: {one.path}: {one.fact}; {one.hint}" for one in unstaged(cfg)))
     cluster = cluster_of(cfg.cluster.kind)
     if dry_run:
         return _preview(plan, cluster, say)
     with _one_at_a_time(folder):
         refuse_a_live_run(folder)
         plan = replace(plan, number=next_number(folder))
-        with _in_place(plan, dump(cfg)):
+        with _in_place(plan, dump(cfg)), _uninterrupted(say):
             record = cluster.submit(plan)
             write_record(folder, record)
     (state,) = cluster.states([(folder, record)])
@@ -164,8 +165,22 @@ def _in_place(plan: JobPlan, config: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _uninterrupted(say: Say) -> Iterator[None]:
+    """A job that is started but not written down would be lost to every verb: Ctrl-C waits for its record."""
+    before = signal.signal(
+        signal.SIGINT, lambda *_: say.lines("a moment: what is started is written down first")
+    )
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _tell(plan: JobPlan, record: JobRecord, state: JobState, say: Say) -> int:
     run, code = run_name(plan.folder), int(ExitCode.DONE)
+    said = str(record.facts.get("said", ""))  # a site's own words, e.g. of its submit plugin
+    say.lines(*(f"{record.kind} says: {line}" for line in said.splitlines()))
     if state.standing == "ended":
         code = state.code if state.code is not None else int(ExitCode.RETRY)
         say.lines(*_tail(plan.log))
@@ -193,6 +208,7 @@ def _tell(plan: JobPlan, record: JobRecord, state: JobState, say: Say) -> int:
             "log": str(plan.log),
             "state": state.standing,
             "reason": state.reason,
+            "said": said,
             "code": state.code,
         }
     )

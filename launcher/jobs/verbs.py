@@ -25,7 +25,7 @@ def submit(
 def status(
     run: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN]", help="A run folder, or its name in runs/; all without."),
+        typer.Argument(metavar="RUN", help="A run folder, or its name in runs/; all without."),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Draw it again and again.")] = False,
     as_json: Json = False,

@@ -94,10 +94,12 @@ def _at_work(facts: Facts, own: Start | None, answer: JobState, *, now: float) -
 
 def _over(facts: Facts, own: Start | None, answer: JobState, *, now: float) -> Verdict:
     """The cluster says that the job has ended."""
+    final = own is not None and own.exit is not None and is_final(own.code)
+    if answer.raw.upper().startswith("CANCELLED") and facts.stop is None and not final:
+        return "stopped", _cancelled(own, answer) + _orphan(facts, own, now=now)
     if own is not None and own.exit is not None:
         return _ended(facts, own)
-    cancelled = answer.raw.upper().startswith("CANCELLED")
-    if facts.finished is not None and not answer.code and not cancelled:
+    if facts.finished is not None and not answer.code:
         return "finished", ""
     if facts.stop is not None:
         return _by_stop(facts, own)
@@ -106,18 +108,33 @@ def _over(facts: Facts, own: Start | None, answer: JobState, *, now: float) -> V
         told = code_in_words(answer.code)
         words = f"{words}, {told}" if words else f"{told}; its log may say why"
     state: State = "failed"
-    if cancelled:
-        state = "stopped"
+    if words == "killed":
+        state, words = "lost", "killed: its process is gone without a word"
     elif not answer.code and (answer.code is not None or not words):
         state, words = "lost", "the job has ended without a word"
-    if own is not None and _lives(facts, own, now=now):  # an orphan, or not yet known to be dead
-        words += f"; {own.host} was heard of {_silence(facts, own, now=now)} ago"
-    return state, words
+    return state, words + _orphan(facts, own, now=now)
+
+
+def _cancelled(own: Start | None, answer: JobState) -> str:
+    """By somebody with the cluster's own tools; the answer is `cancelled` or `cancelled by user 1000`."""
+    who = answer.reason.partition("cancelled by ")[2].partition(";")[0]
+    by = f" by {who}" if who else ""
+    how = f"; it ended with {end_in_words(own)}" if own is not None and own.exit is not None else ""
+    return f"cancelled with scancel{by}; `lmscale resume` goes on from its newest checkpoint{how}"
+
+
+def _orphan(facts: Facts, own: Start | None, *, now: float) -> str:
+    """A word about a start that outlives its job, or is not yet known to be dead."""
+    if own is None or not _lives(facts, own, now=now):
+        return ""
+    return f"; {own.host} was heard of {_silence(facts, own, now=now)} ago"
 
 
 def _without_answer(facts: Facts, own: Start | None, answer: JobState, *, now: float) -> Verdict:
     """The cluster does not answer, or no longer knows the job: what the folder alone can tell."""
     silent = answer.reason or "the cluster did not answer"
+    if own is None and facts.stop is not None and answer.raw == "FORGOTTEN":
+        return _by_stop(facts, None)  # a job that is out of the queue for minutes
     if own is None:
         return "unknown", silent
     state, why = _by_folder(facts, own, now=now)

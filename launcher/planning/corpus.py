@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.planning.places import Place
 from launcher.planning.standing import Standing
 from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError, Problem
+
+if TYPE_CHECKING:  # it loads numpy
+    from lmscale.corpus.manifest import Manifest
 
 ASSUMED_VOCAB = 32_000  # Llama's; a model's size should be known before a corpus is prepared
 
@@ -21,6 +24,7 @@ class CorpusFacts:
     tokens: int | None
     vocab_size: int  # that the model is built for
     vocab_from: Literal["corpus", "model.vocab_size", "data.tokenizer", "assumed"]
+    manifest: "Manifest | None" = None  # that of a million shards takes seconds: it is read once
 
 
 def corpus_facts(cfg: RunConfig) -> CorpusFacts:
@@ -28,9 +32,9 @@ def corpus_facts(cfg: RunConfig) -> CorpusFacts:
     path = cfg.data.corpora[0].path
     if not Path(path).exists():
         return CorpusFacts(path, None, None, *_vocabulary(cfg))
-    from lmscale.corpus.manifest import Manifest, resolve
+    from lmscale.corpus.manifest import load_part
 
-    manifest = Manifest.load(resolve(Path(path)))
+    _, manifest = load_part(Path(path))
     samples = manifest.num_samples(cfg.train.seq_len)
     if samples < cfg.train.global_batch:
         fact = (
@@ -39,11 +43,10 @@ def corpus_facts(cfg: RunConfig) -> CorpusFacts:
         )
         hint = "use fewer, or a larger corpus"
         raise ConfigError([Problem("train.global_batch", fact, hint)])
-    size = manifest.tokenizer.vocab_size
-    given = cfg.model.vocab_size
+    given, size = cfg.model.vocab_size, manifest.tokenizer.vocab_size
     if given is not None:
-        return CorpusFacts(path, samples, manifest.tokens, given, "model.vocab_size")
-    return CorpusFacts(path, samples, manifest.tokens, size, "corpus")
+        return CorpusFacts(path, samples, manifest.tokens, given, "model.vocab_size", manifest)
+    return CorpusFacts(path, samples, manifest.tokens, size, "corpus", manifest)
 
 
 def _vocabulary(
@@ -59,20 +62,18 @@ def _vocabulary(
 
 
 def node_facts(
-    cfg: RunConfig, place: Place, stands: Standing, *, steps: int
+    cfg: RunConfig, corpus: CorpusFacts, place: Place, stands: Standing, *, steps: int
 ) -> dict[str, Any] | None:
     """What nodes read in the steps to come, at most to the end of the epoch; None: no corpus, or no step.
 
     Numbers are [fewest, most] of any node.
     """
-    path = Path(cfg.data.corpora[0].path)
-    if not path.exists() or steps <= stands.step:
+    manifest, seq_len = corpus.manifest, cfg.train.seq_len
+    if manifest is None or steps <= stands.step:
         return None
-    from lmscale.corpus.manifest import Manifest, resolve
     from lmscale.corpus.order import Order
     from lmscale.corpus.shares import Layout, Split, node_shares
 
-    manifest, seq_len = Manifest.load(resolve(path)), cfg.train.seq_len
     order = Order(
         manifest.num_samples(seq_len),
         manifest.samples_per_chunk(seq_len),

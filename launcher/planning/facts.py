@@ -47,7 +47,9 @@ def facts(cfg: RunConfig, env: Mapping[str, str]) -> dict[str, Any]:
         "micro_batches": _micro_batches(cfg, place.mesh),
         "wasted_frac": wasted_frac(train.global_batch, place.mesh.dp, train.micro_batch),
         **_corpus(corpus),
-        "node_reads": None if steps is None else node_facts(cfg, place, stands, steps=steps),
+        "node_reads": (
+            None if steps is None else node_facts(cfg, corpus, place, stands, steps=steps)
+        ),
         "checkpoints": _checkpoints(cfg, found),
         "memory": {**asdict(need), "total": need.total, "room": room_of(place, env, cfg)},
         "memory_at_min_nodes": _at_min_nodes(cfg, found, corpus, place),

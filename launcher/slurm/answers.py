@@ -46,7 +46,7 @@ def read_squeue_json(text: str) -> list[Seen]:
         raise Unreadable(f"squeue --json: {_told(errors[0])}")
     try:
         return [_of_json(job) for job in jobs]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise Unreadable(f"squeue --json has an unknown shape: {error!r}") from error
 
 
@@ -121,6 +121,8 @@ def read_scontrol(text: str) -> list[Seen]:
 def _of_json(job: Mapping[str, Any]) -> Seen:
     state = job["job_state"]
     states = (state,) if isinstance(state, str) else tuple(map(str, state))
+    if not states:
+        raise ValueError(f"job {job['job_id']} has no state")
     told = str(job.get("state_description") or "")
     reason = str(job.get("state_reason") or "")
     # Slurm's own sentence, where it has one: it starts with the reason, or takes its place.

@@ -50,7 +50,11 @@ class SlurmCluster:
         if answer.code != 0:
             raise preflight.refusal(answer, plan, preflight.look())
         job = _job_id(answer)
-        seen = preflight.watch(job, plan)
+        try:
+            seen = preflight.watch(job, plan)
+        except KeyboardInterrupt:  # whoever asked for it takes it back, its run file included
+            ask("scancel", job)
+            raise
         facts = {"name": seen.name if seen else "", "said": answer.err.strip()}
         return JobRecord(
             number=plan.number, kind="slurm", job=job, host=this_host(), time=time.time(),
@@ -62,6 +66,13 @@ class SlurmCluster:
         """One state a job: squeue for all of them, and only for those it no longer lists sacct, then scontrol."""
         chains = [_chain(folder, record) for folder, record in jobs]
         known, silent = _standing({job for chain in chains for job in chain})
+        # A job that has just ended may have queued another after its list was read.
+        longer = [_chain(folder, record) for folder, record in jobs]
+        if new := {job for chain in longer for job in chain} - {
+            job for chain in chains for job in chain
+        }:
+            more, quiet = _standing(new)
+            chains, known, silent = longer, known | more, silent or quiet
         return [
             states.of_chain([known.get(job) or _unknown(job, silent) for job in chain])
             for chain in chains
@@ -147,7 +158,9 @@ def _standing(jobs: Set[Job]) -> tuple[dict[Job, JobState], str]:
                 break
             groups = states.by_job(source(sorted({job.id for job in missing})))
             for job in missing:
-                if state := states.find(job.id, groups, name=job.name):
+                state = states.find(job.id, groups, name=job.name)
+                # Accounting may be behind, or have lost the end: it only knows of jobs that have ended.
+                if state and (source is not _sacct or state.standing == "ended"):
                     known[job] = state
     except ConfigError as error:
         return known, error.problems[0].fact
@@ -158,16 +171,16 @@ def _standing(jobs: Set[Job]) -> tuple[dict[Job, JobState], str]:
 
 def _squeue(jobs: Sequence[str]) -> list[Seen]:
     listed = ",".join(jobs)
-    answer = ask("squeue", "--json", "-t", "all", "-j", listed, timeout_s=_JSON_TIMEOUT_S)
-    if answer.code == 0:
-        try:
+    try:
+        answer = ask("squeue", "--json", "-t", "all", "-j", listed, timeout_s=_JSON_TIMEOUT_S)
+        if _forgotten(answer):
+            return []
+        if answer.code == 0:
             return answers.read_squeue_json(answer.out)
-        except (
-            Unreadable
-        ):  # with the controller down 22.05 says so here; else a shape not known yet
-            pass
-    if _forgotten(answer):
-        return []
+    except (NoAnswer, Unreadable):
+        # Too many jobs to list in time, or a shape not known yet. With the controller down 22.05 says so
+        # here; then the next question says it again.
+        pass
     answer = ask("squeue", "-h", "-t", "all", "-j", listed, "-o", answers.SQUEUE_FORMAT)
     if _forgotten(answer):
         return []
@@ -189,7 +202,7 @@ def _sacct(jobs: Sequence[str]) -> list[Seen]:
 
 def _scontrol(jobs: Sequence[str]) -> list[Seen]:
     """It takes one job a call, so many are found among all."""
-    answer = ask("scontrol", "show", "job", "-o", *(jobs if len(jobs) == 1 else ()))
+    answer = ask("scontrol", "-a", "show", "job", "-o", *(jobs if len(jobs) == 1 else ()))
     if answer.code != 0 and not _forgotten(answer):
         raise Unreadable(f"scontrol: {answer.words}")
     return answers.read_scontrol(answer.out)

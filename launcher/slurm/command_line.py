@@ -18,19 +18,32 @@ def command(
     bad = ",".join(bad_nodes(plan, known))
     if not bad:
         return ["sbatch", how, str(plan.script)]
+    # The command line comes before the script's own options. The script is told which job it
+    # follows (none), and which nodes it was queued without, so that it knows of new ones.
+    return [
+        "sbatch",
+        how,
+        f"--exclude={','.join([*excluded(plan), bad])}",
+        str(plan.script),
+        "",
+        bad,
+    ]
+
+
+def excluded(plan: JobPlan) -> list[str]:
+    """Nodes that the run file leaves out; as for sbatch, the last word has an option that is passed through."""
     passed = passed_through(
         words(plan.cluster.slurm.sbatch, "cluster.slurm.sbatch"), ("-x", "--exclude")
     )
-    given = [passed] if passed else list(plan.cluster.slurm.exclude)
-    # The command line comes before the script's own options. The script is told which job it
-    # follows (none), and which nodes it was queued without, so that it knows of new ones.
-    return ["sbatch", how, f"--exclude={','.join([*given, bad])}", str(plan.script), "", bad]
+    return [passed] if passed else list(plan.cluster.slurm.exclude)
 
 
 def bad_nodes(plan: JobPlan, known: Collection[str] | None) -> list[str]:
     """Nodes that failed their check, by Slurm's names: a host name may have a domain, a node's not."""
     folder, found = plan.folder.bad_nodes, []
     for host in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        if host.startswith("."):  # .nfs0001: no file of ours, and * of the script does not find it
+            continue
         short = host.partition(".")[0]
         name = host if known is not None and host in known else short
         if (

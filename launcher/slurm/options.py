@@ -22,6 +22,8 @@ _OURS = {
     ("", "--requeue"): "use cluster.slurm.requeue",
     ("", "--no-requeue"): "use cluster.slurm.requeue",
     ("", "--wrap"): "the job runs its own script",
+    ("-W", "--wait"): "submit does not wait; `lmscale status --watch` does",
+    ("-M", "--clusters"): "status and stop would ask this cluster, where its id is another job's; submit there",
 }  # fmt: skip
 
 

@@ -48,8 +48,9 @@ def _request(plan: JobPlan, found: list[Partition]) -> partition.Request:
 
 def look() -> list[Partition]:
     """The partitions and their nodes; empty where this version of Slurm shows them in another way."""
-    partitions = ask("scontrol", "show", "partition", "-o")
-    nodes = ask("sinfo", "-h", "-N", "-o", partition.SINFO_FORMAT)
+    # -a: a site hides partitions that not everybody may use, and sbatch takes jobs for them all the same.
+    partitions = ask("scontrol", "-a", "show", "partition", "-o")
+    nodes = ask("sinfo", "-a", "-h", "-N", "-o", partition.SINFO_FORMAT)
     if partitions.code != 0 or nodes.code != 0:
         return []
     return partition.read_partitions(partitions.out, nodes.out)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.jobs.plan import JobPlan
+from launcher.slurm.command_line import excluded
 from launcher.slurm.options import container_command, sbatch_options, srun_options, words
 from lmscale.config.places import cluster_dir
 from lmscale.errors import ConfigError, Problem
@@ -64,7 +65,7 @@ def _values(plan: JobPlan) -> dict[str, str]:
         "launch": slurm.launch,
         "ranks_per_node": str(plan.ranks_per_node),
         "requeue": "yes" if slurm.requeue else "no",
-        "excluded": quoted(",".join(slurm.exclude)),
+        "excluded": quoted(",".join(excluded(plan))),
         "signal": slurm.signal,
         "signal_lead": str(slurm.signal_lead),
         "time_limit": "" if limit is None else str(limit),
@@ -131,7 +132,7 @@ def _array(options: Iterable[str]) -> str:
 
 
 def _setup(plan: JobPlan) -> str:
-    """Prolog commands and modules. Where one fails there is nothing to train with: 78, no other start."""
+    """Prolog commands and modules. Where one fails by itself there is nothing to train with: 78, no other start."""
     slurm = plan.cluster.slurm
     commands = [words([entry], "cluster.slurm.prolog") for entry in slurm.prolog]
     commands += [
@@ -140,7 +141,7 @@ def _setup(plan: JobPlan) -> str:
     lines = []
     for command in filter(None, commands):
         text = shlex.join(command)
-        lines.append(f"{text} || {{ say {quoted(f'this failed: {text}')}; finish 78; }}")
+        lines.append(f"{text} || unprepared $? {quoted(text)}")
     return "\n".join(lines) or "# nothing is set: cluster.slurm.prolog, cluster.slurm.modules"
 
 

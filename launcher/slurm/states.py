@@ -69,8 +69,12 @@ def of_chain(states: Sequence[JobState]) -> JobState:
 def _waiting(seen: Seen, name: str) -> JobState:
     why = reasons.reason(seen.reason)
     words = [reasons.WAITING[name], why.words]
-    if name == "PENDING" and seen.restarts and why.name == "BeginTime":
-        words = ["requeued, a short pause before it starts again"]
+    if name == "PENDING" and why.name == "BeginTime" and seen.restarts is not None:
+        words = [
+            "requeued, a short pause before it starts again"
+            if seen.restarts
+            else "its begin time is not reached"
+        ]
     return JobState(
         "pending", "; ".join(filter(None, words)), restarts=seen.restarts, raw=_raw(seen, name)
     )

@@ -12,6 +12,17 @@ _READ_BYTES = 1 << 18
 # Whoever sends longer lines, or does not read, is none of ours.
 _LONGEST_LINE = 1 << 24
 _MOST_UNSENT = 1 << 26
+# The kernel of the other host answers even while the process there waits for a hung file server: if it does not
+# for this long, the host or the network is gone.
+DEAD_S = 15
+_OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, DEAD_S // 3),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, DEAD_S // 3),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * DEAD_S),
+)
 
 
 class Channel:
@@ -19,8 +30,9 @@ class Channel:
 
     def __init__(self, connection: socket.socket, loop: Loop) -> None:
         connection.setblocking(False)
-        with contextlib.suppress(OSError):
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for level, option, value in _OPTIONS:
+            with contextlib.suppress(OSError):
+                connection.setsockopt(level, option, value)
         self._socket = connection
         self._loop = loop
         self._received = bytearray()
@@ -28,6 +40,7 @@ class Channel:
         self._messages: list[Message] = []
         self._full = False  # the other side does not keep up: wait for room
         self.open = True
+        self.why = ""  # it is no longer open
         self.heard_s = loop.awake_s  # when something last came, by the loop's clock
         loop.watch(connection.fileno(), self._on_read)
 
@@ -55,10 +68,10 @@ class Channel:
         else:
             self._on_write()
 
-    def close(self) -> None:
+    def close(self, why: str = "its connection is closed") -> None:
         """Close it; what has come before can still be taken."""
         if self.open:
-            self.open = False
+            self.open, self.why = False, why
             self._loop.forget(self._socket.fileno())
             self._socket.close()
 
@@ -67,8 +80,9 @@ class Channel:
             data = self._socket.recv(_READ_BYTES)
         except BlockingIOError:
             return
-        except OSError:
-            data = b""
+        except OSError as error:
+            self.close(f"its connection has broken: {error.strerror or error}")
+            return
         if not data:
             self.close()
             return
@@ -80,7 +94,7 @@ class Channel:
             for line in lines:
                 message = json.loads(line)
                 self._messages.append({**message, "kind": str(message["kind"])})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             self.close()  # some other program's words
         if len(rest) > _LONGEST_LINE:
             self.close()
@@ -91,8 +105,8 @@ class Channel:
                 del self._unsent[: self._socket.send(self._unsent)]
         except BlockingIOError:
             pass
-        except OSError:
-            self.close()
+        except OSError as error:
+            self.close(f"its connection has broken: {error.strerror or error}")
             return
         if self._full != bool(self._unsent):
             self._full = not self._full

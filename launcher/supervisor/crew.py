@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,10 +51,14 @@ def _spawn(station: Station, one: Round, rank: int) -> RankProcess:
     return spawn(job.command, env, rank=rank, terminal=terminal, shares=job.place.ranked)
 
 
-def end_strays(*, spare: set[int]) -> None:
-    """Kill and reap every other child of this process: what ranks started outside of their groups."""
+def end_strays(*, spare: set[int], within_s: float = 5.0) -> None:
+    """Kill and reap every other child of this process: what ranks started outside of their groups.
+
+    One that waits for a hung file server does not die before that answers: nobody waits for it.
+    """
     children = Path(f"/proc/self/task/{os.getpid()}/children")
-    for _ in range(100):  # killing one hands its own children over to us
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:  # killing one hands its own children over to us
         try:
             pids = {int(pid) for pid in children.read_text().split()} - spare
         except OSError:  # a kernel without this file
@@ -63,4 +68,5 @@ def end_strays(*, spare: set[int]) -> None:
         for pid in pids:
             with suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.002)

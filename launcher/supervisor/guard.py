@@ -18,14 +18,19 @@ class Guard:
 
     def __init__(self) -> None:
         argv = [sys.executable, "-I", "-S", os.path.abspath(__file__)]
-        self._process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd="/",
-        )
+        # Slurm sends its signals to every process of a step. What is blocked now stays so in the new process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @property
     def pid(self) -> int:
@@ -59,8 +64,6 @@ class Guard:
 
 def watch(pipe: BinaryIO) -> None:
     """The guarding process: follow the list until the pipe closes, then kill what is on it."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
     groups: set[int] = set()
     for line in iter(pipe.readline, b""):
         group = int(line[1:])

@@ -69,6 +69,7 @@ class Leader:
         self._heartbeat_s = self._beat_s = -run_events.BEAT_S
         self._ending = False
         self._stuck: Stuck | None = None
+        self._named_stuck: int | None = None  # its rank, once it was said: its death is no news
         self.codes: dict[int, int] = {}  # of this round, by rank
         self.stop_asked = False
         self.lost = ""  # which node, and how
@@ -85,7 +86,7 @@ class Leader:
     def go(self, one: Round) -> None:
         """Begin a round on all nodes."""
         self._orders.clear()
-        self._ending, self._stuck, self.codes = False, None, {}
+        self._ending, self._stuck, self._named_stuck, self.codes = False, None, None, {}
         for node in self._nodes.values():
             node.running, node.pace = not node.gone, None
             node.channel.send("go", what=one.what, start=one.start, port=one.port)
@@ -139,6 +140,7 @@ class Leader:
         found = self._stuck
         if found is None or found.suspect.rank != rank:
             return
+        self._named_stuck = rank
         node = self.hosts[found.node]
         words = found.suspect.in_words(node=self._named(found.node), seconds=found.seconds)
         self._output.say(f"{words}. Its stack:\n{text.rstrip() or '(it did not answer)'}")
@@ -183,7 +185,7 @@ class Leader:
         """RUN/stop, which works from any host that shares the folder, and the end of the job's time."""
         if self.stop_asked:
             return
-        if self._folder.stop.exists():
+        if self._stop_stands():
             self._output.say(f"{self._folder.stop} has appeared: saving and stopping")
         elif self._deadline is not None and time.time() >= self._deadline:
             self._output.say("the time of this job is nearly over: saving and stopping")
@@ -192,11 +194,17 @@ class Leader:
         self._pass_on_stop(signal.SIGTERM, source=0)
         self._orders.append(Stop(signal.SIGTERM))
 
+    def _stop_stands(self) -> bool:
+        try:
+            return self._folder.stop.exists()
+        except OSError:  # a stale handle, a server that restarts: no reason to end ranks that run
+            return False
+
     def _died(self, number: int, rank: int, code: int, *, others: bool) -> None:
         first = not self._ending
         if not first and code == ExitCode.RETRY:
             return  # it has lost a peer, and says so
-        if self._stuck is None or self._stuck.suspect.rank != rank:
+        if rank != self._named_stuck:
             then = ": ending the others" if first and others else ""
             where = self._named(number)
             self._output.say(

@@ -79,9 +79,9 @@ class Lobby:
         self._own = Greeting.of(job)
         self._loop = loop
         self.until = time.monotonic() + job.meeting_s
-        self._arrived: list[Channel] = []
+        self._arrived: dict[Channel, float] = {}  # and when, by the loop's clock
         self.guests: dict[int, Guest] = {}
-        self.stop_asked = False  # by one of them
+        self.stop_asked = False
         self._beat_s = -BEAT_S
         _make_room(job.place.nodes)
         host, port = split(job.place.master)
@@ -97,13 +97,14 @@ class Lobby:
 
     def look(self) -> None:
         """Greet who has come, and forget who has gone."""
-        for channel in self._arrived[:]:
+        for channel, since_s in list(self._arrived.items()):
             messages = channel.take()
             if messages:
-                self._arrived.remove(channel)
+                del self._arrived[channel]
+                channel.put_back(messages[1:])
                 self._greet(channel, Greeting.read(messages[0]))
-            elif not channel.open or channel.silent_s > _ANSWER_S:
-                self._arrived.remove(channel)
+            elif not channel.open or self._loop.awake_s - since_s > _ANSWER_S:
+                del self._arrived[channel]
                 channel.close()
         beats = self._loop.awake_s - self._beat_s >= BEAT_S
         self._beat_s = self._loop.awake_s if beats else self._beat_s
@@ -122,20 +123,26 @@ class Lobby:
             channel.close()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # who came has gone, or there are no descriptors left
-            self._arrived.append(Channel(self._listener.accept()[0], self._loop))
+        # All that wait: thousands of nodes may come in the same second.
+        with contextlib.suppress(OSError):  # nobody waits, or there are no descriptors left
+            while True:
+                channel = Channel(self._listener.accept()[0], self._loop)
+                self._arrived[channel] = self._loop.awake_s
 
     def _greet(self, channel: Channel, theirs: Greeting | None) -> None:
         ours = self._own
+        known = self.guests.get(theirs.node) if theirs is not None else None
         if (
             theirs is None
             or (theirs.start, theirs.nodes) != (ours.start, ours.nodes)
             or not 0 < theirs.node < ours.nodes
-            or theirs.node in self.guests
+            or (known is not None and known.channel.open and known.greeting.host != theirs.host)
         ):
             channel.send("stranger")
             channel.close()
             return
+        if known is not None:
+            known.channel.close()  # a node that comes again has given the first connection up
         self.guests[theirs.node] = Guest(theirs, channel, theirs.clock - time.time())
         channel.send("welcome")
 
@@ -143,9 +150,10 @@ class Lobby:
 def gather(job: Job, loop: Loop, stopped: Callable[[], bool]) -> Lobby:
     """Wait for all nodes, until a deadline or a request to stop. Raises RetryableError without a port."""
     lobby = Lobby(job, loop)
-    while lobby.missing and time.monotonic() < lobby.until and not (stopped() or lobby.stop_asked):
+    while lobby.missing and time.monotonic() < lobby.until and not lobby.stop_asked:
         loop.turn(_AGAIN_S)
         lobby.look()
+        lobby.stop_asked |= stopped()
     lobby.close()
     return lobby
 
@@ -170,7 +178,7 @@ def find(job: Job, loop: Loop, stopped: Callable[[], bool]) -> Channel | None:
             except OSError as error:
                 why = str(error) if port == first else why
                 continue
-            if _is_welcome(channel, job, loop, stopped):
+            if _is_welcome(channel, job, loop):
                 return channel
             why = f"who listens on port {port} is of another start"
         if time.monotonic() >= until:
@@ -233,9 +241,10 @@ def _ports(first: int) -> range:
     return range(first, min(first + PORTS, 1 << 16))
 
 
-def _is_welcome(channel: Channel, job: Job, loop: Loop, stopped: Callable[[], bool]) -> bool:
+def _is_welcome(channel: Channel, job: Job, loop: Loop) -> bool:
     channel.send("greet", **asdict(Greeting.of(job)))
-    while channel.open and channel.silent_s < _ANSWER_S and not stopped():
+    until_s = loop.awake_s + _ANSWER_S
+    while channel.open and loop.awake_s < until_s:
         loop.turn(_AGAIN_S)
         if messages := channel.take():
             # What node 0 has said since belongs to who uses the connection next.

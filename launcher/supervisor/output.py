@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 _ERASE = b"\r\x1b[K"
+_LONGEST_LINE = 1 << 20  # what is longer becomes several: no rank shall fill our memory
 _log = logging.getLogger(__name__)
 
 
@@ -41,10 +42,15 @@ class Output:
         if raw:
             self._show(data)
         *lines, rest = (self._partial.get(rank, b"") + data).split(b"\n")
-        # Of a progress line that is drawn again and again only the last state counts.
-        self._partial[rank] = rest.rpartition(b"\r")[2] if raw else rest
         for line in lines:
             self._line(rank, line, shown=raw)
+        # Of a progress line that is drawn again and again only the last state counts.
+        drawn = rest.rstrip(b"\r")
+        rest = rest[drawn.rfind(b"\r") + 1 :]
+        if len(rest) > _LONGEST_LINE:
+            self._line(rank, rest, shown=raw)
+            rest = b""
+        self._partial[rank] = rest
 
     def say(self, text: str) -> None:
         """A line of the supervisor's own."""

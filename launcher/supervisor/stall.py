@@ -17,7 +17,8 @@ from lmscale.run.pulse import PHASES, STEPPING, Beat, Phase, read_beat
 SLOW_S = 1800.0
 # A stopped process never goes on by itself, whatever it was at.
 STOPPED_S = 15.0
-_STEPS = 50.0
+_STEPS = 50.0  # as long as the longest step, where that is no more than SLOW_S
+_AGAIN = 2.0  # in any case
 _STATES = {"T": "stopped", "D": "waiting for a disk or a file server"}
 
 
@@ -30,7 +31,9 @@ class Patience:
 
     def limit_s(self, beat: Beat) -> float:
         """For a rank that stands there."""
-        limit = self.fixed_s or max(self.least_s, _STEPS * beat.longest_s)
+        # One step with an hour of suspension in it shall not buy patience for days.
+        usual_s = max(min(_STEPS * beat.longest_s, SLOW_S), _AGAIN * beat.longest_s)
+        limit = self.fixed_s or max(self.least_s, usual_s)
         return limit if beat.phase in STEPPING and beat.warm else max(limit, SLOW_S)
 
 

@@ -61,8 +61,8 @@ def excuse(job: Job, error: LmscaleError, *, terminal: int = 2) -> int:
             with suppress(RetryableError):
                 return follow(station)
             raise error
-        met = meet(station)
-        met.leader.leave(error.exit_code, str(error))
+        with suppress(RetryableError):
+            meet(station).leader.leave(error.exit_code, str(error))
     raise error
 
 
@@ -93,7 +93,8 @@ def _lead(station: Station) -> int:
             station.output.say(nothing)
             met.leader.leave(ExitCode.DONE, "")
             return ExitCode.DONE
-        return _Starts(station, met).run()
+        with storage_errors(f"supervising {station.job.folder.path}"):
+            return _Starts(station, met).run()
     except LmscaleError as error:
         met.leader.leave(error.exit_code, "")
         raise
@@ -182,12 +183,12 @@ class _Starts:
         """Run all ranks once; again with another port where somebody took ours before they met."""
         if not self._staged:
             code = self._round("stage", start, 0)
-            if self._leader.stop_asked:
-                return code if code and code < 128 else ExitCode.SAVED  # nothing new to save
-            if code != ExitCode.DONE:
+            if code != ExitCode.DONE and not (self._leader.stop_asked and code > 128):
                 return code
             self._staged = True
         for attempt in range(_PORTS_TRIED):
+            if not self._may_start():  # ranks would die of a signal that comes before Python does
+                return ExitCode.RETRY if self._leader.lost else ExitCode.SAVED
             port = free_port()
             code = self._round("ranks", start, port)
             lost_port = (
@@ -242,19 +243,23 @@ class _Starts:
 
     def _pause(self) -> bool:
         """Wait before a restart; False when a stop was requested or a node lost meanwhile."""
-        job, leader = self._job, self._leader
+        job = self._job
         vain = starts_since_progress(read_events(job.folder))
-        until = time.monotonic() + min(job.pause_s * 2**vain, _LONGEST_PAUSE_S)
-        while True:
-            for number in self._station.signals.take():
-                leader.stop(number)
-            leader.take()
-            leader.tick(None)
-            if leader.stop_asked or leader.lost:
-                return False
+        until = time.monotonic() + min(job.pause_s * 2 ** min(vain, 16), _LONGEST_PAUSE_S)
+        while self._may_start():
             if time.monotonic() >= until:
                 return True
             self._station.loop.turn(min(0.1, job.pause_s))
+        return False
+
+    def _may_start(self) -> bool:
+        """Hear of requests and of lost nodes while no rank runs; False when there are any."""
+        leader = self._leader
+        for number in self._station.signals.take():
+            leader.stop(number)
+        leader.take()
+        leader.tick(None)
+        return not (leader.stop_asked or leader.lost)
 
     def _leave(self, code: int, reason: str) -> int:
         """All nodes leave with this code; the last word in the events is node 0's."""

@@ -13,7 +13,8 @@ from launcher.supervisor.stall import Pace
 from lmscale.errors import ExitCode
 
 BEAT_S = 2.0
-SILENT_S = 15.0
+# Of a process whose host still answers, see channel.DEAD_S: a file server that fails over holds it up for minutes.
+SILENT_S = 120.0
 What = Literal["stage", "ranks"]
 
 # These stand, whoever else is lost: the next start would end the same way.
@@ -83,7 +84,7 @@ class Team(Protocol):
 def lost(channel: Channel) -> str:
     """How the other side was lost; empty while it is there."""
     if not channel.open:
-        return "its connection is closed"
+        return channel.why
     if channel.silent_s > SILENT_S:
         return f"nothing was heard of it for {channel.silent_s:.0f} s"
     return ""

@@ -1,6 +1,5 @@
 """Node 0 before the first start: who has come, and whether these nodes can train together."""
 
-import time
 from dataclasses import dataclass, field
 
 from launcher.supervisor.job import Job
@@ -17,6 +16,8 @@ from launcher.supervisor.station import Station
 from lmscale.errors import ExitCode
 from lmscale.run.durable import replace_file, storage_errors
 from lmscale.run.folder import RunFolder
+
+_STOPPED = "stopped on request before the ranks had been started"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ def meet(station: Station) -> Met:
         station.output.say(f"careful: {caution}")
     unfit = {one.host: one.unfit for one in [own, *greetings] if one.unfit}
     trouble = _unfit(unfit)
+    if lobby.stop_asked:
+        return Met(_leader(station, lobby), Trouble(ExitCode.SAVED, _STOPPED), unfit=unfit)
     if lobby.missing:
         trouble = _incomplete(job, lobby)
     elif trouble is None and (why := disagreement(own, greetings)):
@@ -80,12 +83,7 @@ def _leader(station: Station, lobby: Lobby | None) -> Leader:
 
 
 def _incomplete(job: Job, lobby: Lobby) -> Trouble:
-    """Somebody has not come: in vain, or because everybody was asked to stop."""
     numbers = ", ".join(str(number) for number in lobby.missing)
-    if time.monotonic() < lobby.until:
-        return Trouble(
-            ExitCode.SAVED, f"stopped on request before all nodes had come; missing: {numbers}"
-        )
     return Trouble(
         ExitCode.RETRY,
         f"node {numbers} of {job.place.nodes} did not come to {lobby.address} within {job.meeting_s:.0f} s; "

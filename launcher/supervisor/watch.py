@@ -17,6 +17,7 @@ _TICK_S = 0.5  # how late RUN/stop and a missed SIGCHLD are noticed
 # A peer that has lost the dead rank usually ends by itself, and its own code may be the telling one.
 _HUSH_S = 0.5
 _DRAIN_S = 2.0  # for output still in the pipes after the last rank has ended
+_UNDYING_S = 10.0  # after SIGKILL
 _STACK_S = 2.0  # for faulthandler to answer
 _LOOK_S = 0.1  # between two looks at what it has written: the same twice is all of it
 _READ_BYTES = 1 << 16
@@ -40,6 +41,7 @@ class Watch:
         self._pulses = Pulses(station.job.patience, now_s=station.loop.awake_s)
         self._term_at: float | None = None
         self._kill_at: float | None = None
+        self._undying_said = False
         self._tick_at = 0.0
         self._examined: RankProcess | None = None
         self._examined_at = self._looked_at = 0.0
@@ -115,7 +117,8 @@ class Watch:
             return
         self._examined = None
         self._team.stack(one.rank, text)
-        one.kill()
+        if one.rank in self._alive:  # else its group's number may be another's by now
+            one.kill()
 
     def _bury(self, one: RankProcess) -> None:
         code = one.reap()
@@ -145,6 +148,15 @@ class Watch:
             for peer in self._alive.values():
                 peer.ended.add(signal.SIGKILL)
                 peer.kill()
+            if self._alive and not self._undying_said and now >= self._kill_at + _UNDYING_S:
+                self._undying_said = True
+                names = ", ".join(
+                    f"{one.rank} (state {one.state()})" for one in self._alive.values()
+                )
+                self._output.say(
+                    f"rank {names} cannot be killed: the kernel waits for a disk, a file server or a GPU, "
+                    "and this node for it"
+                )
 
     def _read(self, one: RankProcess) -> None:
         try:

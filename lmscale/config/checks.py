@@ -164,6 +164,15 @@ def _weights(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem("data.corpora", "no corpus has a weight above 0", "give one weight 1")
 
 
+def _cache(cfg: RunConfig) -> Iterator[Problem]:
+    if cfg.data.cache_bytes is not None and cfg.data.cache_dir is None:
+        fact = f"{cfg.data.cache_bytes} bytes of a cache, but data.cache_dir names none"
+        hint = (
+            "set data.cache_dir to a folder on each node's own disk, or leave data.cache_bytes out"
+        )
+        yield Problem("data.cache_bytes", fact, hint)
+
+
 def _nodes(cfg: RunConfig) -> Iterator[Problem]:
     fewest, nodes = cfg.cluster.min_nodes, cfg.cluster.nodes
     if fewest is not None and fewest > nodes:
@@ -229,6 +238,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     (("engine.kind", "engine.precision"), _fp64),
     (("engine.kind", "engine.compile"), _compile),
     (("data.corpora",), _weights),
+    (("data.cache_dir", "data.cache_bytes"), _cache),
     (("cluster.nodes", "cluster.min_nodes"), _nodes),
     (("cluster.kind", "cluster.time_limit", "cluster.slurm"), _time_limit),
     (("train.allow_change",), _allow_change),

@@ -5,8 +5,10 @@
         an index (index.py) of this one chunk, with the block CRCs of the shard's index
         u32 bytes of that index | u32 CRC32C that ends the shard's index (the manifest holds it too)
 
-So a chunk that is here needs nothing of the shared file system, and the manifest still vouches for it. A
-copy is never trusted and never needed: what is damaged is removed and read from the corpus instead.
+So a chunk that is here needs nothing of the shared file system. What ties it to its shard are the folder's
+name and the seal, which the manifest holds; against damage each read checks its blocks. That is no defence
+against forgery: whoever may write here may write what the ranks read. A copy is never needed: what is damaged
+is removed and read from the corpus instead.
 """
 
 import logging

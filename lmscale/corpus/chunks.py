@@ -11,7 +11,7 @@ from lmscale.corpus.cache import ChunkCache
 from lmscale.corpus.files import Bytes, Files, Region
 from lmscale.corpus.index import Index, Member, parse
 from lmscale.corpus.manifest import Manifest
-from lmscale.corpus.shard import DTYPES
+from lmscale.corpus.shard import DTYPES, chunk_range
 
 _KEPT_INDEXES = 1024  # about 20 KB each at 256 chunks of 512 KiB a shard
 
@@ -27,7 +27,7 @@ class Chunks:
         self._files = files
         self._cache = cache
         self._dtype: np.dtype[Any] = DTYPES[manifest.dtype]
-        self._firsts = np.cumsum([0] + [shard.chunks for shard in manifest.shards])
+        self._firsts = manifest.firsts
         self._indexes: OrderedDict[int, Index] = OrderedDict()
 
     def of_shard(self, shard: int) -> range:
@@ -76,6 +76,18 @@ class Chunks:
             path, what, index.member(chunk, member), block_bytes=index.block_bytes, cut=cut
         )
 
+    def _check_tokens(self, shard: int, index: Index) -> None:
+        """Only the corpus' last chunk may be shorter: samples are found by that."""
+        manifest = self._manifest
+        for chunk, tokens in zip(self.of_shard(shard), index.rows[:, 1].tolist(), strict=True):
+            first, stop = chunk_range(
+                chunk, tokens=manifest.tokens, chunk_tokens=manifest.chunk_tokens
+            )
+            if tokens != stop - first:
+                raise ValueError(
+                    f"the index says {tokens} tokens in chunk {chunk}, the manifest {stop - first}"
+                )
+
     def _index(self, shard: int) -> Index:
         if shard in self._indexes:
             self._indexes.move_to_end(shard)
@@ -93,6 +105,7 @@ class Chunks:
                     "the index says first chunk {}, {} chunks, {} bytes a token; "
                     "the manifest {}, {}, {}".format(*found, *want)
                 )
+            self._check_tokens(shard, index)
             return index
 
         index = self._indexes[shard] = self._files.parsed(region, fitting)

@@ -68,6 +68,9 @@ class Files:
     ) -> Bytes:
         """The bytes [cut.start, cut.stop) of a member, or all, after a check of every block they touch."""
         cut = cut or slice(0, extent.bytes)
+        if cut.stop > extent.bytes:  # never a shorter piece than was asked for
+            region = Region(path, what, extent.offset + cut.start, extent.offset + cut.stop)
+            raise _final(ValueError(f"it has only {extent.bytes} bytes"), region, 1)
         if not extent.bytes:
             return np.empty(0, dtype=np.uint8)
         first, stop = cut.start // block_bytes, -(-cut.stop // block_bytes)

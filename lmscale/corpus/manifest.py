@@ -2,10 +2,15 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
+from lmscale.corpus.entries import Ints, Shards
 from lmscale.corpus.sealed import read_sealed, write_sealed
 from lmscale.corpus.shard import DTYPES, Dtype, ShardEntry, num_chunks
 from lmscale.errors import ConfigError, DataError, Problem
@@ -15,6 +20,8 @@ FORMAT = "lmscale-corpus"
 VERSION = 1
 Part = Literal["train", "heldout"]
 
+# Around the shards in the text that sealed.py writes: no string holds a line feed, no other key a list.
+_OPENS, _CLOSES = b'\n "shards": [\n', b"\n ],\n"
 _RESTORE = "restore it from a copy, or make the corpus again with: lmscale prepare OUT INPUT..."
 
 
@@ -29,7 +36,7 @@ class TokenizerEntry:
     special: dict[str, int | None]  # bos, eos, pad, unk, mask, sep, cls
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Manifest:
     """One corpus: a stream of tokens cut into chunks, chunks into shards."""
 
@@ -39,9 +46,12 @@ class Manifest:
     documents: int
     text_bytes: int  # UTF-8 bytes of the documents' text
     tokenizer: TokenizerEntry
-    shards: tuple[ShardEntry, ...]
+    shards: Sequence[ShardEntry]  # kept as a table, see entries.py
     kind: str = "stream"
     cipher: str = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shards", Shards.of(self.shards))
 
     def num_samples(self, seq_len: int) -> int:
         """Samples of seq_len targets; a last piece that is shorter belongs to no sample."""
@@ -63,23 +73,33 @@ class Manifest:
         """Bytes of the tokens of a whole chunk."""
         return (self.chunk_tokens + 1) * DTYPES[self.dtype].itemsize
 
-    @property
+    @cached_property
+    def firsts(self) -> Ints:
+        """[shards + 1]: the first chunk of each shard, then the number of chunks."""
+        return np.concatenate(([0], np.cumsum(self._table.column("chunks")))).astype(np.int64)
+
+    @cached_property
     def fingerprint(self) -> str:
         """Names the content: equal for equal corpora, wherever they lie."""
-        text = json.dumps(self._body(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = _Fingerprint(self._body([]))
+        for piece in self._table.compact():
+            digest.update(piece)
+        return digest.hexdigest()
 
     def save(self, folder: Path) -> str:
         """Write manifest.json, last of all files of a corpus; returns its digest."""
-        self._check(folder / MANIFEST_NAME, self.fingerprint)
-        body = {**self._body(), "fingerprint": self.fingerprint}
+        self._check(folder / MANIFEST_NAME)
+        body = {**self._body(self._table.bodies()), "fingerprint": self.fingerprint}
         return write_sealed(folder / MANIFEST_NAME, body)
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
         """Read and check manifest.json. Raises DataError: missing, damaged, of a newer format."""
-        path = folder / MANIFEST_NAME
-        body, _ = _read(folder)
+        return cls._of(folder / MANIFEST_NAME, _read(folder))
+
+    @classmethod
+    def _of(cls, path: Path, text: "_Text") -> "Manifest":
+        body = text.body
         if body["kind"] == "collection":
             raise DataError(f"{path} is a collection; name a part of it: {sorted(body['parts'])}")
         if (body["kind"], body["cipher"]) != ("stream", "none"):
@@ -87,6 +107,7 @@ class Manifest:
                 f"{path}: kind {body['kind']!r} with cipher {body['cipher']!r} cannot be read by "
                 "this lmscale; use a newer one, or prepare the corpus again"
             )
+        digest = _Fingerprint({key: body[key] for key in _COVERED})
         manifest = cls(
             dtype=body["dtype"],
             chunk_tokens=body["chunk_tokens"],
@@ -94,29 +115,33 @@ class Manifest:
             documents=body["documents"],
             text_bytes=body["text_bytes"],
             tokenizer=TokenizerEntry(**body["tokenizer"]),
-            shards=tuple(ShardEntry(**shard) for shard in body["shards"]),
+            shards=Shards.parse(*text.shards, digest.update),
         )
-        manifest._check(path, body["fingerprint"])
+        vars(manifest)["fingerprint"] = found = digest.hexdigest()
+        manifest._check(path)
+        if body["fingerprint"] != found:
+            raise DataError(
+                f"{path}: fingerprint {body['fingerprint']}, its content has {found}; {_RESTORE}"
+            )
         return manifest
 
-    def _body(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+    @property
+    def _table(self) -> Shards:
+        return Shards.of(self.shards)
 
-    def _check(self, path: Path, fingerprint: str) -> None:
+    def _body(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        own |= {"tokenizer": asdict(self.tokenizer), "shards": shards}
+        return {"format": FORMAT, "version": VERSION, **own}
+
+    def _check(self, path: Path) -> None:
         """Hold the numbers against each other: a writer's bug shall not become a silent hole."""
-        chunks, tokens = (
-            sum(shard.chunks for shard in self.shards),
-            sum(shard.tokens for shard in self.shards),
-        )
+        chunks, tokens = (int(self._table.column(name).sum()) for name in ("chunks", "tokens"))
         want = self.num_chunks, self.tokens + self.num_chunks - 1
         if (chunks, tokens) != want:
             raise DataError(
                 f"{path}: the shards hold {chunks} chunks of {tokens} tokens, a stream of "
                 f"{self.tokens} tokens needs {want[0]} of {want[1]}; {_RESTORE}"
-            )
-        if fingerprint != self.fingerprint:
-            raise DataError(
-                f"{path}: fingerprint {fingerprint}, its content has {self.fingerprint}; {_RESTORE}"
             )
 
     def _check_seq_len(self, seq_len: int) -> None:
@@ -131,6 +156,10 @@ class Manifest:
             "--chunk-tokens a multiple of it",
         )
         raise ConfigError([problem])
+
+
+# By a fingerprint, besides the shards.
+_COVERED = {"format", "version", *Manifest.__dataclass_fields__} - {"shards"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +177,7 @@ class Collection:
     @classmethod
     def load(cls, folder: Path) -> "Collection":
         """Read and check OUT/manifest.json. Raises DataError."""
-        body, _ = _read(folder)
+        body = _read(folder).body
         if body["kind"] != "collection":
             raise DataError(f"{folder} is a single corpus, not a collection of parts")
         return cls(body["parts"], body["source"])
@@ -156,30 +185,42 @@ class Collection:
 
 def kind_of(folder: Path) -> str:
     """`collection`, or the kind of a single corpus: `stream`. Raises DataError."""
-    return str(_read(folder)[0]["kind"])
+    return str(_read(folder).body["kind"])
 
 
 def digest_of(folder: Path) -> str:
     """The digest that a folder's manifest carries, checked. Raises DataError."""
-    return _read(folder)[1]
+    return _read(folder).digest
 
 
 def resolve(path: Path, part: Part = "train") -> Path:
     """The folder of one corpus: a part of a collection, or the path itself. Raises DataError."""
-    if kind_of(path) != "collection":
-        return path
-    parts = Collection.load(path).parts
+    return _resolved(path, part)[0]
+
+
+def load_part(path: Path, part: Part = "train") -> tuple[Path, Manifest]:
+    """`resolve` and `Manifest.load`, which together read a large manifest twice. Raises DataError."""
+    folder, text = _resolved(path, part)
+    return folder, Manifest._of(folder / MANIFEST_NAME, text)
+
+
+def _resolved(path: Path, part: Part) -> tuple[Path, "_Text"]:
+    text = _read(path)
+    if text.body["kind"] != "collection":
+        return path, text
+    parts: dict[str, str] = text.body["parts"]
     if part not in parts:
         raise DataError(
             f"{path} has no part {part!r}, only {', '.join(sorted(parts))}; "
             "prepare it from more documents, or name another corpus"
         )
-    if digest_of(path / part) != parts[part]:
+    text = _read(path / part)
+    if text.digest != parts[part]:
         raise DataError(
             f"{path / part / MANIFEST_NAME} is not the one that {path / MANIFEST_NAME} covers; "
             f"{_RESTORE}"
         )
-    return path / part
+    return path / part, text
 
 
 def tokenizer_entry(
@@ -205,17 +246,57 @@ def tokenizer_path(folder: Path, manifest: Manifest) -> Path:
     return path
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], str]:
+class _Text(NamedTuple):
+    """What stands in a manifest.json, its bytes checked."""
+
+    body: dict[str, Any]  # without shards
+    shards: tuple[bytes, slice]  # the inside of that list, which may have 300 MB
+    digest: str
+
+
+class _Fingerprint:
+    """SHA-256 of a manifest's canonical text, whose shards come piece by piece."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        """`body`: all but its shards."""
+        text = json.dumps({**body, "shards": []}, sort_keys=True, separators=(",", ":"))
+        head, self._tail = text.split('"shards":[]')
+        self._sha256 = hashlib.sha256(f'{head}"shards":['.encode())
+
+    def update(self, shards: bytes) -> None:
+        """The next piece of the list's inside."""
+        self._sha256.update(shards)
+
+    def hexdigest(self) -> str:
+        """To be called once, after the last piece."""
+        self._sha256.update(f"]{self._tail}".encode())
+        return self._sha256.hexdigest()
+
+
+def _read(folder: Path) -> _Text:
     if not folder.exists():
         raise DataError(
             f"there is no corpus at {folder}; make it with: lmscale prepare {folder} INPUT..."
         )
     path = folder / MANIFEST_NAME
-    body, digest = read_sealed(path, restore=_RESTORE)
+    raw, digest = read_sealed(path, restore=_RESTORE)
+    body, shards = _cut(raw)
     found = body.get("format"), body.get("version")
     if found != (FORMAT, VERSION):
         raise DataError(
             f"{path} has format {found[0]!r}, version {found[1]!r}; this lmscale reads {FORMAT!r}, "
             f"version {VERSION}: use another lmscale, or name a corpus"
         )
-    return body, digest
+    return _Text(body, shards, digest)
+
+
+def _cut(raw: bytes) -> tuple[dict[str, Any], tuple[bytes, slice]]:
+    inside = slice(raw.find(_OPENS) + len(_OPENS), raw.rfind(_CLOSES))
+    if len(_OPENS) <= inside.start <= inside.stop:
+        body: dict[str, Any] = json.loads(raw[: inside.start] + raw[inside.stop :])
+    else:  # no shards, or not the text of sealed.py
+        body = json.loads(raw)
+        raw = json.dumps(body.get("shards", [])).encode()
+        inside = slice(1, len(raw) - 1)
+    body.pop("shards", None)
+    return body, (raw, inside)

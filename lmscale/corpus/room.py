@@ -11,7 +11,7 @@ from pathlib import Path
 from lmscale.corpus.cache import SUFFIX
 from lmscale.errors import ConfigError, Problem
 
-_LOCK = ".lock"
+_LOCK = ".staging.lock"  # not .lock, which a run's folders have
 _SCRATCH = ".tmp"
 _MARGIN_FRAC, _MOST_MARGIN = 0.05, 10 << 30  # of the disk, kept free for logs and checkpoints
 _POLL_S = 0.2
@@ -31,13 +31,14 @@ def alone(cache_dir: Path, stop: threading.Event, *, say: Callable[[str], None])
     """Hold the folder's lock; whoever else stages into it waits, and finds the work done. False: stopped.
 
     The kernel drops the lock when its holder dies, however it dies. Raises ConfigError for a folder that
-    cannot be made or written to.
+    cannot be made or written to, OSError for a disk that has become read-only: the run goes on without it.
     """
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(cache_dir / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        if error.errno not in _USER_ERRORS:
+        failed = error.errno == errno.EROFS and (cache_dir / _LOCK).exists()
+        if failed or error.errno not in _USER_ERRORS:
             raise
         fact = f"{cache_dir}: {error.strerror}"
         hint = "name a folder on the node's own disk that you may write to, or null for none"
@@ -63,20 +64,32 @@ def _locked(descriptor: int) -> bool:
 
 
 def sizes(folder: Path) -> dict[int, int]:
-    """Chunk -> bytes of its copy."""
+    """Chunk -> bytes of its copy; without those that a power cut has left empty."""
+    found: dict[int, int] = {}
     with os.scandir(folder) as entries:
-        return {
-            int(entry.name.removesuffix(SUFFIX)): entry.stat().st_size
-            for entry in entries
-            if entry.name.endswith(SUFFIX) and entry.name.removesuffix(SUFFIX).isdecimal()
-        }
+        for entry in entries:
+            stem = entry.name.removesuffix(SUFFIX)
+            if stem == entry.name or not stem.isdecimal():
+                continue
+            try:
+                size = entry.stat().st_size
+            except FileNotFoundError:  # damaged, and a reader has just removed it
+                continue
+            if size:
+                found[int(stem)] = size
+    return found
+
+
+def disk_room(folder: Path) -> int:
+    """Bytes that may be added to the disk of a folder, less what is kept free on it."""
+    disk = os.statvfs(folder)
+    margin = min(_MARGIN_FRAC * disk.f_blocks * disk.f_frsize, _MOST_MARGIN)
+    return int(disk.f_bavail * disk.f_frsize - margin)
 
 
 def room_left(cache_dir: Path, *, cache_bytes: int | None) -> int:
     """Bytes that may still be added: by data.cache_bytes for all corpora in the folder, and by the disk."""
-    disk = os.statvfs(cache_dir)
-    margin = min(_MARGIN_FRAC * disk.f_blocks * disk.f_frsize, _MOST_MARGIN)
-    free = int(disk.f_bavail * disk.f_frsize - margin)
+    free = disk_room(cache_dir)
     if cache_bytes is None:
         return free
     return min(free, cache_bytes - _tree_bytes(cache_dir))

@@ -25,21 +25,20 @@ def write_sealed(path: Path, body: dict[str, Any]) -> str:
     return digest
 
 
-def read_sealed(path: Path, *, restore: str) -> tuple[dict[str, Any], str]:
-    """The body and the digest of a file whose every byte has been checked.
+def read_sealed(path: Path, *, restore: str) -> tuple[bytes, str]:
+    """The JSON text and the digest of a file whose every byte has been checked.
 
     Raises DataError where it is missing, empty, unreadable or damaged; `restore` says what to do.
     """
     raw = _bytes(path, restore)
-    covered, last = raw[:-_LAST_LINE_BYTES], raw[-_LAST_LINE_BYTES:]
+    covered, last = memoryview(raw)[:-_LAST_LINE_BYTES], raw[-_LAST_LINE_BYTES:]
     digest = hashlib.sha256(covered).hexdigest()
     if not covered or last != _LAST_LINE.format(digest).encode():
         raise DataError(
             f"{path}: its {len(raw)} bytes do not match the digest in its last line: "
             f"it is damaged; {restore}"
         )
-    body: dict[str, Any] = json.loads(raw)
-    return body, digest
+    return raw, digest
 
 
 def _bytes(path: Path, restore: str) -> bytes:

@@ -39,11 +39,10 @@ class Layout:
     @classmethod
     def of(cls, manifest: Manifest) -> "Layout":
         """The layout of a corpus."""
-        chunks = np.array([0, *(shard.chunks for shard in manifest.shards)], dtype=np.int64)
         stored = manifest.tokens + manifest.num_chunks - 1
         width = manifest.chunk_bytes // (manifest.chunk_tokens + 1)
         before = (manifest.num_chunks - 1) * (manifest.chunk_tokens + 1)
-        return cls(np.cumsum(chunks), manifest.chunk_bytes, max(0, stored - before) * width)
+        return cls(manifest.firsts, manifest.chunk_bytes, max(0, stored - before) * width)
 
     @property
     def num_chunks(self) -> int:
@@ -52,6 +51,8 @@ class Layout:
 
     def shards(self, chunks: Ints) -> Ints:
         """The shards that hold these chunks."""
+        if self.num_chunks <= _MOST_CHUNKS:  # a tenth of a search's time
+            return np.repeat(np.arange(len(self.firsts) - 1), np.diff(self.firsts))[chunks]
         return np.searchsorted(self.firsts, chunks, side="right") - 1
 
 

@@ -6,6 +6,7 @@ one removes. Nothing is synced: after a power cut a copy may be torn, and its bl
 
 import errno
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lmscale.corpus.files import Files
 from lmscale.corpus.index import START_BYTES
 from lmscale.corpus.manifest import Manifest
 from lmscale.corpus.pool import Pool, Work
-from lmscale.corpus.room import put, room_left, sizes, sweep
+from lmscale.corpus.room import disk_room, put, room_left, sizes, sweep
 
 THREADS = 3  # one waits for the shared file system, one checks, one writes
 _BATCH = 512  # chunks handed out together, those of a shard side by side
@@ -137,25 +138,26 @@ class Stager:
         return copy
 
     def _keep(self, chunk: int, parts: list[memoryview]) -> bool:
-        size = sum(part.nbytes for part in parts)
-        if not self._reserve(size):
-            return False
-        path = chunk_path(self._folder, chunk)
-        try:
-            put(path, parts)
-        except OSError as error:
-            self._give_back(size)
-            full = error.errno in _FULL
-            if full and self._evict_one():
-                return self._keep(chunk, parts)
-            what = "its disk is full" if full else f"{path}: {error.strerror or error}"
-            self.staged.stopped_by = self.staged.stopped_by or what
-            return False
-        with self._lock:
-            self._sizes[chunk] = size
-            self.staged.copied += 1
-            self.staged.copied_bytes += size
-        return True
+        size, path = sum(part.nbytes for part in parts), chunk_path(self._folder, chunk)
+        while self._reserve(size):
+            try:
+                if disk_room(self._folder) < size:  # others write to it, too: a checkpoint, say
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                put(path, parts)
+            except OSError as error:
+                self._give_back(size)
+                full = error.errno in _FULL
+                if full and self._evict_one():
+                    continue
+                what = "its disk is full" if full else f"{path}: {error.strerror or error}"
+                self.staged.stopped_by = self.staged.stopped_by or what
+                return False
+            with self._lock:
+                self._sizes[chunk] = size
+                self.staged.copied += 1
+                self.staged.copied_bytes += size
+            return True
+        return False
 
     def _reserve(self, size: int) -> bool:
         """Count bytes that are about to be written; old copies go where that needs it."""

@@ -14,6 +14,7 @@ _SIOCGIFADDR = 0x8915
 # Below the ports that Linux gives to outgoing connections (32768 and up), so none of these takes it
 # between this look and the moment when rank 0 listens there.
 _PORTS = range(20_000, 30_000)
+_PORTS_TRIED = 1000
 
 
 class Door:
@@ -29,6 +30,7 @@ class Door:
     @classmethod
     def open(cls) -> "Door":
         """At a free port, on all interfaces."""
+        tried = 0
         while True:
             listener = socket.socket()
             try:
@@ -38,6 +40,9 @@ class Door:
                 return cls(listener)
             except OSError:
                 listener.close()
+                tried += 1
+                if tried == _PORTS_TRIED:  # no port is to be had: say so and do not spin
+                    raise
 
     def _greet(self) -> None:
         while True:

@@ -1,5 +1,6 @@
 """One start at a time in a run folder: who begins, and who is refused."""
 
+import errno
 import fcntl
 import logging
 import time
@@ -12,6 +13,9 @@ from lmscale.run.events import EventLog
 from lmscale.run.folder import RunFolder
 from lmscale.run.liveness import STALE_S, Live, live
 
+# What file systems without locks say, as Lustre does unless it is mounted with -o flock: the fence of the
+# attempts holds there too.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 _log = logging.getLogger(__name__)
 
 
@@ -87,5 +91,12 @@ def _lock(folder: RunFolder) -> Iterator[None]:
         file = open(path, "wb")  # noqa: SIM115 closed below, whatever the lock says
     with file:
         with storage_errors(f"locking {path}"):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                _log.warning(
+                    "%s: no locks here (%s), so do not start twice at once", path, error.strerror
+                )
         yield  # closing the file releases the lock

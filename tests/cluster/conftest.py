@@ -124,10 +124,7 @@ class User(Job):
 
 
 def losses_agree(found: list[dict[str, Any]], wanted: list[dict[str, Any]], within: float) -> None:
-    """One line a step, from 1, and the same losses as in a run that nobody disturbed.
-
-    `within`: another number of ranks sums in another order (docs/matrix.md: 8e-9 on losses).
-    """
+    """One line a step, from 1, and the same losses as in a run that nobody disturbed."""
     assert [line["step"] for line in found] == [line["step"] for line in wanted]
     worst = max(
         abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(found, wanted, strict=True)

@@ -9,8 +9,8 @@ from conftest import STEPS, User, losses_agree
 from small_job import Job
 from testbed import Testbed, wait_for
 
-# Of other numbers of ranks: sums in another order. docs/matrix.md has 8e-9 over 40 steps; these are 600.
-WITHIN = 1e-5
+# Other numbers of ranks sum in another order. Measured in fp64, 2 against 3 ranks over these steps: 4e-16.
+WITHIN = 1e-12
 MORE = 30  # steps between one fault and the next: beyond a checkpoint
 
 
@@ -25,7 +25,9 @@ def finished_like(user: User, undisturbed: Job) -> None:
 
 def test_fewer_nodes_and_back(user: User, whole: Testbed, undisturbed: Job) -> None:
     """Two power cuts, that of rank 0's node among them; then the time limit, and all nodes again."""
-    job = user.submit("cluster.nodes=4", "cluster.min_nodes=2", "cluster.ranks_per_node=1")
+    cache = f"data.cache_dir={whole.root}/local/cache"  # each node has its own disk there
+    elastic = ["cluster.nodes=4", "cluster.min_nodes=2", "cluster.ranks_per_node=1", cache]
+    job = user.submit(*elastic)
     user.wait_step(MORE)
     assert len(user.hosts()) == 4
 
@@ -53,6 +55,7 @@ def test_fewer_nodes_and_back(user: User, whole: Testbed, undisturbed: Job) -> N
     saved = user.events("stop") or user.events("exit")
     assert saved, "the time limit's signal made it save"
     finished_like(user, undisturbed)
+    assert any((whole.root / "nodes" / node / "cache").is_dir() for node in whole.nodes)
 
 
 def end_soon(bed: Testbed, job: str) -> None:
@@ -83,7 +86,6 @@ def test_cuts_preemption_and_scancel(user: User, whole: Testbed, undisturbed: Jo
     cut = user.hosts()[-1]
     whole.cut_network(cut)
     user.wait_start(3)
-    assert cut not in user.hosts() or True
     user.wait_step(user.step() + MORE)
     whole.join_network(cut)
 

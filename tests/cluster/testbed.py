@@ -124,6 +124,12 @@ class Testbed:
             elif not any(_comm(pid) == "slurmd" for pid in self.pids(node, "slurmd")):
                 self.power_off(node)
                 self.power_on(node)
+        lines = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T").splitlines()
+        for node in {line.split()[0] for line in lines if "drain" in line}:
+            # A node that could not end a job's processes in time (cut off, say) is drained by Slurm.
+            self.power_off(node)
+            self.power_on(node)
+            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self.wait_idle()
 
     # -- the controller ---------------------------------------------------------------------------

@@ -69,6 +69,9 @@ command=(
 )
 
 set -u
+asked=                         # code to go on with where a signal comes before the ranks are started
+trap 'asked=143' TERM          # untrapped, either would end this script, and nothing would follow
+[ "$signal" = TERM ] || trap 'asked=85' "$signal"
 follows=${1:-}                 # the job that this one follows; empty: a person has submitted it
 avoided=${2:-}                 # bad nodes that this job was submitted without
 restarts=${SLURM_RESTART_COUNT:-0}
@@ -76,8 +79,9 @@ chain=$run/jobs/$number.chain  # ids of the follow-up jobs, one a line
 tries=$run/jobs/$number.tries  # starts since the newest checkpoint moved, and its name
 next=                          # the follow-up job that waits for the end of this one
 next_avoided=
-step=                          # pid of srun
-settled=                       # set once it is decided how this job ends
+step=                          # pid of srun, while it runs: what a signal does then, on_term and on_signal decide
+busy=                          # set while on_term is at work
+again=                         # set by a TERM that comes meanwhile
 
 say() { printf '%(%F %T)T job %s: %s\n' -1 "$SLURM_JOB_ID" "$*" >&2; }
 
@@ -85,7 +89,6 @@ say() { printf '%(%F %T)T job %s: %s\n' -1 "$SLURM_JOB_ID" "$*" >&2; }
 ask() { timeout -s KILL 60 bash -c 'trap "" TERM; exec "$@"' ask "$@"; }
 
 finish() {  # end with a code, and let nothing follow
-    settled=yes
     [ -z "$next" ] || drop "$next"
     exit "$1"
 }
@@ -112,7 +115,7 @@ standing() {  # how Slurm sees this job now; nothing if it does not answer
 is_node() { [[ $1 =~ ^[A-Za-z0-9._-]+$ ]] && ask scontrol show node "$1" >/dev/null 2>&1; }
 
 bad_nodes() {  # names in RUN/bad-nodes as Slurm knows them, with commas
-    local path name found=
+    local path name found='' LC_ALL=C  # in the order that submit names them in
     trap '' TERM
     for path in "$run"/bad-nodes/*; do
         [ -e "$path" ] || continue
@@ -146,21 +149,46 @@ follow_up() {  # a job that starts when this one has ended, without these bad no
     [ -f "$file" ] || file=$0  # Slurm's own copy
     [ -n "$bad" ] && options=("--exclude=${excluded:+$excluded,}$bad")
     options+=(--parsable "--dependency=afterany:$SLURM_JOB_ID" --kill-on-invalid-dep=yes)
-    if ! said=$(outside sbatch "${options[@]}" "$file" "$SLURM_JOB_ID" "$bad" 2>&1); then
+    if said=$(outside sbatch "${options[@]}" "$file" "$SLURM_JOB_ID" "$bad" 2>&1); then
+        said=${said##*$'\n'}
+        next=${said%%;*}
+    else
         say "no follow-up job: $said"
-        return 1
+        next=$(queued "$before")
+        if [ -z "$next" ]; then
+            next=$before
+            return 1
+        fi
+        say "but job $next was queued"
     fi
-    said=${said##*$'\n'}
-    next=${said%%;*} next_avoided=$bad
+    next_avoided=$bad
     echo "$next" >>"$chain" || say "cannot write $chain: status and stop will not know job $next"
     say "job $next follows${bad:+, without $bad}"
     [ -z "$before" ] || drop "$before"
 }
 
+queued() {  # a follow-up besides this one: a controller with much to do takes a job, and its answer is lost
+    local id depends name found=
+    trap '' TERM
+    while read -r id depends name; do
+        [[ $depends =~ ^afterany:$SLURM_JOB_ID([^0-9]|$) ]] || continue
+        [ "$id" = "$1" ] || [ "$name" != "${SLURM_JOB_NAME:-}" ] || found=$id
+    done < <(ask squeue -h -t PENDING -u "$(id -un)" -o '%i %E %j' 2>/dev/null)
+    echo "$found"
+}
+
 drop() {  # a follow-up that has not started yet out of the queue
     [ "$1" = "$next" ] && next=
-    ask scancel --quiet --state=PENDING "$1" || say "cannot cancel job $1, which was to follow"
+    # scancel fails for a job that somebody else, e.g. `lmscale stop --now`, has just cancelled.
+    if ! ask scancel --quiet --state=PENDING "$1" && ! gone "$1"; then
+        say "cannot cancel job $1, which was to follow"
+    fi
     forget "$1"
+}
+
+gone() {
+    local left
+    left=$(ask squeue -h -t PENDING -j "$1" -o %i 2>/dev/null) && [ -z "$left" ]
 }
 
 forget() {  # a job that is no part of the chain after all
@@ -201,24 +229,47 @@ count_start() {  # so that a run which dies again and again is not started for e
 
 # Always USR2: srun passes it on, while for TERM it kills the tasks at once, before they can save.
 # shellcheck disable=SC2317  # called by traps
-save() { [ -n "$step" ] && kill -s USR2 "$step" 2>/dev/null; }
+save() { kill -s USR2 "$step" 2>/dev/null; }
 
 # shellcheck disable=SC2317
 on_term() {  # from scancel, at the time limit, for preemption, or because of a dead node
-    [ -n "$settled" ] && return
+    if [ -z "$step" ]; then  # not begun, or over: what comes next looks for itself
+        asked=143
+        return
+    fi
     save
+    again=yes
+    [ -z "$busy" ] || return  # the one that is under way looks once more: two would queue two jobs
+    busy=yes
     local why
-    why=$(standing)
-    case $why in
-        at* | without* | preempted)  # KILL comes soon (KillWait), so what follows is arranged now
-            say "$why: ending"
-            [ -e "$run/stop" ] || follow_up "$(bad_nodes)" ;;
-        cancelled) [ -z "$next" ] || drop "$next" ;;
-    esac
+    for _ in {1..5}; do
+        again=
+        why=$(standing)
+        case $why in
+            at* | without* | preempted)  # KILL comes soon (KillWait), so what follows is arranged now
+                say "$why: ending"
+                [ -e "$run/stop" ] || follow_up "$(bad_nodes)" || why= ;;
+            cancelled) [ -z "$next" ] || drop "$next" ;;
+        esac
+        [ -n "$why" ] && [ -z "$again" ] && break
+        rest 1
+    done
+    busy=
+}
+
+# shellcheck disable=SC2317
+on_signal() {
+    say "$signal: saving"
+    if [ -n "$step" ]; then save; else asked=85; fi
+}
+
+rest() {  # a signal ends it early
+    sleep "$1" &
+    wait $!
 }
 
 go_on() {  # another start, where that is right
-    local why bad
+    local why bad pause=1
     for _ in {1..60}; do
         why=$(standing)
         [ -e "$run/stop" ] && finish "$code"
@@ -240,20 +291,19 @@ go_on() {  # another start, where that is right
                 [ "$why" = running ] && [ "$bad" = "$avoided" ] && put_back && return
                 follow_up "$bad" && return ;;
         esac
-        sleep 10 &
-        wait $!
+        rest $pause
+        pause=10
     done
     say "not started again: the same command goes on from the newest checkpoint"
 }
 
 put_back() {  # this job into the queue; it keeps its options, so another node to leave out needs a follow-up
     [ "$requeue" = yes ] || return
-    settled=yes  # Slurm ends this script as soon as it has put the job back
+    # Slurm ends this script as soon as it has put the job back.
     if ask scontrol requeue "$SLURM_JOB_ID" || [ "$(standing)" = requeued ]; then
         [ -z "$next" ] || drop "$next"
         return 0
     fi
-    settled=
     say "Slurm does not requeue this job"
     return 1
 }
@@ -263,12 +313,35 @@ decide() {  # the code of srun is the highest of all tasks: in rank mode not the
     [ -f "$codes" ] || return
     seen=" $(tr '\n' ' ' <"$codes")"
     rm -f "$codes"
-    for wanted in 87 78 65 86 2 1; do
+    for wanted in 87 78 65 86 2 1 75 85; do
         if [[ $seen == *" $wanted "* ]]; then
             code=$wanted
             return
         fi
     done
+}
+
+end() {  # with the code of a start; where another one may cure it, that is arranged first
+    code=$1
+    if [ -e "$run/stop" ]; then
+        [ "$code" = 85 ] && code=0
+        finish "$code"
+    fi
+    case $code in
+        75 | 85 | 1) go_on ;;
+        *)
+            # Beyond 128 + 64 there is no signal: 255 is srun's word for an option it does not know.
+            if [ "$code" -le 128 ] || [ "$code" -gt 192 ]; then finish "$code"; fi
+            go_on ;;
+    esac
+    exit "$code"
+}
+
+# shellcheck disable=SC2317  # not every run has commands of its site
+unprepared() {  # a command of the site has ended with a code
+    say "this failed with $1: $2"
+    [ -n "$asked" ] || [ "$1" -gt 128 ] || finish 78
+    end "${asked:-$1}"  # a signal to all processes of this job has ended it: no fault of its own
 }
 
 # ---- may this job start? -------------------------------------------------------------------------
@@ -290,20 +363,23 @@ if [ -n "$follows" ]; then
             exit 0 ;;
     esac
 fi
+recorded=$run/jobs/$number.json
+if [ -f "$recorded" ] && [ -n "${LMSCALE_FRESH:-}" ] && ! grep -q "\"job\": \"$SLURM_JOB_ID\"" "$recorded"; then
+    by_hand=$SLURM_JOB_ID  # sbatch of this file: status and stop shall know it
+fi
 if [ -f "$chain" ]; then  # left by an earlier start of this job
     while read -r one; do
         [ "$one" = "$SLURM_JOB_ID" ] && next= || next=$one
     done <"$chain"
     [ -z "$next" ] || drop "$next"
 fi
+[ -z "${by_hand:-}" ] || echo "$by_hand" >>"$chain" || say "cannot write $chain: status will not know this job"
 if [ -e "$run/stop" ]; then
     say "stopped by $run/stop: \`lmscale resume\` goes on"
     exit 0
 fi
 count_start
 [ "$requeue" = no ] && follow_up "$(bad_nodes)"  # now: the node of this script may lose power later
-trap 'on_term' TERM
-[ "$signal" = TERM ] || trap 'say "$signal: saving"; save' "$signal"
 
 # ---- the site's own ------------------------------------------------------------------------------
 
@@ -318,13 +394,13 @@ hosts=$(ask scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null) || hosts=
 first=${hosts%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 10000))  # below those that Linux gives to outgoing connections
 export PYTHONUNBUFFERED=1
-end=${SLURM_JOB_END_TIME:-}  # not set by 22.05
-[ -n "$end" ] || end=$(SLURM_TIME_FORMAT=standard ask squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null)
-[[ $end =~ ^[0-9]*$ ]] || end=$(date -d "$end" +%s 2>/dev/null) || end=
-if [ -z "$end" ] && [ -n "$time_limit" ]; then
-    end=$(($(date +%s) - SECONDS + time_limit))
+ends=${SLURM_JOB_END_TIME:-}  # not set by 22.05
+[ -n "$ends" ] || ends=$(SLURM_TIME_FORMAT=standard ask squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null)
+[[ $ends =~ ^[0-9]*$ ]] || ends=$(date -d "$ends" +%s 2>/dev/null) || ends=
+if [ -z "$ends" ] && [ -n "$time_limit" ]; then
+    ends=$(($(date +%s) - SECONDS + time_limit))
 fi
-[ -n "$end" ] && export LMSCALE_DEADLINE=$((end - signal_lead))
+[ -n "$ends" ] && export LMSCALE_DEADLINE=$((ends - signal_lead))
 
 if [ "$launch" = node ]; then
     tasks=1
@@ -339,26 +415,23 @@ fi
 
 # ---- one start -----------------------------------------------------------------------------------
 
+trap on_term TERM
+[ "$signal" = TERM ] || trap on_signal "$signal"
+if [ "$asked" = 85 ] && [ "$launch" = node ] && [ "${LMSCALE_DEADLINE:-0}" -gt "$(date +%s)" ]; then
+    asked=  # Slurm may be a minute early, and the supervisors keep the time themselves
+fi
+if [ -n "$asked" ]; then
+    say "asked to end before the ranks were started"
+    end "$asked"
+fi
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((tasks * SLURM_JOB_NUM_NODES)) --ntasks-per-node="$tasks" \
     "${srun_options[@]}" "${task[@]}" "${command[@]}" &
 step=$!
+[ -z "$asked" ] || save  # it came in between
 while kill -0 "$step" 2>/dev/null; do wait "$step"; done  # a signal that is trapped interrupts wait
 wait "$step"
 code=$?
 step=
 decide
 say "$LMSCALE_START has ended with $code"
-
-if [ -e "$run/stop" ]; then
-    [ "$code" = 85 ] && code=0
-    finish "$code"
-fi
-case $code in
-    75 | 85 | 1) go_on ;;
-    *)
-        # Beyond 128 + 64 there is no signal: 255 is srun's word for an option it does not know.
-        if [ "$code" -le 128 ] || [ "$code" -gt 192 ]; then finish "$code"; fi
-        go_on ;;
-esac
-settled=yes
-exit "$code"
+end "$code"

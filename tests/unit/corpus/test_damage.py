@@ -6,6 +6,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_corpus import Made, make, make_collection
 
+from lmscale.corpus.files import Files
+from lmscale.corpus.index import BLOCK_BYTES, Extent, block_crcs
 from lmscale.corpus.manifest import tokenizer_path
 from lmscale.corpus.reader import Reader
 from lmscale.corpus.verify import verify
@@ -241,3 +244,27 @@ def test_damage_beyond_the_first_chunks_is_cut_short(tmp_path: Path) -> None:
     data[: entry.index_offset - 512] ^= 255
     shard.write_bytes(data.tobytes())
     assert len(verify(tmp_path)) < 12
+
+
+def test_an_index_of_other_lengths_than_the_manifest_gives_no_sample(tmp_path: Path) -> None:
+    """Both sealed: a writer's mistake, which would shift or shorten samples."""
+    made = make(tmp_path / "a", tokens=333, chunk_tokens=64, shard_chunks=6)
+    short = make(tmp_path / "b", tokens=333 - 7, chunk_tokens=64, shard_chunks=6)
+    entry = replace(short.manifest.shards[0], tokens=made.manifest.shards[0].tokens)
+    replace(made.manifest, shards=(entry,)).save(short.path)
+    with (
+        Reader(short.path, seq_len=16, memory_bytes=0, backoff_s=0) as reader,
+        pytest.raises(DataError, match="tokens in chunk 5, the manifest"),
+    ):
+        reader.row(0)
+    assert any("chunk 5" in problem for problem in verify(short.path))
+
+
+def test_a_piece_is_never_shorter_than_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100))
+    extent = Extent(0, 100, np.array(block_crcs(bytes(100)), dtype=np.uint32))
+    files = Files(backoff_s=0)
+    assert len(files.blocks(path, "x", extent, block_bytes=BLOCK_BYTES, cut=slice(90, 100))) == 10
+    with pytest.raises(DataError, match="only 100 bytes"):
+        files.blocks(path, "x", extent, block_bytes=BLOCK_BYTES, cut=slice(90, 101))

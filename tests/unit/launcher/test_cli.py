@@ -27,6 +27,7 @@ from lmscale.run.events import EventLog
 from lmscale.run.folder import RunFolder
 from lmscale.run.hold import begin
 from lmscale.run.manifest import describe_file, write_manifest
+from lmscale.units import show_bytes, show_count
 
 ROOT = Path(__file__).parents[3]
 RUN = """
@@ -95,6 +96,36 @@ def test_every_verb_has_help(verb: str) -> None:
     done = CliRunner().invoke(app, [verb, "--help"])
     assert done.exit_code == 0
     assert "Usage" in done.output
+
+
+def test_a_size_of_no_cache_is_refused(folder: Path) -> None:
+    refused = lmscale("plan", "run.yaml", "data.cache_bytes=5GiB", cwd=folder)
+    assert refused.returncode == 78
+    assert "data.cache_bytes" in refused.stderr
+    assert "data.cache_dir names none" in refused.stderr
+    planned = ("plan", "run.yaml", "data.cache_bytes=5GiB", "data.cache_dir=cache")
+    assert "nothing fills it" not in lmscale(*planned, cwd=folder).stdout
+    assert "nothing fills it" in lmscale(*planned, "cluster.kind=mpi", cwd=folder).stdout
+
+
+def test_what_may_be_left_out_stands_in_one_pair_of_brackets() -> None:
+    for verb in VERBS:
+        assert "[[" not in CliRunner().invoke(app, [verb, "--help"]).output, verb
+
+
+def test_doctor_looks_at_nodes_of_a_slurm_cluster_alone(tmp_path: Path) -> None:
+    done = lmscale("doctor", "--nodes", "2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--nodes needs --cluster" in done.stderr
+
+
+def test_counts_and_sizes_are_never_shown_with_an_exponent() -> None:
+    counts = [999, 999.6, 999_499, 999_500, 999_999, 999_999_999, 5e15]
+    assert [show_count(count) for count in counts] == [
+        "999", "1K", "999K", "1M", "1M", "1B", "5000T",
+    ]  # fmt: skip
+    sizes = [1023.7, 1000 << 10, (1 << 20) - 1, 1 << 50]
+    assert [show_bytes(size) for size in sizes] == ["1 KiB", "1000 KiB", "1 MiB", "1024 TiB"]
 
 
 @pytest.mark.parametrize(

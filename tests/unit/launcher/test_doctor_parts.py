@@ -129,7 +129,7 @@ SINFO = 'for i in 1 2 3 4; do echo "main|n$i|8|16000|idle|gpu:h100:4|(null)"; do
 
 def scontrol(config: str = CONFIG, partition: str = PARTITION) -> str:
     lines = config.replace("\n", "\\n")
-    return f'case "$2" in config) printf "{lines}";; partition) echo "{partition}";; esac'
+    return f'case "$*" in *config*) printf "{lines}";; *partition*) echo "{partition}";; esac'
 
 
 def by_what(found: list[Finding]) -> dict[str, Finding]:

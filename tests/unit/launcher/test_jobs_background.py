@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,23 @@ def test_an_end_within_seconds_is_known_with_its_code(tmp_path: Path) -> None:
     assert (state.standing, state.code) == ("ended", 1)
     died = background.start(plan, script("import os; os.kill(os.getpid(), 9)"), os.environ)
     assert died.facts["code"] == 137
+
+
+def test_ctrl_c_ends_the_looking_and_leaves_job_and_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_WATCH_S", 20.0)
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    begun = time.monotonic()
+    record = background.start(plan_of(tmp_path), script("import time; time.sleep(30)"), os.environ)
+    timer.join()
+    try:
+        assert time.monotonic() - begun < 10
+        assert is_alive(int(record.job), record.facts["ticks"])
+    finally:
+        background.kill(record)
+    os.waitpid(int(record.job), 0)
 
 
 def test_a_program_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:

@@ -50,6 +50,22 @@ def test_a_list_of_hosts_gets_slots_and_variables(tmp_path: Path) -> None:
     assert "NCCL_DEBUG=INFO " in MpiCluster().preview(plan)
 
 
+def test_hosts_of_a_job_are_those_of_its_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asleep = [sys.executable, "-c", "import time; time.sleep(30)"]
+    monkeypatch.setattr("launcher.jobs.mpi._supervisor", lambda plan: asleep)
+    monkeypatch.setattr("launcher.jobs.background._WATCH_S", 0.1)
+    plan = plan_of(tmp_path, nodes=2, mpi={"hosts": ["a", "b:8"]})
+    record, cluster = MpiCluster().submit(plan), MpiCluster()
+    try:
+        (state,) = cluster.states([(plan.folder, record)])
+        assert (state.standing, state.hosts) == ("running", ("a", "b"))
+    finally:
+        cluster.cancel(plan.folder, record)
+    os.waitpid(int(record.job), 0)
+
+
 def test_what_cannot_work_is_said_before_anything_is_started(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.mpi\.hosts: 1 hosts for cluster\.nodes=2"):
         mpirun(plan_of(tmp_path, nodes=2, mpi={"hosts": ["a"]}), {})

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,46 @@ def test_a_job_is_written_down_and_the_next_commands_are_named(site: Site, capsy
     assert "pending (more nodes than are free)" in out
     for verb in ("lmscale status run", "lmscale logs run -f", "lmscale stop run"):
         assert verb in out
+
+
+def test_what_the_site_says_is_passed_on(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    submit_there = site.submit
+
+    def told(plan: JobPlan) -> JobRecord:
+        return replace(submit_there(plan), facts={"said": "sbatch: use qos=short"})
+
+    monkeypatch.setattr(site, "submit", told)
+    assert submitted() == 0
+    out = capsys.readouterr().out
+    assert "slurm says: sbatch: use qos=short\n" in out
+    assert "1 to 2 nodes x 2 ranks\n" in out
+
+
+def test_ctrl_c_loses_no_job_that_has_just_been_queued(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    submit_there = site.submit
+
+    def slow(plan: JobPlan) -> JobRecord:
+        record = submit_there(plan)
+        os.kill(os.getpid(), signal.SIGINT)
+        return record
+
+    monkeypatch.setattr(site, "submit", slow)
+    assert submitted() == 0
+    assert [record.job for record in read_records(run_folder())] == ["101"]
+    assert "a moment" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_cache_that_nothing_fills_is_said(site: Site, capsys: Any) -> None:
+    assert submitted("data.cache_dir=/local/cache", dry_run=True) == 0
+    assert "data.cache_dir" not in capsys.readouterr().out
+    by_ranks = ("data.cache_dir=/local/cache", "cluster.slurm.launch=rank")
+    assert submitted(*by_ranks, dry_run=True) == 0
+    assert "note: data.cache_dir: nothing fills it" in capsys.readouterr().out
 
 
 def test_a_dry_run_touches_nothing_and_asks_nobody(site: Site, capsys: Any) -> None:
@@ -314,6 +355,39 @@ def test_stop_now_cancels(site: Site, capsys: Any) -> None:
     assert site.calls.count("cancel") == 1
     assert "killed; no checkpoint was saved" in capsys.readouterr().out
     assert run_folder().stop.exists()
+
+
+@pytest.mark.parametrize("now", [True, False])
+def test_a_job_that_slurm_has_ended_is_not_waited_for(
+    site: Site, capsys: Any, monkeypatch: pytest.MonkeyPatch, now: bool
+) -> None:
+    submitted()
+    with monkeypatch.context() as patch:
+        patch.setattr("lmscale.run.events.this_host", lambda: "far/1")
+        with EventLog(run_folder(), "slurm-101-0") as log:  # a lost node's: its heartbeat is young
+            log.write("start")
+    site.state = JobState("ended", "a node failed", raw="NODE_FAIL")
+    begun = time.monotonic()
+    assert stop("run", now=now, as_json=False) == 0
+    assert time.monotonic() - begun < 5
+    assert "it is not running" in capsys.readouterr().out
+    assert run_folder().stop.exists()
+
+
+def test_stop_now_writes_the_stop_file_before_it_kills(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted()
+    site.state = JobState("running", hosts=("n1",))
+    seen: list[bool] = []
+
+    def cancel(folder: RunFolder, record: JobRecord) -> None:
+        seen.append(folder.stop.exists())
+        site.state = JobState("ended", "cancelled", raw="CANCELLED")
+
+    monkeypatch.setattr(site, "cancel", cancel)
+    assert stop("run", now=True, as_json=False) == 0
+    assert seen == [True]
 
 
 def test_stop_without_an_answer_says_that_the_request_stands(site: Site, capsys: Any) -> None:

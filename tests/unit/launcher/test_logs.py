@@ -22,6 +22,7 @@ from launcher.jobs.record import JobRecord, write_record
 from launcher.jobs.tail import begin_of_last
 from lmscale.run.events import EventLog
 from lmscale.run.folder import RunFolder
+from lmscale.run.processes import this_host
 
 ROOT = Path(__file__).parents[3]
 
@@ -174,6 +175,29 @@ def test_without_a_log_it_says_why(run: Run, tmp_path: Path) -> None:
     )  # fmt: skip
     assert nothing.returncode == 78
     assert "no run folder" in nothing.stderr
+
+
+def test_a_withdrawn_job_has_no_log_and_none_is_waited_for(run: Run, follow: Any) -> None:
+    gone = JobRecord(1, "local", "999999999", "here", time.time(), 1, 1, 2, {"host": this_host()})
+    write_record(run.folder, gone)
+    run.folder.stop.touch()
+    want = "no log: stopped: by lmscale stop, before it started\n"
+    assert shown(run) == want
+    done = subprocess.run(
+        command("r", "-f"), cwd=run.folder.path.parents[1], env=environment(), capture_output=True,
+        text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith(want)
+
+
+def test_an_empty_log_is_no_riddle_and_mpirun_has_none_of_a_rank(run: Run) -> None:
+    run.start("new")
+    run.write("new-rank-1.log")
+    assert "rank 1 has said nothing so far" in shown(run, "--rank", "1")
+    run.end(85)
+    run.write("mpi-1-rank-0.log", "of all ranks")
+    assert "ranks with a log: 1" in shown(run, "--rank", "0", code=78)
 
 
 def test_following_across_restarts_until_the_run_has_ended(run: Run, follow: Any) -> None:

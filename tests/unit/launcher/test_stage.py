@@ -157,6 +157,26 @@ def test_exit_codes(run: Path, overrides: list[str], code: int, words: str) -> N
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("inside", ["corpus", "corpus/cache", "link/deeper", "corpus/../corpus/x"])
+def test_a_cache_inside_a_corpus_is_refused(run: Path, inside: str) -> None:
+    """It would be a corpus with files that nothing covers: damaged, by `lmscale verify`."""
+    (run.parent / "link").symlink_to(run.parent / "corpus")
+    before = sorted(path.name for path in (run.parent / "corpus").iterdir())
+    done = program(run, f"data.cache_dir={run.parent / inside}")
+    assert done.returncode == 78, done.stderr
+    assert "lies in the corpus" in done.stderr
+    assert sorted(path.name for path in (run.parent / "corpus").iterdir()) == before
+
+
+def test_a_cache_beside_a_run_and_its_locks_is_used(run: Path) -> None:
+    for folder in ("", "events", "jobs", "checkpoints"):
+        place = run.parent / "runs" / "run" / folder
+        done = program(run, f"data.cache_dir={place}")
+        assert done.returncode == 0, done.stderr
+        assert list(place.glob("*/*.chunk"))
+        assert not (place / ".lock").exists()
+
+
 def test_a_damaged_corpus_is_65(run: Path) -> None:
     shard = run.parent / "corpus" / shard_name(0)
     data = bytearray(shard.read_bytes())

@@ -123,7 +123,16 @@ UNKNOWN = JobState("unknown", "slurm did not answer: timed out")
           "record": record()}, RUNNING,
          "waiting to start again: a peer or the storage was lost, 75: the disk of n1 is full"),
         ({**begun(), "record": record()}, JobState("ended", "cancelled by alice", raw="CANCELLED by 7"),
-         "stopped: cancelled by alice; n1 was heard of 3s ago"),
+         "stopped: cancelled with scancel by alice; `lmscale resume` goes on from its newest "
+         "checkpoint; n1 was heard of 3s ago"),
+        ({"record": record()}, JobState("ended", "cancelled", code=143, raw="CANCELLED"),
+         "stopped: cancelled with scancel; `lmscale resume` goes on from its newest checkpoint"),
+        ({**begun(event("exit", code=85, reason="saved, 85")), "record": record()},
+         JobState("ended", "cancelled by user 7", raw="CANCELLED"),
+         "stopped: cancelled with scancel by user 7; `lmscale resume` goes on from its newest "
+         "checkpoint; it ended with saved and stopped on request, 85"),
+        ({"record": record(kind="local")}, JobState("ended", "killed"),
+         "lost: killed: its process is gone without a word"),
         ({**begun(), "record": record(), "beat_time": NOW - 99},
          JobState("ended", "a node failed", raw="NODE_FAIL"), "failed: a node failed"),
         ({"record": record()}, JobState("ended", "no log could be opened", code=53),
@@ -148,6 +157,9 @@ UNKNOWN = JobState("unknown", "slurm did not answer: timed out")
             RUNNING,
             "waiting to start again: died by SIGKILL, 137: rank 3 on n2 is stuck in data of step 9",
         ),
+        # withdrawn, and minutes later Slurm has forgotten it
+        ({"record": record(), "stop": ""}, JobState("unknown", "Slurm no longer knows job 17", raw="FORGOTTEN"),
+         "stopped: by lmscale stop, before it started"),
         # nobody knows: never failed
         ({"record": record()}, JobState("ended"), "lost: the job has ended without a word"),
         ({"record": record()}, UNKNOWN, "unknown: slurm did not answer: timed out"),
@@ -200,6 +212,17 @@ def test_numbers_are_of_the_current_start() -> None:
     assert standing({**begun(*saves, from_step=0), "record": record()}, RUNNING).eta_s == 60.0
     loading = standing({**begun(from_step=40), "record": record()}, RUNNING)
     assert (loading.step, loading.tokens_per_s, loading.eta_s) == (40, None, None)
+
+
+def test_nodes_are_those_it_runs_on() -> None:
+    facts = begun()
+    facts["events"][0]["nodes"] = ["n1", "n2", "n3"]
+    on_three = standing({**facts, "record": record()}, UNKNOWN)  # of an elastic job
+    assert (on_three.nodes, on_three.hosts) == (3, ("n1", "n2", "n3"))
+    assert standing({**facts, "record": record()}, RUNNING).nodes == 2
+    assert standing({"record": record()}, JobState("pending")).nodes == 4
+    by_mpi = standing({"record": record(kind="mpi")}, JobState("running", hosts=("login",)))
+    assert by_mpi.nodes == 4  # a host file: only the host of mpirun itself is known
 
 
 def test_restarts_are_those_that_no_person_made() -> None:

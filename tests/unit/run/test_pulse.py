@@ -110,6 +110,8 @@ AT_WORK = Beat(10, 5, "step", warm=True, longest_s=0.1)
         (Patience(), AT_WORK, 30.0),
         (Patience(), Beat(10, 5, "data", warm=True, longest_s=2.0), 100.0),
         (Patience(least_s=600), AT_WORK, 600.0),
+        (Patience(), Beat(10, 5, "step", warm=True, longest_s=60.0), SLOW_S),
+        (Patience(), Beat(10, 5, "step", warm=True, longest_s=3600.0), 7200.0),  # was suspended
         (Patience(10.0), AT_WORK, 10.0),
         (Patience(10.0), Beat(3, 1, "step"), SLOW_S),  # a first step
         (Patience(), Beat(9, 5, "save", warm=True), SLOW_S),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from launcher.jobs.plan import JobPlan
-from launcher.jobs.record import JobRecord
-from launcher.slurm import commands, partition, refused
+from launcher.jobs.record import JobRecord, next_number
+from launcher.slurm import cluster, commands, partition, preflight, refused
 from launcher.slurm.cluster import SlurmCluster, _job_id
 from launcher.slurm.command_line import command
 from launcher.slurm.commands import Answer, NoAnswer
@@ -398,3 +398,89 @@ def test_the_job_id_is_found_beside_a_sites_own_words() -> None:
     assert _job_id(Answer(("sbatch",), 0, "Welcome!\n17;alps\n", "")) == "17"
     with pytest.raises(Exception, match="named no job"):
         _job_id(Answer(("sbatch",), 0, "thanks\n", ""))
+
+
+def test_a_run_file_is_taken_back_with_its_job(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the queued job is looked at: without its run file it could only fail."""
+
+    def interrupted(job: str, plan: JobPlan) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preflight, "watch", interrupted)
+    put(programs, "scontrol", UP)
+    put(programs, "sinfo", "exit 0")
+    put(programs, "sbatch", "echo 17")
+    put(programs, "scancel", f'echo "$*" >> {tmp_path}/cancelled')
+    with pytest.raises(KeyboardInterrupt):
+        SlurmCluster().submit(make_plan(tmp_path))
+    assert (tmp_path / "cancelled").read_text() == "17\n"
+
+
+def test_hidden_partitions_are_looked_at(programs: Path, tmp_path: Path) -> None:
+    """Measured: without -a only root sees them, while sbatch takes anybody's job for them."""
+    put(programs, "scontrol", f'case "$*" in *-a*) exec cat {GOLDEN}/partition-22.05.txt;; esac')
+    put(programs, "sinfo", f'case "$*" in *-a*) exec cat {GOLDEN}/sinfo-22.05.txt;; esac')
+    assert [one.name for one in preflight.look()] == [one.name for one in partitions()]
+
+
+@pytest.mark.parametrize(
+    ("accounting", "standing"),
+    [("RUNNING", "unknown"), ("PENDING", "unknown"), ("COMPLETED", "ended")],
+)
+def test_accounting_alone_keeps_no_job_alive(
+    programs: Path, tmp_path: Path, accounting: str, standing: str
+) -> None:
+    """A job that the controller has lost stays RUNNING there for ever (runaway jobs)."""
+    put(programs, "squeue", 'echo "{\\"jobs\\": [], \\"errors\\": []}"')
+    put(programs, "sacct", f"echo '5|{accounting}|0:0|2026-11-24T16:07:50|n1|run'")
+    put(
+        programs,
+        "scontrol",
+        f'[ "$1" = ping ] && {UP} && exit; echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1',
+    )
+    (state,) = SlurmCluster().states(jobs(tmp_path, "5"))
+    assert state.standing == standing
+
+
+def test_a_follow_up_that_is_queued_meanwhile_is_asked_for(programs: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.jobs.mkdir(parents=True)
+    put(programs, "scontrol", UP)
+    put(
+        programs,
+        "squeue",
+        f"echo 5 > {folder.jobs}/1.chain; exec cat {GOLDEN}/squeue-22.05.json",
+    )
+    (state,) = SlurmCluster().states(jobs(tmp_path, "6"))
+    assert state.standing == "running"
+
+
+def test_json_of_too_many_jobs_is_given_up(
+    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "_JSON_TIMEOUT_S", 0.3)
+    put(programs, "scontrol", UP)
+    put(
+        programs,
+        "squeue",
+        f'case "$*" in *--json*) exec sleep 60;; esac\nexec cat {GOLDEN}/squeue-22.05.txt',
+    )
+    (state,) = SlurmCluster().states(jobs(tmp_path, "5"))
+    assert state.standing == "running"
+
+
+def test_files_that_a_network_disk_keeps_are_no_bad_nodes(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path)
+    plan.folder.bad_nodes.mkdir(parents=True)
+    (plan.folder.bad_nodes / ".nfs0001").write_text("")
+    assert command(plan) == ["sbatch", "--parsable", str(plan.script)]
+
+
+@pytest.mark.parametrize("name", ["2.yaml", "2.chain", "2.tries"])
+def test_no_submission_takes_over_the_files_of_another(tmp_path: Path, name: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.jobs.mkdir(parents=True)
+    (folder.jobs / name).write_text("")
+    assert next_number(folder) == 3

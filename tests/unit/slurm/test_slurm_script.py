@@ -133,7 +133,7 @@ def test_what_a_value_holds_is_never_template_code() -> None:
 
 @pytest.mark.parametrize(
     "entry", ["--array=1-3", "-a 1-3", "-o x.log", "--output=x", "-N4", "--nodes 4", "--wrap=x",
-              "--signal=INT@3", "--no-requeue", "-D /tmp"],
+              "--signal=INT@3", "--no-requeue", "-D /tmp", "--wait", "-W", "-M other", "--clusters=other"],
 )  # fmt: skip
 def test_options_that_the_script_relies_on_are_refused(entry: str) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.slurm\.sbatch"):

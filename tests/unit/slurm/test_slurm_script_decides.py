@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from slurm_plans import plan
 
+from launcher.jobs.record import JobRecord, write_record
 from launcher.slurm.script import render
+from lmscale.run.folder import RunFolder
 
 # One program under the names of all commands; it writes down what changes anything.
 STAND_IN = r"""#!/bin/bash
@@ -24,9 +26,13 @@ case "$name $*" in
     "scontrol show hostnames "*) printf 'n1\nn2\n' ;;
     "scontrol show node n"[0-9]) ;;
     "scontrol show node "*) exit 1 ;;
+    "squeue -h -t PENDING "*) cat "$here/queued" 2>/dev/null ;;
     "scontrol requeue "*) echo "requeue ${*:2}" >>"$here/calls"; exit "$(cat "$here/requeues")" ;;
     "squeue "*) cat "$here/end" ;;
-    "sbatch "*) echo "$name $*" >>"$here/calls"; env | grep -E '^(SLURM|LMSCALE|SBATCH)_' >"$here/seen"; echo 501 ;;
+    "sbatch "*)
+        echo "$name $*" >>"$here/calls"
+        env | grep -E '^(SLURM|LMSCALE|SBATCH)_' >"$here/seen"
+        cat "$here/answer" 2>/dev/null ;;
     "scancel "*) echo "$name ${*: -1}" >>"$here/calls" ;;
     "srun "*) while [ "$1" != sh ]; do shift; done; SLURM_NODEID=1 exec "$@" ;;
 esac
@@ -69,7 +75,7 @@ class Site:
         env = {
             "PATH": f"{self.bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "100",
             "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "n1",
-            "SBATCH_PARTITION": "other", "SLURM_CONF": "/etc/slurm.conf",
+            "SLURM_JOB_NAME": "my run", "SBATCH_PARTITION": "other", "SLURM_CONF": "/etc/slurm.conf",
         }  # fmt: skip
         env |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
         return subprocess.Popen(
@@ -111,6 +117,7 @@ def site(tmp_path: Path) -> Site:
     for name in ("scontrol", "squeue", "sbatch", "scancel", "srun"):
         (made.bin / name).symlink_to("slurm")
     (made.bin / "requeues").write_text("0")
+    (made.bin / "answer").write_text("501\n")
     (made.bin / "end").write_text("2100-01-01T00:00:00\n")
     made.job(100, RUNNING)
     made.job(501, RUNNING)
@@ -195,7 +202,7 @@ def test_a_bad_node_that_is_left_out_already_needs_no_new_job(site: Site) -> Non
 
 
 def test_a_follow_up_that_was_queued_too_early_is_replaced(site: Site) -> None:
-    act = f"touch '{site.run}/bad-nodes/n2'; sed -i s/501/502/ '{site.bin}/slurm'; exit 75"
+    act = f"touch '{site.run}/bad-nodes/n2'; echo 502 >'{site.bin}/answer'; exit 75"
     assert site.end(act, slurm={"requeue": False}) == 75
     assert site.calls[1:] == [
         f"sbatch --exclude=n2 {FOLLOW.removeprefix('sbatch ')}n2",
@@ -341,3 +348,137 @@ def test_scancel_takes_back_the_follow_up_at_once(site: Site) -> None:
     assert signalled(site, cancel, late(site), slurm={"requeue": False}) == 85
     assert site.calls == [FOLLOW, "scancel 501"]
     assert "scancel 501" in (site.run / "early").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "code", "calls"),
+    [
+        (
+            "USR2",
+            RUNNING,
+            85,
+            ["requeue 100"],
+        ),  # the time limit, or preemption with a time of grace
+        ("TERM", RUNNING, 143, ["requeue 100"]),
+        ("TERM", PREEMPTED, 143, [FOLLOW]),
+        ("TERM", REQUEUED, 143, []),
+        ("TERM", CANCELLED, 143, []),
+    ],
+)
+@pytest.mark.parametrize("when", ["first", "prolog"])
+def test_a_signal_before_the_ranks_are_started_loses_no_run(
+    site: Site, when: str, name: str, told: str, code: int, calls: list[str]
+) -> None:
+    """Slurm's TERM goes to all processes: a command of the prolog that it ends has not failed by itself."""
+    site.job(100, told)
+    # rm is the first program that the script itself starts.
+    program = site.bin / ("rm" if when == "first" else "prolog")
+    ended = "kill -TERM $$" if name == "TERM" else ""
+    program.write_text(f"#!/bin/bash\nkill -{name} $PPID\n{ended}\n")
+    program.chmod(0o755)
+    soon = time.localtime(time.time() + 60)  # less than signal_lead
+    (site.bin / "end").write_text(time.strftime("%Y-%m-%dT%H:%M:%S\n", soon))
+    prolog = [str(program)] if when == "prolog" else []
+    assert site.end("exit 0", slurm={"prolog": prolog}) == code
+    assert site.calls == calls
+    assert not (site.run / "env").exists()
+
+
+@pytest.mark.parametrize(("launch", "code"), [("node", 0), ("rank", 85)])
+def test_a_signal_a_minute_early_stops_no_supervisor(site: Site, launch: str, code: int) -> None:
+    """Slurm's word, with a job as short as that each time; ranks alone would miss the time to save."""
+    prolog = site.bin / "prolog"
+    prolog.write_text("#!/bin/bash\nkill -USR2 $PPID\n")
+    prolog.chmod(0o755)
+    assert site.end("exit 0", slurm={"prolog": [str(prolog)], "launch": launch}) == code
+
+
+def test_a_prolog_that_fails_is_named(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    assert site.end("exit 0", slurm={"prolog": ["cat '/no such/file'"]}) == 78
+    assert "this failed with 1: cat '/no such/file'" in capfd.readouterr().out
+
+
+def test_a_controller_that_hiccups_is_asked_again_after_a_second(site: Site) -> None:
+    (site.bin / "job-100").rename(site.bin / "away")
+    begun = time.monotonic()
+    act = f"(sleep 0.5; mv '{site.bin}/away' '{site.bin}/job-100') >/dev/null 2>&1 & exit 75"
+    assert site.end(act) == 75
+    assert site.calls == ["requeue 100"]
+    assert time.monotonic() - begun < 8
+
+
+def test_at_the_time_limit_a_controller_that_hiccups_is_asked_again(site: Site) -> None:
+    def limit(job: subprocess.Popen[str]) -> None:
+        (site.bin / "answer").unlink()  # sbatch fails; the ranks still save when it no longer does
+        site.job(100, TIMEOUT)
+        job.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
+        (site.bin / "answer").write_text("501\n")
+
+    early = f"cp '{site.run}/jobs/1.chain' '{site.run}/early'"
+    act = f'trap "sleep 4; {early}; exit 85" USR2; {WAIT}'
+    assert signalled(site, limit, act) == 85
+    assert (site.run / "early").read_text() == "501\n"
+
+
+def test_a_follow_up_whose_answer_was_lost_is_not_queued_again(site: Site) -> None:
+    (
+        site.bin / "answer"
+    ).unlink()  # sbatch fails, as with "Socket timed out", but the job stands in the queue
+    others = "498 afterany:1001(unfulfilled) my run\n499 afterany:100(unfulfilled) evaluate it\n"
+    (site.bin / "queued").write_text(others + "500 afterany:100(unfulfilled) my run\n")
+    site.job(100, TIMEOUT)
+    site.job(500, RUNNING)
+    assert site.end("exit 143") == 143
+    assert site.calls == [FOLLOW]
+    assert (site.run / "jobs" / "1.chain").read_text() == "500\n"
+
+
+def test_a_follow_up_leaves_out_what_an_option_of_the_site_leaves_out(site: Site) -> None:
+    act = f"touch '{site.run}/bad-nodes/n2'; exit 75"
+    slurm = {
+        "exclude": "n7",
+        "sbatch": ["-x n8"],
+    }  # the last word has the option, here as for sbatch
+    assert site.end(act, slurm=slurm) == 75
+    assert site.calls[0].startswith("sbatch --exclude=n8,n2 ")
+
+
+@pytest.mark.parametrize(("recorded", "chain"), [("100", None), ("77", "100\n"), (None, None)])
+def test_a_job_that_somebody_queued_with_sbatch_is_known_to_status(
+    site: Site, recorded: str | None, chain: str | None
+) -> None:
+    if recorded:  # written by submit, seconds after its own job was queued
+        record = JobRecord(1, "slurm", recorded, "here", 0.0, 2, 2, 2)
+        write_record(RunFolder(site.run), record)
+    assert site.end("exit 0") == 0
+    path = site.run / "jobs" / "1.chain"
+    assert (path.read_text() if path.exists() else None) == chain
+
+
+def test_in_rank_mode_a_saved_run_is_stopped_whatever_srun_makes_of_it(site: Site) -> None:
+    """The first rank that ends with 85 makes srun end the others: 143 is the highest code."""
+    srun = site.bin / "srun"
+    srun.unlink()
+    srun.write_text(f'#!/bin/bash\n"{site.bin}/slurm-run" "$@"; exit 143\n')
+    (site.bin / "slurm-run").write_text(STAND_IN.replace("${0##*/}", "srun"))
+    for path in (srun, site.bin / "slurm-run"):
+        path.chmod(0o755)
+    act = f"touch '{site.run}/stop'; exit 85"
+    assert site.end(act, slurm={"launch": "rank"}) == 0
+
+
+def test_two_terms_at_once_queue_one_job(site: Site) -> None:
+    """At the end of a time of grace, for one: while sbatch has not answered the first."""
+    slow = STAND_IN.replace('    "sbatch "*)\n', '    "sbatch "*)\n        sleep 1\n')
+    assert slow != STAND_IN
+    (site.bin / "slurm").write_text(slow)
+
+    def twice(job: subprocess.Popen[str]) -> None:
+        site.job(100, TIMEOUT)
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        job.send_signal(signal.SIGTERM)
+
+    assert signalled(site, twice, f'trap "sleep 4; exit 85" USR2; {WAIT}') == 85
+    assert site.calls == [FOLLOW]

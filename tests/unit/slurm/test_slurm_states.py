@@ -102,7 +102,16 @@ def test_an_answer_without_a_controller_is_no_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"jobs": 3}', '{"jobs": [{"job_id": 1}]}', "squeue: no"]
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"jobs": 3}',
+        '{"jobs": [{"job_id": 1, "job_state": []}]}',
+        '{"jobs": [{"job_id": 1}]}',
+        "squeue: no",
+    ],
 )
 def test_another_shape_is_no_answer(text: str) -> None:
     with pytest.raises(Unreadable):
@@ -173,3 +182,18 @@ def test_a_chain_stands_as_the_job_at_work_else_the_next_else_the_last() -> None
     assert of_chain([unknown, pending]) is pending
     assert of_chain([ended, unknown]) is unknown
     assert of_chain([unknown, ended]) is ended
+
+
+@pytest.mark.parametrize(
+    ("restarts", "words"),
+    [
+        (0, "its begin time is not reached"),
+        (1, "requeued, a short pause before it starts again"),
+        (
+            None,
+            "its begin time is not reached (after a requeue: a short pause)",
+        ),  # squeue without --json
+    ],
+)
+def test_only_a_requeued_job_is_said_to_pause(restarts: int | None, words: str) -> None:
+    assert state_of(Seen("1", ("PENDING",), "BeginTime", restarts=restarts)).reason == words

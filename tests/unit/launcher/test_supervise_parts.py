@@ -1,0 +1,123 @@
+"""Parts of a supervisor against what a long job on a large machine does to them."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from stand_ins import ROOT, Start, alive, watched
+
+from launcher.supervisor.guard import Guard
+from launcher.supervisor.leader import Leader
+from launcher.supervisor.loop import Loop
+from launcher.supervisor.output import Output
+from lmscale.run.folder import RunFolder
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    yield from watched(tmp_path)
+
+
+def test_signals_that_a_scheduler_sends_to_every_process_do_not_end_the_guard() -> None:
+    with Guard() as guard:
+        for number in (
+            signal.SIGUSR1,
+            signal.SIGUSR2,
+            signal.SIGTERM,
+            signal.SIGINT,
+            signal.SIGHUP,
+        ):
+            os.kill(guard.pid, number)  # at once: before it could have installed any handler
+        time.sleep(0.2)
+        assert alive([guard.pid])
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_progress_line_without_end_takes_no_memory(tmp_path: Path, in_place: bool) -> None:
+    with open(os.devnull, "wb") as nowhere:
+        output = Output(nowhere.fileno(), in_place=in_place)
+        output.open_logs(tmp_path, "s", range(1))
+        tracemalloc.start()
+        for step in range(20_000):
+            output.feed(0, f"\rstep {step} {'#' * 100}".encode())
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+        tracemalloc.stop()
+        output.feed(0, b"\rlast one\r")
+        output.feed(0, b"\nnext line\r")
+        output.feed(0, b"\n")
+        output.close()
+    assert (tmp_path / "s-rank-0.log").read_text() == "last one\nnext line\n"
+
+
+def test_an_endless_line_is_cut(tmp_path: Path) -> None:
+    with open(os.devnull, "wb") as nowhere:
+        output = Output(nowhere.fileno(), in_place=False)
+        output.open_logs(tmp_path, "s", range(1))
+        for _ in range(100):
+            output.feed(0, b"x" * (1 << 16))
+        assert (tmp_path / "s-rank-0.log").stat().st_size > 5 << 20
+        output.close()
+
+
+def test_a_run_folder_that_cannot_be_looked_at_ends_nothing() -> None:
+    class Stale:
+        def exists(self) -> bool:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    with Loop() as loop:
+        unused: Any = None
+        folder: Any = SimpleNamespace(stop=Stale())
+        leader = Leader(
+            "h", [], loop=loop, output=unused, signals=unused, folder=folder, deadline=None
+        )
+        leader.tick(None)
+        assert not leader.stop_asked
+
+
+def test_a_stray_that_does_not_die_is_not_waited_for() -> None:
+    code = (
+        "import os, subprocess, time\n"
+        "from launcher.supervisor.crew import end_strays\n"
+        "stray = subprocess.Popen(['sleep', '30'])\n"
+        "kill, os.kill = os.kill, lambda pid, number: None\n"  # as in the kernel's state D
+        "begun = time.monotonic(); end_strays(spare=set(), within_s=0.2)\n"
+        "kill(stray.pid, 9); print(time.monotonic() - begun)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, timeout=20, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    assert 0.2 <= float(done.stdout) < 5
+
+
+@pytest.mark.parametrize("asked", ["deadline", "stop file"])
+def test_no_rank_is_started_when_it_would_have_to_stop_at_once(start: Start, asked: str) -> None:
+    options = {"deadline": time.time() - 60} if asked == "deadline" else {}
+    stage = [sys.executable, "-c", f"open({str(RunFolder(start.run).stop)!r}, 'w')"]
+    more = {} if asked == "deadline" else {"stage": stage}
+    code, said = start.to_the_end("mark('ran', 1)", max_restarts=3, **options, **more)
+    assert code == 85, said
+    assert not start.marks("ran") and start.kinds() == ["start", "exit"]
+
+
+def test_twenty_restarts_leave_no_descriptor_open(start: Start) -> None:
+    body = """
+    parent = f"/proc/{os.getppid()}/fd"
+    if rank == 0:
+        with open(run / "open", "a") as file:
+            file.write(f"{len(os.listdir(parent))}\\n")
+    sys.exit(75)
+    """
+    code, said = start.to_the_end(body, ranks=1, max_restarts=20, pause_s=0.0)
+    assert code == 75, said
+    counts = [int(text) for text in (start.run / "open").read_text().split()]
+    assert len(counts) == 21 and max(counts) <= counts[0] + 1, counts

@@ -1,0 +1,36 @@
+"""A start on a file system that has no locks, as Lustre without `-o flock`."""
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from lmscale.errors import RetryableError
+from lmscale.run import hold
+from lmscale.run.events import read_events
+from lmscale.run.folder import RunFolder
+
+
+@pytest.mark.parametrize(("number", "goes"), [(errno.ENOSYS, True), (errno.EIO, False)])
+def test_only_a_file_system_without_locks_is_no_obstacle(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+    goes: bool,
+) -> None:
+    def refuses(file: object, what: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("lmscale.run.hold.fcntl.flock", refuses)
+    folder = RunFolder(tmp_path)
+    if not goes:
+        with pytest.raises(RetryableError, match="locking"):
+            hold.begin(folder, "s", by_hand=True, ranks=1)
+        return
+    with caplog.at_level(logging.WARNING):
+        hold.begin(folder, "s", by_hand=True, ranks=1).close()
+    assert [event["kind"] for event in read_events(folder)] == ["start"]
+    assert "no locks here" in caplog.text
