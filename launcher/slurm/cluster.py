@@ -50,11 +50,7 @@ class SlurmCluster:
         if answer.code != 0:
             raise preflight.refusal(answer, plan, preflight.look())
         job = _job_id(answer)
-        try:
-            seen = preflight.watch(job, plan)
-        except KeyboardInterrupt:  # whoever asked for it takes it back, its run file included
-            ask("scancel", job)
-            raise
+        seen = preflight.watch(job, plan)
         facts = {"name": seen.name if seen else "", "said": answer.err.strip()}
         return JobRecord(
             number=plan.number, kind="slurm", job=job, host=this_host(), time=time.time(),

@@ -88,7 +88,7 @@ def _run(
     try:
         done = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, env=env, cwd=cwd,
-            check=False,
+            check=False, start_new_session=True,  # a Ctrl-C must not end sbatch when the job is queued already
         )  # fmt: skip
     except FileNotFoundError as error:
         raise ConfigError([_missing(argv[0], cwd)]) from error

@@ -51,7 +51,7 @@ class Manifest:
     cipher: str = "none"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shards", Shards.of(self.shards))
+        vars(self)["shards"] = Shards.of(self.shards)
 
     def num_samples(self, seq_len: int) -> int:
         """Samples of seq_len targets; a last piece that is shorter belongs to no sample."""
@@ -76,21 +76,24 @@ class Manifest:
     @cached_property
     def firsts(self) -> Ints:
         """[shards + 1]: the first chunk of each shard, then the number of chunks."""
-        return np.concatenate(([0], np.cumsum(self._table.column("chunks")))).astype(np.int64)
+        return np.concatenate(([0], np.cumsum(Shards.of(self.shards).column("chunks")))).astype(
+            np.int64
+        )
 
     @cached_property
     def fingerprint(self) -> str:
         """Names the content: equal for equal corpora, wherever they lie."""
         digest = _Fingerprint(self._body([]))
-        for piece in self._table.compact():
+        for piece in Shards.of(self.shards).compact():
             digest.update(piece)
         return digest.hexdigest()
 
     def save(self, folder: Path) -> str:
         """Write manifest.json, last of all files of a corpus; returns its digest."""
-        self._check(folder / MANIFEST_NAME)
-        body = {**self._body(self._table.bodies()), "fingerprint": self.fingerprint}
-        return write_sealed(folder / MANIFEST_NAME, body)
+        path = folder / MANIFEST_NAME
+        self._check(path)
+        body = self._body(Shards.of(self.shards).bodies())
+        return write_sealed(path, {**body, "fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
@@ -125,10 +128,6 @@ class Manifest:
             )
         return manifest
 
-    @property
-    def _table(self) -> Shards:
-        return Shards.of(self.shards)
-
     def _body(self, shards: list[dict[str, Any]]) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in self.__dataclass_fields__}
         own |= {"tokenizer": asdict(self.tokenizer), "shards": shards}
@@ -136,7 +135,9 @@ class Manifest:
 
     def _check(self, path: Path) -> None:
         """Hold the numbers against each other: a writer's bug shall not become a silent hole."""
-        chunks, tokens = (int(self._table.column(name).sum()) for name in ("chunks", "tokens"))
+        chunks, tokens = (
+            int(Shards.of(self.shards).column(name).sum()) for name in ("chunks", "tokens")
+        )
         want = self.num_chunks, self.tokens + self.num_chunks - 1
         if (chunks, tokens) != want:
             raise DataError(
@@ -205,11 +206,10 @@ def load_part(path: Path, part: Part = "train") -> tuple[Path, Manifest]:
 
 
 def _resolved(path: Path, part: Part) -> tuple[Path, "_Text"]:
-    text = _read(path)
-    if text.body["kind"] != "collection":
-        return path, text
-    parts: dict[str, str] = text.body["parts"]
-    if part not in parts:
+    whole = _read(path)
+    if whole.body["kind"] != "collection":
+        return path, whole
+    if part not in (parts := whole.body["parts"]):
         raise DataError(
             f"{path} has no part {part!r}, only {', '.join(sorted(parts))}; "
             "prepare it from more documents, or name another corpus"

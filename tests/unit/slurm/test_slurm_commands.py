@@ -400,24 +400,6 @@ def test_the_job_id_is_found_beside_a_sites_own_words() -> None:
         _job_id(Answer(("sbatch",), 0, "thanks\n", ""))
 
 
-def test_a_run_file_is_taken_back_with_its_job(
-    programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C while the queued job is looked at: without its run file it could only fail."""
-
-    def interrupted(job: str, plan: JobPlan) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(preflight, "watch", interrupted)
-    put(programs, "scontrol", UP)
-    put(programs, "sinfo", "exit 0")
-    put(programs, "sbatch", "echo 17")
-    put(programs, "scancel", f'echo "$*" >> {tmp_path}/cancelled')
-    with pytest.raises(KeyboardInterrupt):
-        SlurmCluster().submit(make_plan(tmp_path))
-    assert (tmp_path / "cancelled").read_text() == "17\n"
-
-
 def test_hidden_partitions_are_looked_at(programs: Path, tmp_path: Path) -> None:
     """Measured: without -a only root sees them, while sbatch takes anybody's job for them."""
     put(programs, "scontrol", f'case "$*" in *-a*) exec cat {GOLDEN}/partition-22.05.txt;; esac')
