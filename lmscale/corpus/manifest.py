@@ -76,9 +76,7 @@ class Manifest:
     @cached_property
     def firsts(self) -> Ints:
         """[shards + 1]: the first chunk of each shard, then the number of chunks."""
-        return np.concatenate(([0], np.cumsum(Shards.of(self.shards).column("chunks")))).astype(
-            np.int64
-        )
+        return np.append(0, np.cumsum(Shards.of(self.shards).column("chunks")))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -135,9 +133,8 @@ class Manifest:
 
     def _check(self, path: Path) -> None:
         """Hold the numbers against each other: a writer's bug shall not become a silent hole."""
-        chunks, tokens = (
-            int(Shards.of(self.shards).column(name).sum()) for name in ("chunks", "tokens")
-        )
+        table = Shards.of(self.shards)
+        chunks, tokens = (int(table.column(name).sum()) for name in ("chunks", "tokens"))
         want = self.num_chunks, self.tokens + self.num_chunks - 1
         if (chunks, tokens) != want:
             raise DataError(

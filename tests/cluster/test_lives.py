@@ -121,7 +121,8 @@ def test_an_orphan_is_overtaken(user: User, whole: Testbed, undisturbed: Job) ->
     wait_for(lambda: not whole.pids(node, "lmscale train"), 120, "the orphan has ended")
     assert "has taken over" in user.all_logs()
     finished_like(user, undisturbed)
-    settled = [
-        event for event in user.events("save") if event["start"] == user.starts()[0]["start"]
-    ]
-    assert settled
+    older, newer = (start["start"] for start in user.starts()[:2])
+    taken = next(event["time"] for event in user.events("attempt") if event["start"] == newer)
+    published = [event["time"] for event in user.events("save") if event["start"] == older]
+    assert published, "the first start had saved"
+    assert max(published) < taken, "an orphan publishes nothing once it is overtaken"
