@@ -79,8 +79,10 @@ def test_a_disk_that_fills_up_is_said_once(
 ) -> None:
     board = TensorBoard(tmp_path, from_step=0)
     (events,) = tmp_path.iterdir()
-    events.unlink()
-    events.symlink_to("/dev/full")  # every write of the writer's thread fails from here on
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    # By renaming: the writer's thread opens the name anew when it likes, also between an unlink and a symlink.
+    full.replace(events)  # every write of the writer's thread fails from here on
     for step in range(1, 2000):
         board.step(line(step, loss=1.0))
         board.flush()
