@@ -7,6 +7,7 @@ from lmscale.config.run import RunConfig
 
 def corpus_samples(cfg: RunConfig) -> int:
     """Samples of the training corpus. Raises DataError."""
-    from lmscale.corpus.manifest import Manifest, resolve
+    from lmscale.corpus.manifest import load_part
 
-    return Manifest.load(resolve(Path(cfg.data.corpora[0].path))).num_samples(cfg.train.seq_len)
+    _, manifest = load_part(Path(cfg.data.corpora[0].path))
+    return manifest.num_samples(cfg.train.seq_len)

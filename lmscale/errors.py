@@ -23,6 +23,11 @@ class ExitCode(IntEnum):
     OVERTAKEN = 87  # a newer attempt of the same run has taken over
 
 
+# Failures that stand: the next start of the same run would end the same way, so nobody makes one.
+FINAL = frozenset(
+    {ExitCode.OVERTAKEN, ExitCode.CONFIG, ExitCode.DATA, ExitCode.DIVERGED, ExitCode.USAGE}
+)
+
 _PRECEDENCE = (
     ExitCode.OVERTAKEN,
     ExitCode.CONFIG,

@@ -5,7 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 from launcher.jobs.start import Start
-from lmscale.errors import ExitCode
+from lmscale.errors import FINAL, ExitCode
 
 _WORDS = {
     ExitCode.DONE: "done",
@@ -18,16 +18,11 @@ _WORDS = {
     ExitCode.DIVERGED: "diverged",
     ExitCode.OVERTAKEN: "overtaken by a newer start",
 }
-# After these neither a supervisor nor a scheduler starts the run again.
-_FINAL = {
-    ExitCode.DONE, ExitCode.USAGE, ExitCode.DATA, ExitCode.CONFIG, ExitCode.DIVERGED,
-    ExitCode.OVERTAKEN,
-}  # fmt: skip
 
 
 def is_final(code: int | None) -> bool:
     """Whether nothing starts the run again after this exit code."""
-    return code in _FINAL
+    return code == ExitCode.DONE or code in FINAL
 
 
 def code_in_words(code: int) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launcher.jobs.find import is_run_folder
 from launcher.jobs.record import JobRecord, newest_record
 from launcher.jobs.tail import ends_of, newest_lines, objects
 from lmscale.errors import LmscaleError
@@ -74,12 +75,6 @@ class Reader:
             return replace(before[1], alive=_alive(before[1].events))
         except (LmscaleError, OSError) as error:
             return Facts(folder, trouble=str(error).replace("\n  hint: ", "; "))
-
-
-def is_run_folder(path: Path) -> bool:
-    """Whether a run has been started, or submitted, in this folder."""
-    folder = RunFolder(path)
-    return folder.events.is_dir() or folder.config.is_file() or folder.jobs.is_dir()
 
 
 def run_folders(below: Path, *, depth: int = 3) -> Iterator[RunFolder]:

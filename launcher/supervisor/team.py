@@ -10,15 +10,12 @@ from typing import Literal, Protocol
 
 from launcher.supervisor.channel import Channel
 from launcher.supervisor.stall import Pace
-from lmscale.errors import ExitCode
+from lmscale.errors import FINAL, ExitCode
 
 BEAT_S = 2.0
 # Of a process whose host still answers, see channel.DEAD_S: a file server that fails over holds it up for minutes.
 SILENT_S = 120.0
 What = Literal["stage", "ranks"]
-
-# These stand, whoever else is lost: the next start would end the same way.
-FINAL = frozenset({ExitCode.OVERTAKEN, ExitCode.CONFIG, ExitCode.DATA, ExitCode.DIVERGED, ExitCode.USAGE})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
