@@ -1,11 +1,10 @@
-"""The whole product, crossed: saved by one engine on some ranks, gone on by another on others; and every option.
+"""The whole product, crossed: saved by one engine on some ranks, gone on by another on others.
 
-    python tools/matrix.py [--part runs|steps] [--minutes 55] [--only NAME]
+    python tools/matrix.py [--minutes 55] [--only NAME]
 
-runs    a run of 12 steps whose first six ran on {fsdp, ddp, zero2} x {1, 2, 3} ranks and whose last six ran on each of
-        these with another micro_batch, against one process that did all twelve: 81 ordered pairs of real runs
-steps   engine_matrix.py: engine x precision x activation checkpointing x documents x accumulation, against a plain
-        loop at initialisation and after three steps
+A run of 12 steps whose first six ran on {fsdp, ddp, zero2} x {1, 2, 3} ranks and whose last six ran on each of these
+with another micro_batch, against one process that did all twelve: 81 ordered pairs of real runs. Single steps of every
+engine and option are gradient_matrix.py's.
 
 One line a finished crossing goes to build/matrix.jsonl; the same command goes on after the last of them. `--only NAME`
 repeats those whose name contains NAME and writes nothing. docs/matrix.md is written at the end.
@@ -21,11 +20,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dist"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 import judge
-from pool import Pool
 from results import ROOT, Line, Results, facts, provenance, sources, table, write_page
 from small_job import Job, processes_of, small_run
 from small_jobs import ENGINES, SharedJobs, plan_rows
@@ -40,17 +37,6 @@ EXACT = ("step", "position", "tokens", "lr")
 # moments by small roots and carries the rounding on (2e-7 of a loss, 5e-6 of a norm after 20 steps of a 0.7M model),
 # hence the room. A wrong gradient, a lost moment or a wrong sample shows at 1e-3 and more.
 RUN_TOLERANCE = {"loss": 5e-7, "grad_norm": 5e-6}
-# Ten times what was measured; reasons in REASONS, which stand on the page too.
-STEP_TOLERANCE = {
-    "fp64": {"loss": 1e-13, "norm": 1e-13, "gradient": 1e-13, "weights": 1e-13},
-    "fp32": {"loss": 1e-6, "norm": 1e-6, "gradient": 5e-6, "weights": 2e-6},
-    "bf16": {"loss": 2e-3, "norm": 1e-2, "gradient": 5e-2, "weights": 5e-3},
-}
-REASONS = {
-    "fp64": "sums of 10 rows in another order round at 1e-16; a hundred such roundings fit in",
-    "fp32": "the same at 6e-8; an element of a gradient is compared with its tensor's largest",
-    "bf16": "a bf16 activation rounds at 4e-3 and micro-batches round at other places; masters and sums are fp32",
-}
 
 
 @dataclass(frozen=True)
@@ -147,7 +133,7 @@ def line_of(errors: dict[str, float], problems: Sequence[str], seconds: float) -
 
 
 def run_work(shared: SharedJobs) -> Iterator[tuple[str, Callable[[], Line]]]:
-    """Names of part `runs`, and what to call for each. Saved states come one after another."""
+    """Name of each crossing, and what to call for it. Saved states come one after another."""
     made: list[Runs] = []
 
     def cross(first: Side, second: Side) -> Line:
@@ -159,33 +145,13 @@ def run_work(shared: SharedJobs) -> Iterator[tuple[str, Callable[[], Line]]]:
         yield f"runs/{first.name}/{second.name}", lambda f=first, s=second: cross(f, s)  # type: ignore[misc]
 
 
-def step_work(shared: SharedJobs, ranks: Pool) -> Iterator[tuple[str, Callable[[], Line]]]:
-    """Names of part `steps`, and what to call for each."""
-    import torch
-    from engine_matrix import Crossing, crossings, errors_of
-
-    torch.set_num_threads(1)
-
-    def compare(cell: Crossing) -> Line:
-        begun = time.monotonic()
-        try:
-            errors, problems = errors_of(ranks, cell, shared.corpus)
-        except AssertionError as error:  # a rank failed; the pool starts anew
-            return line_of({}, [str(error)], time.monotonic() - begun)
-        problems += too_large(errors, STEP_TOLERANCE[cell.precision])
-        return line_of(errors, problems, time.monotonic() - begun)
-
-    for cell in crossings():
-        yield f"steps/{cell.name}", lambda c=cell: compare(c)  # type: ignore[misc]
-
-
 def page(lines: Sequence[Line]) -> Iterator[str]:
     """docs/matrix.md."""
     found = {line["name"]: line for line in lines}  # of a repeated one the last
     passed = sum(line["verdict"] == "passed" for line in found.values())
-    yield "# Matrix: engines, ranks and options crossed"
+    yield "# Matrix: engines and ranks crossed"
     yield "Written by `make matrix`; do not edit."
-    yield f"**{passed} of {len(found)} crossings passed** (the whole matrix has 81 + 96)."
+    yield f"**{passed} of {len(found)} crossings passed** (the whole matrix has 81)."
     yield facts(provenance())
     yield "## Whole runs: saved by the left, gone on by the top"
     yield (
@@ -202,29 +168,6 @@ def page(lines: Sequence[Line]) -> Iterator[str]:
             for first in SIDES
         ),
     )
-    yield "## Single steps: each engine and option against a plain loop"
-    yield (
-        "Two ranks, ten rows a step from the product's loader, three steps. Largest relative differences over "
-        "documents {separate, joined} and accumulation {1, 3 with a short last micro-batch}: loss and norm of any "
-        "step; elements of the gradient at initialisation, and of the weights after three steps, relative to their "
-        "tensor's largest. The loop: whole batches in one process; for bf16 with bf16 weights and fp32 masters."
-    )
-    yield table(
-        (
-            "engine/precision/checkpointing",
-            "crossings",
-            "passed",
-            "loss",
-            "norm",
-            "gradient",
-            "weights",
-        ),
-        step_rows(found),
-    )
-    yield "\n".join(
-        f"- {name}: {', '.join(f'{key} {value:.0e}' for key, value in tolerance.items())}: {REASONS[name]}"
-        for name, tolerance in STEP_TOLERANCE.items()
-    )
     yield "\n".join(
         f"- **failed** {line['name']}: {'; '.join(line['problems'])}"
         for line in found.values()
@@ -239,24 +182,10 @@ def run_cell(line: Line | None) -> str:
     return errors if line["verdict"] == "passed" else f"**failed** {errors}"
 
 
-def step_rows(found: dict[str, Line]) -> Iterator[list[object]]:
-    """One row an engine, precision and kind of checkpointing."""
-    groups: dict[str, list[Line]] = {}
-    for name, line in found.items():
-        if name.startswith("steps/"):
-            groups.setdefault("/".join(name.split("/")[1:4]), []).append(line)
-    for name, lines in groups.items():
-        good = sum(line["verdict"] == "passed" for line in lines)
-        keys = STEP_TOLERANCE["fp32"]
-        worst = [max(line["errors"].get(key, float("inf")) for line in lines) for key in keys]
-        yield [name, len(lines), good, *(f"{error:.0e}" for error in worst)]
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=("runs", "steps"), help="default: both")
     parser.add_argument("--minutes", type=float, default=55.0, help="no new crossing after these")
-    parser.add_argument("--limit", type=int, help="most new crossings of each part")
+    parser.add_argument("--limit", type=int, help="most new crossings")
     parser.add_argument("--only", help="repeat those whose name contains this; write nothing")
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "matrix.jsonl")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "matrix.md")
@@ -267,29 +196,18 @@ def main() -> int:
     args, begun = arguments(), time.monotonic()
     results = Results(args.results.absolute(), sources=sources())
     shared = SharedJobs(results.path.with_suffix("") / sources())
-    ranks, failed = Pool(2), 0
-    parts = {"steps": lambda: step_work(shared, ranks), "runs": lambda: run_work(shared)}
-    done = set() if args.only else {line["name"] for line in results.lines}
-    try:
-        for part in [args.part] if args.part else parts:
-            left = [(name, work) for name, work in parts[part]() if (args.only or "") in name]
-            for name, work in [one for one in left if one[0] not in done][: args.limit]:
-                if time.monotonic() - begun > args.minutes * 60:
-                    break
-                found = work()
-                shown = ", ".join(f"{key} {error:.1e}" for key, error in found["errors"].items())
-                print(f"{name}: {found['verdict']} in {found['seconds']} s: {shown}", flush=True)
-                print(
-                    *(f"    {problem}\n" for problem in found["problems"]),
-                    sep="",
-                    end="",
-                    flush=True,
-                )
-                failed += found["verdict"] != "passed"
-                if not args.only:
-                    results.append(name=name, **found)
-    finally:
-        ranks.close()
+    failed, done = 0, set() if args.only else {line["name"] for line in results.lines}
+    left = [(name, work) for name, work in run_work(shared) if (args.only or "") in name]
+    for name, work in [one for one in left if one[0] not in done][: args.limit]:
+        if time.monotonic() - begun > args.minutes * 60:
+            break
+        found = work()
+        shown = ", ".join(f"{key} {error:.1e}" for key, error in found["errors"].items())
+        print(f"{name}: {found['verdict']} in {found['seconds']} s: {shown}", flush=True)
+        print(*(f"    {problem}\n" for problem in found["problems"]), sep="", end="", flush=True)
+        failed += found["verdict"] != "passed"
+        if not args.only:
+            results.append(name=name, **found)
     if args.only:
         return int(failed > 0)
     write_page(args.page, page(results.lines))

@@ -12,12 +12,15 @@ kernels (fused RMSNorm, flash and FlexAttention) save what their signatures say;
 torch.compile recomputes element-wise operators, so with engine.compile less is kept than counted.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from lmscale.config.sections import ModelConfig
 
 Device = Literal["cpu", "cuda"]
+Mode = Literal["none", "selective", "full"]
+_MODES: tuple[Mode, ...] = ("none", "selective", "full")
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 # lmscale/model/loss.py: elements of one chunk of logits, and the fewest tokens of a chunk.
@@ -57,19 +60,61 @@ class Work:
 
 def activation_bytes(model: ModelConfig, work: Work) -> int:
     """All that is kept from the forward of one micro-batch until its backward, without the loss."""
-    block = _block(model, work)
-    kept = block * model.layers
-    if every := _every(work.recompute):
-        inputs = -(-model.layers // every)  # blocks 0, N, 2N, ... keep their input only
-        one_input = work.a * _shared(model, work)
+    modes = modes_of(model, work)
+    kept = sum(count * block_bytes(model, work, mode) for mode, count in modes.items())
+    again = 0.0
+    if modes["full"] or modes["selective"]:
         # One block at a time is computed again and then has all of its own.
-        kept = inputs * one_input + (model.layers - inputs) * block + block
+        again = block_bytes(model, work, "none")
+        if not modes["full"]:
+            again -= _read_again(model, work)
     last = _norm_kept(model, work) if model.norm_place == "pre" else 0
     once = last + _dropout(model, work)
     if model.positions == "rotary":
         assert model.head_dim is not None
         once += 2 * work.w * model.head_dim  # cosines and sines, shared by all layers
-    return round(work.tokens * (kept + once))
+    return round(work.tokens * (kept + again + once))
+
+
+def modes_of(model: ModelConfig, work: Work) -> Mapping[Mode, int]:
+    """How many blocks recompute how much (parallel/recompute.py)."""
+    kind, _, amount = work.recompute.partition(":")
+    layers = model.layers
+    match kind:
+        case "none" | "full" | "selective":
+            return {"none": 0, "selective": 0, "full": 0, kind: layers}
+        case "every":
+            full = -(-layers // int(amount))  # blocks 0, N, 2N, ...
+            return {"none": layers - full, "selective": 0, "full": full}
+    return _within_budget(model, work, float(amount))
+
+
+def _within_budget(model: ModelConfig, work: Work, share: float) -> Mapping[Mode, int]:
+    """As few full, then as few selective ones as keep `share` of what `none` keeps; as parallel/budget.py."""
+    none, selective, full = (block_bytes(model, work, mode) for mode in _MODES)
+    room = share * model.layers * none
+    for again in range(model.layers + 1):
+        rest = model.layers - again
+        spare = room - again * full - rest * selective
+        if spare >= 0:
+            plain = min(rest, int(spare / (none - selective)))
+            return {"none": plain, "selective": rest - plain, "full": again}
+    return {"none": 0, "selective": 0, "full": model.layers}
+
+
+def smallest_budget(model: ModelConfig, work: Work) -> float:
+    """The share of what `none` keeps that `full` keeps: with less in budget:FRACTION no run starts."""
+    return block_bytes(model, work, "full") / block_bytes(model, work, "none")
+
+
+def block_bytes(model: ModelConfig, work: Work, mode: Mode) -> float:
+    """What a block keeps, in bytes a token."""
+    match mode:
+        case "none":
+            return _block(model, work)
+        case "selective":
+            return _selected(model, work)
+    return work.a * _shared(model, work)  # its input
 
 
 def loss_bytes(model: ModelConfig, work: Work) -> int:
@@ -84,17 +129,56 @@ def loss_bytes(model: ModelConfig, work: Work) -> int:
 
 def _block(model: ModelConfig, work: Work) -> float:
     """Bytes a token of one block."""
+    # Each norm, and the whole hidden states that attention and feed-forward take in: with sequence
+    # parallelism they are gathered for it, and kept as the matrices' input (Megatron gathers them again).
     return (
-        2 * (_norm_kept(model, work) + work.a * _shared(model, work))  # and each norm's output
+        2 * (_norm_kept(model, work) + work.a * model.width)
         + _attention(model, work)
-        + work.a * _FEED_FORWARD[model.activation] * model.feed_forward / work.tp
+        + work.a * _FEED_FORWARD[model.activation][0] * model.feed_forward / work.tp
         + 2 * _dropout(model, work)
     )
 
 
-# Tensors of F that the feed-forward keeps. swiglu: gate, silu(gate), up and their product; gelu: before
-# and after; relu: its result serves both backwards.
-_FEED_FORWARD = {"swiglu": 4, "gelu": 2, "gelu_tanh": 2, "relu": 1}
+# Tensors of F that the feed-forward keeps, and how many of them are products. swiglu: gate, silu(gate), up and
+# their product; gelu: before and after; relu: its result serves both backwards.
+_FEED_FORWARD = {"swiglu": (4, 2), "gelu": (2, 1), "gelu_tanh": (2, 1), "relu": (1, 1)}
+
+
+def _selected(model: ModelConfig, work: Work) -> float:
+    """The input of the block, and the results of matrix products, of attention and of collectives.
+
+    All of them, the projections back to D too, though no backward reads those. Of collectives: what leaves
+    attention and feed-forward, and with sequence parallelism what they take in.
+    """
+    _, products = _FEED_FORWARD[model.activation]
+    back = 2 * work.a * model.width
+    moved = 0.0
+    if work.tp > 1:
+        moved = 2 * work.a * _shared(model, work)
+        moved += 2 * work.a * model.width if work.sequence_parallel else 0
+    return (
+        work.a * _shared(model, work)
+        + _heads(model, work)
+        + work.a * products * model.feed_forward / work.tp
+        + back
+        + moved
+    )
+
+
+def _read_again(model: ModelConfig, work: Work) -> float:
+    """Of a block that is selectively computed again: what it keeps and its backward reads, so that it is there once.
+
+    q and k are computed again where they are turned.
+    """
+    _, products = _FEED_FORWARD[model.activation]
+    assert model.kv_heads is not None
+    assert model.head_dim is not None
+    heads = _heads(model, work)
+    if model.positions == "rotary":
+        heads -= work.a * (model.heads + model.kv_heads) * model.head_dim / work.tp
+    products_read = products - (model.activation == "relu")
+    gathered = 2 * work.a * model.width if work.sequence_parallel else 0
+    return heads + work.a * products_read * model.feed_forward / work.tp + gathered
 
 
 def _attention(model: ModelConfig, work: Work) -> float:
@@ -103,11 +187,15 @@ def _attention(model: ModelConfig, work: Work) -> float:
     On a CPU separate documents are an additive mask, B L L of the compute type, made anew by each layer. On a
     GPU they are FlexAttention's table of blocks, which is small.
     """
+    mask = work.a * work.seq_len if work.separate and work.device == "cpu" else 0
+    return _heads(model, work) + mask
+
+
+def _heads(model: ModelConfig, work: Work) -> float:
     assert model.kv_heads is not None
     assert model.head_dim is not None
     heads = work.a * 2 * (model.heads + model.kv_heads) * model.head_dim + work.w * model.heads
-    mask = work.a * work.seq_len if work.separate and work.device == "cpu" else 0
-    return heads / work.tp + mask
+    return heads / work.tp
 
 
 def _norm_kept(model: ModelConfig, work: Work) -> float:
@@ -127,10 +215,3 @@ def _dropout(model: ModelConfig, work: Work) -> float:
 def _shared(model: ModelConfig, work: Work) -> float:
     """D, or this rank's share of it where sequence parallelism cuts the tokens between the layers."""
     return model.width / work.tp if work.sequence_parallel else model.width
-
-
-def _every(mode: str) -> int:
-    """Every how many blocks one is recomputed; 0: none. Shares and selections count as none."""
-    if mode == "full":
-        return 1
-    return int(mode.removeprefix("every:")) if mode.startswith("every:") else 0

@@ -1,17 +1,18 @@
 """Everything `lmscale plan` knows of a run, as one value for programs; words.py says it to people."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from launcher.planning import warnings
-from launcher.planning.activations import BYTES, Work
+from launcher.planning.activations import BYTES, Work, activation_bytes, smallest_budget
 from launcher.planning.corpus import CorpusFacts, corpus_facts, node_facts
-from launcher.planning.memory import Memory, Mesh, checkpoint_bytes, memory_of
+from launcher.planning.held import Mesh
+from launcher.planning.memory import Memory, checkpoint_bytes, memory_of
 from launcher.planning.parameters import Parameter, parameters, total, trainable
-from launcher.planning.places import Place, mesh_of, placed, room_of
+from launcher.planning.places import Place, host_room_of, mesh_of, placed, room_of
 from launcher.planning.standing import Standing, standing
 from lmscale.config import checks
 from lmscale.config.length import total_steps
@@ -42,7 +43,7 @@ def facts(cfg: RunConfig, env: Mapping[str, str]) -> dict[str, Any]:
         "global_batch_samples": train.global_batch,
         "global_batch_tokens": train.global_batch * train.seq_len,
         **_ranks(place),
-        "engine": {"kind": cfg.engine.kind, "precision": cfg.engine.precision},
+        "engine": _engine(cfg),
         "micro_batch": train.micro_batch,
         "micro_batches": _micro_batches(cfg, place.mesh),
         "wasted_frac": wasted_frac(train.global_batch, place.mesh.dp, train.micro_batch),
@@ -51,11 +52,28 @@ def facts(cfg: RunConfig, env: Mapping[str, str]) -> dict[str, Any]:
             None if steps is None else node_facts(cfg, corpus, place, stands, steps=steps)
         ),
         "checkpoints": _checkpoints(cfg, found),
-        "memory": {**asdict(need), "total": need.total, "room": room_of(place, env, cfg)},
+        "memory": {
+            **asdict(need),
+            "total": need.total,
+            "room": room_of(place, env, cfg),
+            "host_room": host_room_of(place, cfg),
+        },
         "memory_at_min_nodes": _at_min_nodes(cfg, found, corpus, place),
     }
     warned = _warnings(cfg, plan, place, found)
     return {**plan, "warnings": [{"key": w.path, "fact": w.fact, "hint": w.hint} for w in warned]}
+
+
+def _engine(cfg: RunConfig) -> dict[str, Any]:
+    engine = cfg.engine
+    return {
+        "kind": engine.kind,
+        "zero_stage": engine.zero_stage if engine.kind == "deepspeed" else None,
+        "precision": engine.precision,
+        "offload": engine.offload,
+        "activation_checkpointing": engine.activation_checkpointing,
+        "sequence_parallel": cfg.parallel.sequence_parallel,
+    }
 
 
 def _ranks(place: Place) -> dict[str, Any]:
@@ -128,19 +146,23 @@ def _micro_batches(cfg: RunConfig, mesh: Mesh) -> int:
 def _memory(
     cfg: RunConfig, found: Sequence[Parameter], corpus: CorpusFacts, place: Place, mesh: Mesh
 ) -> Memory:
-    work = Work(
+    work = _work(cfg, corpus.vocab_size, place)
+    return memory_of(
+        cfg.model, found, cfg.engine, mesh, work=work, micro_batches=_micro_batches(cfg, mesh)
+    )
+
+
+def _work(cfg: RunConfig, vocab_size: int, place: Place) -> Work:
+    return Work(
         device=place.device,
         precision=cfg.engine.precision,
         rows=cfg.train.micro_batch,
         seq_len=cfg.train.seq_len,
-        vocab_size=corpus.vocab_size,
+        vocab_size=vocab_size,
         separate=cfg.data.documents == "separate",
         recompute=cfg.engine.activation_checkpointing,
-        tp=mesh.tp,
+        tp=place.mesh.tp,
         sequence_parallel=cfg.parallel.sequence_parallel,
-    )
-    return memory_of(
-        cfg.model, found, cfg.engine, mesh, work=work, micro_batches=_micro_batches(cfg, mesh)
     )
 
 
@@ -171,16 +193,7 @@ def _warnings(
         block = total(p for p in found if p.in_block) // cfg.model.layers // place.mesh.tp
         size = block * BYTES[cfg.engine.precision]
         yield from warnings.small_shards(size, shard=place.mesh.shard, nodes=place.nodes)
-    need = Memory(**{name: plan["memory"][name] for name in Memory.__dataclass_fields__})
-    yield from warnings.too_much_memory(
-        need, plan["memory"]["room"], cfg, micro_batches=plan["micro_batches"], nodes=place.nodes
-    )
-    yield from warnings.costly_fewer_nodes(
-        need.total,
-        plan["memory_at_min_nodes"],
-        min_nodes=place.min_nodes,
-        room=plan["memory"]["room"],
-    )
+    yield from _memory_warnings(cfg, plan, place)
     yield from warnings.rare_checkpoints(
         cfg.checkpoint, seconds_a_step=_pace(cfg), time_limit=cluster.time_limit
     )
@@ -191,6 +204,34 @@ def _warnings(
             signal_lead=cluster.slurm.signal_lead,
             time_limit=cluster.time_limit,
         )
+
+
+def _memory_warnings(cfg: RunConfig, plan: Mapping[str, Any], place: Place) -> Iterator[Problem]:
+    need = Memory(**{name: plan["memory"][name] for name in Memory.__dataclass_fields__})
+    yield from warnings.too_small_a_budget(
+        cfg.engine.activation_checkpointing,
+        smallest=smallest_budget(cfg.model, _work(cfg, plan["vocab_size"], place)),
+    )
+    yield from warnings.too_much_memory(need, plan["memory"]["room"], cfg, nodes=place.nodes)
+    yield from warnings.too_much_on_the_host(
+        need, plan["memory"]["host_room"], ranks_per_node=place.ranks_per_node
+    )
+    yield from warnings.tokens_on_every_rank(
+        cfg, need.total, saved=_split_saves(cfg, plan["vocab_size"], place)
+    )
+    yield from warnings.costly_fewer_nodes(
+        need.total,
+        plan["memory_at_min_nodes"],
+        min_nodes=place.min_nodes,
+        room=plan["memory"]["room"],
+    )
+
+
+def _split_saves(cfg: RunConfig, vocab_size: int, place: Place) -> int:
+    """Bytes of activations that sequence parallelism would save, where it is off."""
+    work = _work(cfg, vocab_size, place)
+    split = replace(work, sequence_parallel=True)
+    return activation_bytes(cfg.model, work) - activation_bytes(cfg.model, split)
 
 
 def _pace(cfg: RunConfig) -> float | None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from launcher.gpus import count_gpus
 from launcher.planning.activations import Device
-from launcher.planning.memory import Mesh
+from launcher.planning.held import Mesh
 from lmscale.config import checks
 from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError
@@ -78,6 +78,13 @@ def room_of(place: Place, env: Mapping[str, str], cfg: RunConfig) -> int | None:
         return None
     if place.device == "cuda":
         return _gpu_bytes(env)
+    return _host_bytes() // place.ranks_per_node
+
+
+def host_room_of(place: Place, cfg: RunConfig) -> int | None:
+    """Bytes of its host that one rank may have for what is offloaded; None where nobody knows the host."""
+    if place.kind == "slurm" or cfg.cluster.mpi.hosts or place.nodes > 1:
+        return None
     return _host_bytes() // place.ranks_per_node
 
 

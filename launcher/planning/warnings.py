@@ -18,6 +18,7 @@ _MANY_NODES = 4
 # that the warning comes early.
 _SAVE_BYTES_PER_S = 5e8
 _MUCH_WASTE = 0.1
+_WORTH_A_WORD = 0.05  # of a rank's memory
 
 
 def tp_spans_nodes(tp: int, ranks_per_node: int) -> Iterator[Problem]:
@@ -85,7 +86,7 @@ def small_shards(block_bytes: int, *, shard: int, nodes: int) -> Iterator[Proble
 
 
 def too_much_memory(
-    need: Memory, room: int | None, cfg: RunConfig, *, micro_batches: int, nodes: int
+    need: Memory, room: int | None, cfg: RunConfig, *, nodes: int
 ) -> Iterator[Problem]:
     """More than a rank finds, with what would need less."""
     if room is None or need.total <= USABLE_FRAC * room:
@@ -94,36 +95,80 @@ def too_much_memory(
         f"on {nodes} node{'s' if nodes > 1 else ''} a rank needs about {show_bytes(need.total)}, more than "
         f"{100 * USABLE_FRAC:.0f} % of the {show_bytes(room)} it finds"
     )
-    yield Problem("memory", fact, "; or ".join(_levers(need, cfg, micro_batches=micro_batches)))
+    yield Problem("memory", fact, "; or ".join(_levers(need, cfg)))
 
 
 def costly_fewer_nodes(
     total: int, at_least: int | None, *, min_nodes: int, room: int | None
 ) -> Iterator[Problem]:
-    """A restart on fewer nodes that would run out of memory: fsdp's gradients, where a step gets longer."""
+    """A restart on fewer nodes that would run out of memory: fewer ranks have larger parts of the state."""
     if at_least is None or at_least <= (2 * total if room is None else USABLE_FRAC * room):
         return
     fact = (
         f"with {min_nodes} a rank needs about {show_bytes(at_least)} instead of {show_bytes(total)}: "
-        "a step takes more micro-batches, larger parts of the state, or both"
+        "fewer ranks share the state"
     )
-    hint = "raise it; a larger train.micro_batch helps there, at the price of fillers on all nodes"
+    hint = "raise it, or plan for that number: engine.activation_checkpointing and engine.offload need less"
     yield Problem("cluster.min_nodes", fact, hint)
 
 
-def _levers(need: Memory, cfg: RunConfig, *, micro_batches: int) -> Iterator[str]:
+def too_small_a_budget(recompute: str, *, smallest: float) -> Iterator[Problem]:
+    """Less than the inputs of the blocks, which full recomputation keeps too: the start is refused."""
+    kind, _, share = recompute.partition(":")
+    if kind == "budget" and float(share) < smallest:
+        fact = f"{recompute}, but full recomputation keeps {smallest:.1%} of the activations"
+        yield Problem("engine.activation_checkpointing", fact, "use full, or a larger fraction")
+
+
+def too_much_on_the_host(
+    need: Memory, room: int | None, *, ranks_per_node: int
+) -> Iterator[Problem]:
+    """What was offloaded must fit beside everything else of the node."""
+    if room is None or need.host <= USABLE_FRAC * room:
+        return
+    node = ranks_per_node * need.host
+    fact = (
+        f"{show_bytes(need.host)} of each rank move to the host, {show_bytes(node)} of a node, which has "
+        f"{show_bytes(ranks_per_node * room)}"
+    )
+    yield Problem("engine.offload", fact, "use more ranks on more nodes, or offload less")
+
+
+def tokens_on_every_rank(cfg: RunConfig, total: int, *, saved: int) -> Iterator[Problem]:
+    """Without sequence parallelism every tp rank norms, and keeps, all tokens."""
+    parallel = cfg.parallel
+    if parallel.tp == 1 or parallel.sequence_parallel or saved < _WORTH_A_WORD * total:
+        return
+    fact = (
+        f"false: between the layers each of {parallel.tp} tp ranks keeps all tokens, "
+        f"{show_bytes(saved)} more than a share of them"
+    )
+    fits = cfg.train.seq_len % parallel.tp == 0
+    hint = "set it to true: the same losses, the same traffic"
+    if not fits:
+        hint = f"set it to true, with a train.seq_len that {parallel.tp} divides"
+    yield Problem("parallel.sequence_parallel", fact, hint)
+
+
+def _levers(need: Memory, cfg: RunConfig) -> Iterator[str]:
     """Settings that need less, those of the largest part first. The same losses come out of each."""
     train, engine = cfg.train, cfg.engine
     transient = need.activations + need.loss
     if transient > 0.1 * need.total:
+        if engine.activation_checkpointing == "none":
+            yield "engine.activation_checkpointing=selective"
         if engine.activation_checkpointing != "full":
             yield "engine.activation_checkpointing=full"
+        if cfg.parallel.tp > 1 and not cfg.parallel.sequence_parallel:
+            yield "parallel.sequence_parallel=true"
         if train.micro_batch > 1:
             yield f"train.micro_batch={train.micro_batch // 2}"
-    if engine.kind == "fsdp" and micro_batches > 1:
-        yield "one micro-batch a step (more ranks, or a larger micro_batch): no whole gradients"
-    if engine.kind != "fsdp":
+    if engine.kind == "ddp":
         yield "engine.kind=fsdp"
+    if engine.kind == "deepspeed" and engine.zero_stage < 3:
+        yield "engine.zero_stage=3"
+    if need.optimizer > 0.3 * need.total and engine.offload == "none" and engine.kind != "ddp":
+        yield f"engine.offload={'all' if engine.kind == 'fsdp' else 'optimizer'}"
     if engine.precision == "fp32":
         yield "engine.precision=bf16"
     yield "more ranks (cluster.nodes, --nproc)" if engine.kind != "ddp" else "a smaller model"

@@ -114,9 +114,11 @@ def _ranks(plan: Mapping[str, Any]) -> str:
 
 def _mesh(plan: Mapping[str, Any]) -> str:
     mesh, engine = plan["mesh"], plan["engine"]
+    stage = f", ZeRO-{engine['zero_stage']}," if engine["zero_stage"] is not None else ""
+    split = ", tokens split between the layers" if engine["sequence_parallel"] else ""
     return (
-        f"{engine['kind']} in {engine['precision']}: replicate {mesh['replicate']} x shard "
-        f"{mesh['shard']} x tp {mesh['tp']}"
+        f"{engine['kind']}{stage} in {engine['precision']}: replicate {mesh['replicate']} x shard "
+        f"{mesh['shard']} x tp {mesh['tp']}{split}"
     )
 
 
@@ -180,22 +182,23 @@ def _memory(plan: Mapping[str, Any]) -> Iterator[str]:
             f"{'a GPU' if gpu else 'a host'} that is not known here; fill at most {USABLE_FRAC:.0%}"
         )
     yield f"  {'sum':<12}{show_bytes(total):>10}        {known}"
+    if host := memory["host"]:
+        node = plan["cluster"]["ranks_per_node"] * host
+        yield f"  {'on the host':<12}{show_bytes(host):>10}        {show_bytes(node)} a node"
     if (at_least := plan["memory_at_min_nodes"]) is not None:
         nodes = _several(plan["cluster"]["min_nodes"], "node")
         yield f"  {'sum':<12}{show_bytes(at_least):>10}        with {nodes}, the fewest allowed"
 
 
 def _note(name: str, plan: Mapping[str, Any]) -> str:
-    kind, several = plan["engine"]["kind"], plan["micro_batches"] > 1
+    engine = plan["engine"]
+    kind, recompute = engine["kind"], engine["activation_checkpointing"]
     match name:
-        case "gradients" if kind == "fsdp" and several:
-            return "whole until the last micro-batch of a step"
-        case "gradients" if kind == "ddp" and several and plan["dp_size"] > 1:
-            return "twice: buckets, and what is not reduced yet"
         case "optimizer":
             return "moments" if kind != "deepspeed" else "masters and moments"
         case "activations":
-            return f"of {_several(plan['micro_batch'], 'sample')}"
+            again = "" if recompute == "none" else f", recomputing {recompute}"
+            return f"of {_several(plan['micro_batch'], 'sample')}{again}"
         case "loss":
             return "logits of a chunk, gradient of the head"
         case "working":

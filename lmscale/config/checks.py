@@ -1,13 +1,13 @@
 """What single keys cannot say: conflicts between keys. Pure, and without a world where possible."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
+from lmscale.config import engines
+from lmscale.config.engines import Check
 from lmscale.config.refusals import refusals
 from lmscale.config.run import RunConfig
 from lmscale.errors import Problem
 from lmscale.units import parse_percent
-
-Check = Callable[[RunConfig], Iterator[Problem]]
 
 
 def problems(cfg: RunConfig, *, broken: Collection[str] = ()) -> Iterator[Problem]:
@@ -87,15 +87,6 @@ def _heads(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem("model.head_dim", fact, "use an even head_dim or other positions")
 
 
-def _split_over_tp(cfg: RunConfig) -> Iterator[Problem]:
-    tp = cfg.parallel.tp
-    for name in ("heads", "kv_heads", "feed_forward"):
-        size = getattr(cfg.model, name)
-        if size % tp:
-            fact = f"{tp} does not divide model.{name} {size}"
-            yield Problem("parallel.tp", fact, f"use a tp that divides model.{name}")
-
-
 def _positions(cfg: RunConfig) -> Iterator[Problem]:
     room = cfg.model.max_positions
     if room is not None and room < cfg.train.seq_len:
@@ -128,35 +119,6 @@ def _betas(cfg: RunConfig) -> Iterator[Problem]:
         if not 0 <= beta < 1:
             fact = f"must be at least 0 and below 1, got {beta}"
             yield Problem(f"optim.betas.{index}", fact, "usual values: [0.9, 0.95]")
-
-
-def _axes_of_the_engine(cfg: RunConfig) -> Iterator[Problem]:
-    kind = cfg.engine.kind
-    if kind == "fsdp":
-        return
-    for name, default in (("shard", "auto"), ("replicate", 1)):
-        if getattr(cfg.parallel, name) != default:
-            fact = f"engine.kind {kind} uses all data-parallel ranks; only fsdp reads this key"
-            hint = f"leave it at {default}, or set engine.kind=fsdp"
-            yield Problem(f"parallel.{name}", fact, hint)
-
-
-def _reshard(cfg: RunConfig) -> Iterator[Problem]:
-    if cfg.engine.kind != "fsdp" and not cfg.engine.reshard_after_forward:
-        fact = f"engine.kind {cfg.engine.kind} gathers no weights; only fsdp reads this key"
-        hint = "leave it at true, or set engine.kind=fsdp"
-        yield Problem("engine.reshard_after_forward", fact, hint)
-
-
-def _fp64(cfg: RunConfig) -> Iterator[Problem]:
-    if cfg.engine.kind == "deepspeed" and cfg.engine.precision == "fp64":
-        yield Problem("engine.precision", "deepspeed has no fp64", "use engine.kind=fsdp or ddp")
-
-
-def _compile(cfg: RunConfig) -> Iterator[Problem]:
-    if cfg.engine.kind == "deepspeed" and cfg.engine.compile:
-        fact = "blocks are not compiled under deepspeed"
-        yield Problem("engine.compile", fact, "set it to false, or use engine.kind=fsdp or ddp")
 
 
 def _weights(cfg: RunConfig) -> Iterator[Problem]:
@@ -226,17 +188,13 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
         ("model.heads", "model.kv_heads", "model.width", "model.head_dim", "model.positions"),
         _heads,
     ),
-    (("parallel.tp", "model.heads", "model.kv_heads", "model.feed_forward"), _split_over_tp),
     (("model.max_positions", "train.seq_len"), _positions),
     (
         ("optim.schedule", "optim.warmup_steps", "optim.decay_steps", "train.steps"),
         _schedule,
     ),
     (("optim.betas",), _betas),
-    (("engine.kind", "parallel.shard", "parallel.replicate"), _axes_of_the_engine),
-    (("engine.kind", "engine.reshard_after_forward"), _reshard),
-    (("engine.kind", "engine.precision"), _fp64),
-    (("engine.kind", "engine.compile"), _compile),
+    *engines.CHECKS,
     (("data.corpora",), _weights),
     (("data.cache_dir", "data.cache_bytes"), _cache),
     (("cluster.nodes", "cluster.min_nodes"), _nodes),

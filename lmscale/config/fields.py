@@ -108,9 +108,10 @@ def _activation_checkpointing(value: object) -> object:
     if isinstance(value, str) and (value in plain or re.fullmatch(r"every:[1-9]\d*", value)):
         return value
     if isinstance(value, str) and (budget := re.fullmatch(r"budget:(\d*\.?\d+)", value)):
-        if 0 <= float(budget[1]) <= 1:
+        if 0 < float(budget[1]) < 1:
             return value
-        raise ValueError(f"{value!r} is not a share of memory; write a fraction, e.g. budget:0.5")
+        hint = "write a fraction between 0 and 1, e.g. budget:0.5; the ends are full and none"
+        raise ValueError(f"{value!r} is not a part of the memory; {hint}")
     raise _cannot_read(value, "write none, full, selective, every:N or budget:0.5")
 
 

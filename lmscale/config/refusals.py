@@ -11,7 +11,6 @@ from lmscale.errors import Problem
 
 def refusals(cfg: RunConfig) -> Iterator[Problem]:
     """Refuse here, on the user's machine, rather than in a queue or on a cluster."""
-    yield from _parallel(cfg)
     yield from _engine(cfg)
     yield from _data(cfg)
     yield from _rest(cfg)
@@ -22,34 +21,14 @@ def _not_yet(path: str, value: object, nearest: str) -> Problem:
     return Problem(path, f"{shown} is not supported yet", nearest)
 
 
-def _parallel(cfg: RunConfig) -> Iterator[Problem]:
-    parallel = cfg.parallel
-    if parallel.tp > 1:
-        yield _not_yet("parallel.tp", parallel.tp, "use 1; engine.kind=fsdp shards the model")
-    if parallel.sequence_parallel:
-        yield _not_yet("parallel.sequence_parallel", True, "use false")
-    if parallel.replicate > 1 and cfg.engine.kind == "fsdp":
-        yield _not_yet(
-            "parallel.replicate", parallel.replicate, "use 1, or engine.kind=ddp to replicate only"
-        )
-
-
 def _engine(cfg: RunConfig) -> Iterator[Problem]:
-    engine = cfg.engine
-    if engine.zero_stage != 2:
-        nearest = "use 2, or engine.kind=fsdp to shard weights as well"
-        yield _not_yet("engine.zero_stage", engine.zero_stage, nearest)
-    if engine.offload != "none":
-        yield _not_yet(
-            "engine.offload",
-            engine.offload,
-            "use none, with more ranks or recomputed activations",
+    if cfg.engine.offload == "nvme":
+        fact = (
+            "nvme is not supported yet: DeepSpeed would have to build its async_io against libaio "
+            "(Debian: libaio-dev)"
         )
-    if engine.precision == "fp16":
-        yield _not_yet("engine.precision", "fp16", "use bf16 or fp32")
-    recompute = engine.activation_checkpointing
-    if recompute == "selective" or recompute.startswith("budget:"):
-        yield _not_yet("engine.activation_checkpointing", recompute, "use full, every:N or none")
+        hint = "use all, with engine.kind=deepspeed and engine.zero_stage=3: memory of the host"
+        yield Problem("engine.offload", fact, hint)
 
 
 def _data(cfg: RunConfig) -> Iterator[Problem]:
@@ -78,10 +57,6 @@ def _rest(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.train.init_from is not None:
         nearest = "use null; train.resume=CHECKPOINT goes on with weights, moments and position"
         yield _not_yet("train.init_from", cfg.train.init_from, nearest)
-    if cfg.train.check_replicas_every is not None:
-        yield _not_yet("train.check_replicas_every", cfg.train.check_replicas_every, "use null")
-    if cfg.log.layer_stats:
-        yield _not_yet("log.layer_stats", True, "use false")
     for tracker in cfg.log.trackers:
         if tracker != "tensorboard":
             yield _not_yet(

@@ -3,12 +3,11 @@
 from pydantic import Field
 
 from lmscale.config.cluster import ClusterConfig
+from lmscale.config.corpora import DataConfig, EvalConfig
 from lmscale.config.fields import Section
 from lmscale.config.sections import (
     CheckpointConfig,
-    DataConfig,
     EngineConfig,
-    EvalConfig,
     LogConfig,
     ModelConfig,
     ObjectiveConfig,

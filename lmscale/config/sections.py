@@ -1,24 +1,19 @@
 """The sections of a run file. A field's description says what it means and in which unit."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
 from lmscale.config.fields import (
-    LIST_OR_TEXT,
-    NUMBER_OR_TEXT,
     NUMBER_TEXT_OR_NULL,
     ActivationCheckpointing,
-    Bytes,
     Count,
     FloatPair,
-    Paths,
     Section,
     SizeOrAuto,
     StepRange,
     StepsOrShare,
     Texts,
-    as_corpora,
     identity,
     placement,
 )
@@ -87,56 +82,6 @@ class ModelConfig(Section):
         return self
 
 
-class CorpusConfig(Section):
-    """One corpus and its share of the samples."""
-
-    path: str = identity("folder made by lmscale prepare", example="data/smoke", min_length=1)
-    weight: int = identity("share of the samples, relative to the other weights", default=1, ge=0)
-
-
-class DataConfig(Section):
-    """What is read, and in which order."""
-
-    corpora: Annotated[tuple[CorpusConfig, ...], as_corpora] = identity(
-        "training corpora; of a prepared collection its train part",
-        example=["data/smoke"],
-        schema=LIST_OR_TEXT | {"minItems": 1},
-    )
-    tokenizer: str | None = identity("file; null: the corpus' own", default=None, min_length=1)
-    documents: Literal["separate", "joined"] = identity(
-        "separate: no attention, position or target crosses a document's border",
-        default="separate",
-    )
-    streams: int | None = identity(
-        "virtual streams of the order; null: the first train.global_batch", default=None, ge=1
-    )
-    shuffle_window: int = identity("chunks that are shuffled together", default=16, ge=1)
-    mix_block: int = identity("draws in which the corpora's weights hold", default=256, ge=1)
-    window_memory: Bytes = placement(
-        "most memory of a rank for shuffle windows, in bytes",
-        default=1 << 30,
-        ge=0,
-        schema=NUMBER_OR_TEXT,
-    )
-    on_damage: Literal["fail", "mask"] = placement("what a damaged chunk does", default="fail")
-    max_damage_rate: float = placement(
-        "share of masked samples that ends the run", default=0.001, ge=0, le=1
-    )
-    cache_dir: str | None = placement(
-        "folder on the node's own disk, filled before the first step with the chunks that the node "
-        "reads next; null: none",
-        default=None,
-        min_length=1,
-    )
-    cache_bytes: Bytes | None = placement(
-        "most bytes in cache_dir; null: what its disk has, less 5 % or 10 GiB",
-        default=None,
-        schema=NUMBER_TEXT_OR_NULL,
-    )
-    prefetch: int = placement("optimizer steps read ahead", default=2, ge=0)
-    trace: bool = placement("write every sample that was trained on to trace/", default=False)
-
-
 class ObjectiveConfig(Section):
     """What is predicted."""
 
@@ -146,27 +91,51 @@ class ObjectiveConfig(Section):
 class ParallelConfig(Section):
     """Sizes of the mesh axes, outermost first: replicate, shard, tp."""
 
-    replicate: int = placement("full copies of the sharded model (HSDP)", default=1, ge=1)
+    replicate: int = placement(
+        "full copies of the sharded model: above 1, fsdp shards within groups of `shard` ranks and "
+        "averages gradients over the groups (HSDP)",
+        default=1,
+        ge=1,
+    )
     shard: SizeOrAuto = placement(
         "ranks that share one copy (fsdp); auto: the ranks left over", default="auto"
     )
-    tp: int = placement("tensor parallel ranks; keep them inside one node", default=1, ge=1)
-    sequence_parallel: bool = placement("split the norms over the tp ranks", default=False)
+    tp: int = placement(
+        "tensor parallel ranks; keep them inside one node. Divides the model's heads, kv_heads and "
+        "feed_forward",
+        default=1,
+        ge=1,
+    )
+    sequence_parallel: bool = placement(
+        "between the layers, where norms and dropout are, each tp rank has some of the tokens instead "
+        "of all: less memory, the same traffic",
+        default=False,
+    )
 
 
 class EngineConfig(Section):
     """Who computes one optimizer step, and in which precision."""
 
     kind: Literal["fsdp", "ddp", "deepspeed"] = placement("the engine", default="fsdp")
-    zero_stage: Literal[0, 1, 2, 3] = placement("of deepspeed", default=2)
+    zero_stage: Literal[0, 1, 2, 3] = placement(
+        "what deepspeed splits over the ranks. 0: nothing; 1: optimizer states; 2: gradients too; "
+        "3: weights too",
+        default=2,
+    )
     offload: Literal["none", "optimizer", "all", "nvme"] = placement(
-        "what leaves the accelerator", default="none"
+        "what moves from the accelerator to the host. optimizer: its states and its update "
+        "(deepspeed, zero_stage 1 to 3); all: weights and gradients too (fsdp, and zero_stage 3)",
+        default="none",
     )
     precision: Literal["bf16", "fp32", "fp16", "fp64"] = placement(
-        "of forward and backward; masters and moments stay fp32 or higher", default="bf16"
+        "of forward and backward; masters and moments stay fp32 or higher. fp16 (deepspeed) has a "
+        "dynamic loss scale",
+        default="bf16",
     )
     activation_checkpointing: ActivationCheckpointing = placement(
-        "blocks whose activations are recomputed: none, full, selective, every:N, budget:FRACTION",
+        "what of a forward is computed again in the backward. none; full: all but each block's input; "
+        "every:N: that in every N-th block; selective: all but the results of matrix products and "
+        "attention; budget:FRACTION: as much as leaves that part of the memory",
         default="none",
     )
     compile: bool = placement("torch.compile of each block", default=False)
@@ -193,7 +162,10 @@ class OptimConfig(Section):
     )
     final_lr_frac: float = identity("last learning rate as a share of lr", default=0.1, ge=0, le=1)
     max_skips: int = identity(
-        "non-finite steps in a row that are skipped before the run ends (86)", default=0, ge=0
+        "non-finite steps in a row that are skipped before the run ends (86); fp16 needs 20 or more, to "
+        "find its loss scale",
+        default=0,
+        ge=0,
     )
 
 
@@ -234,7 +206,10 @@ class TrainConfig(Section):
     )
     allow_change: Texts = placement("identity keys that a resume may change", default=())
     check_replicas_every: int | None = placement(
-        "steps between comparisons of the replicas; null: never", default=None, ge=1
+        "steps between comparisons of the ranks that should hold the same weights, bit for bit; one that "
+        "differs ends the run; null: never",
+        default=None,
+        ge=1,
     )
 
     @model_validator(mode="before")
@@ -243,18 +218,6 @@ class TrainConfig(Section):
         if isinstance(values, dict) and values.get("run_dir", "") is None:
             return {key: value for key, value in values.items() if key != "run_dir"}
         return values
-
-
-class EvalConfig(Section):
-    """Held-out corpora, read in order and once."""
-
-    corpora: Paths = placement(
-        "held-out corpora; of a prepared collection its heldout part",
-        default=(),
-        schema=LIST_OR_TEXT,
-    )
-    every_steps: int | None = placement("null: at the end only", default=1000, ge=1)
-    max_samples: int | None = placement("of each corpus; null: all", default=None, ge=1)
 
 
 class CheckpointConfig(Section):
@@ -282,4 +245,4 @@ class LogConfig(Section):
         ge=1,
     )
     profile: ProfileConfig | None = placement("profile some steps; null: none", default=None)
-    layer_stats: bool = placement("record norms of each layer", default=False)
+    layer_stats: bool = placement("record the gradient norm of each layer", default=False)

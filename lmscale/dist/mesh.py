@@ -44,8 +44,12 @@ class Mesh:
     dp_group: dist.ProcessGroup
     dp_rank: int
     dp_size: int
+    tp_group: dist.ProcessGroup
     tp_rank: int
     tp_size: int
+    replicate_size: int
+    shard_rank: int
+    shard_size: int
 
 
 def resolve(sizes: Sizes, world_size: int) -> tuple[int, int, int]:
@@ -78,8 +82,21 @@ def make_mesh(
         groups = [_group_along((axis,), ranks, world.rank, timeout_s) for axis in range(3)]
         dp_group = _group_along((0, 1), ranks, world.rank, timeout_s)
         mesh = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=AXES)
-    dp_rank, tp_rank = divmod(world.rank, shape[2])
-    return Mesh(world, mesh, dp_group, dp_rank, shape[0] * shape[1], tp_rank, shape[2])
+    replicate, shard, tp = shape
+    dp_rank, tp_rank = divmod(world.rank, tp)
+    return Mesh(
+        world=world,
+        device_mesh=mesh,
+        dp_group=dp_group,
+        dp_rank=dp_rank,
+        dp_size=replicate * shard,
+        tp_group=groups[2],
+        tp_rank=tp_rank,
+        tp_size=tp,
+        replicate_size=replicate,
+        shard_rank=dp_rank % shard,
+        shard_size=shard,
+    )
 
 
 def _group_along(

@@ -22,6 +22,6 @@ def mix(*parts: int | str) -> int:
 def seed_step(seed: int, step: int, dp_rank: int, tp_rank: int) -> None:
     """Reseed torch on the CPU and every CUDA device for one optimizer step of this rank.
 
-    A resumed step draws what it would have drawn; another number of ranks gives other streams.
+    A resumed step draws what it would have drawn. Ranks that must draw alike pass the same dp_rank and tp_rank.
     """
     torch.manual_seed(mix("step", seed, step, dp_rank, tp_rank))

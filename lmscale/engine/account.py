@@ -22,9 +22,11 @@ _CLIP_EPSILON = 1e-6
 
 
 def count_targets(micro_batches: Sequence[Batch[Tensor]], mesh: Mesh) -> Tensor:
-    """Weight of the targets of this step over all ranks, float64. One small all-reduce."""
+    """Weight of the targets of this step over all ranks, float64. One small all-reduce over dp."""
     weights = [batch.weights_BL.sum(dtype=torch.float64) for batch in micro_batches]
-    weight = _over_ranks(torch.stack(weights).sum(), mesh)
+    weight = torch.stack(weights).sum()
+    if mesh.dp_size > 1:
+        weight = sum_over(weight, mesh.dp_group)
     # On a GPU the look would wait for the device; there the step ends as not applied, with weight 0.
     if weight.device.type == "cpu" and not weight > 0:
         raise DataError(
@@ -35,15 +37,33 @@ def count_targets(micro_batches: Sequence[Batch[Tensor]], mesh: Mesh) -> Tensor:
 
 
 def close(losses: Sequence[Tensor], weight: Tensor, squares: Tensor, mesh: Mesh) -> StepResult:
-    """The result of a step from each rank's sums. One small all-reduce, of loss and norm together.
+    """The result of a step from each rank's sums. One small all-reduce over all ranks, of loss and norm together.
 
-    losses: this rank's sums of nats, one a micro-batch. squares: this rank's share of the squared
-    gradient norm, float64; ranks that hold the same gradient hand in equal parts of it.
+    losses: this rank's sums of nats, one a micro-batch, the same on the ranks of a tp group. squares: this rank's
+    share of the squared gradient norm, float64: ranks that hold the same element hand in equal parts of it. More
+    than one number: the squares of several parts of the model, whose sum is the whole; see StepResult.norms.
     """
-    nats = torch.stack([loss.double() for loss in losses]).sum()
-    total = _over_ranks(torch.stack([nats, squares]), mesh)
-    norm = total[1].sqrt()
-    return StepResult(total[0] / weight, weight, norm, norm.isfinite() & (weight > 0))
+    nats = torch.stack([loss.double() for loss in losses]).sum() / mesh.tp_size
+    total = torch.cat([nats[None], squares.reshape(-1)])
+    if mesh.world.size > 1:
+        total = sum_over(total)
+    norm = total[1:].sum().sqrt()
+    parts = total[1:].sqrt() if squares.dim() else None
+    return StepResult(total[0] / weight, weight, norm, norm.isfinite() & (weight > 0), parts)
+
+
+def sum_partial(gradients: Sequence[Tensor], mesh: Mesh) -> None:
+    """Add up over the tp ranks, in place, gradients that cover only this rank's tokens. One all-reduce.
+
+    Of norms, row biases and the position table under sequence parallelism (model/plan.py, sums_over_tokens).
+    Once a step, after the last micro-batch: reductions over dp and over tp commute.
+    """
+    if not gradients or mesh.tp_size == 1:
+        return
+    summed = sum_over(torch.cat([gradient.reshape(-1) for gradient in gradients]), mesh.tp_group)
+    parts = summed.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def clip(gradients: Sequence[Tensor], result: StepResult, largest: float | None) -> None:
@@ -73,7 +93,3 @@ def _squares_by_rows(tensor: Tensor, width: int = 256) -> Tensor:
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, width), dim=1)
     rest = torch.linalg.vector_norm(flat[whole:])
     return rows.double().square().sum() + rest.double().square()
-
-
-def _over_ranks(values: Tensor, mesh: Mesh) -> Tensor:
-    return values if mesh.dp_size == 1 else sum_over(values, mesh.dp_group)

@@ -24,7 +24,9 @@ def prepare(optimizer: torch.optim.Optimizer, *, lr: float, applied: Tensor) -> 
     """Set what the next `optimizer.step()` needs; with `applied` False it will do nothing."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.found_inf = (~applied).to(torch.float32)  # type: ignore[attr-defined]
+    # torch would move the flag to the CPU without waiting for it, and read it before it is there.
+    home = _parameters(optimizer)[0].device
+    optimizer.found_inf = (~applied).to(home, torch.float32)  # type: ignore[attr-defined]
 
 
 def count(optimizer: torch.optim.Optimizer) -> int:

@@ -5,6 +5,7 @@ from torch import nn
 
 from lmscale.config.run import RunConfig
 from lmscale.dist.mesh import Mesh
+from lmscale.engine.layout import Layout
 from lmscale.engine.protocol import Engine
 from lmscale.parallel.passes import parallelize
 
@@ -17,18 +18,20 @@ def build_engine(cfg: RunConfig, model: nn.Module, mesh: Mesh, device: torch.dev
     model.to(
         device=device, dtype=torch.float64 if cfg.engine.precision == "fp64" else torch.float32
     )
-    parallelize(model, mesh, engine=cfg.engine)
+    parallelize(model, mesh, engine=cfg.engine, parallel=cfg.parallel)
+    # Importing deepspeed takes seconds: only who asks for it pays.
     match cfg.engine.kind:
         case "fsdp":
-            from lmscale.engine.fsdp import FsdpEngine
-
-            return FsdpEngine(model, mesh, engine=cfg.engine, optim=cfg.optim)
+            from lmscale.engine.fsdp import FsdpEngine as Kind
         case "ddp":
-            from lmscale.engine.ddp import DdpEngine
-
-            return DdpEngine(model, mesh, engine=cfg.engine, optim=cfg.optim)
+            from lmscale.engine.ddp import DdpEngine as Kind  # type: ignore[assignment]
         case "deepspeed":
-            # Importing deepspeed takes seconds: only who asks for it pays.
-            from lmscale.engine.zero import ZeroEngine
-
-            return ZeroEngine(model, mesh, engine=cfg.engine, optim=cfg.optim)
+            from lmscale.engine.zero import ZeroEngine as Kind  # type: ignore[assignment]
+    return Kind(
+        model,
+        mesh,
+        engine=cfg.engine,
+        optim=cfg.optim,
+        layout=Layout(mesh, sequence_parallel=cfg.parallel.sequence_parallel),
+        layer_stats=cfg.log.layer_stats,
+    )

@@ -1,7 +1,8 @@
-"""FSDP2: weights, gradients and moments are split over the data-parallel ranks."""
+"""FSDP2: weights, gradients and moments are split over ranks; HSDP: over those of each of several copies."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -10,28 +11,50 @@ from torch.distributed.tensor import DTensor
 
 from lmscale.config.sections import EngineConfig, OptimConfig
 from lmscale.dist.mesh import Mesh
-from lmscale.engine.native import NativeEngine, Owned
-from lmscale.parallel.shard import ShardPolicy, shard
+from lmscale.engine.layout import Layout
+from lmscale.engine.native import NativeEngine
+from lmscale.parallel.shard import ShardPolicy, rows_before, shard
 
 
 class FsdpEngine(NativeEngine):
     """See Engine. bf16: gathered weights are bf16, shards, gradients and moments fp32."""
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh, *, engine: EngineConfig, optim: OptimConfig
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        *,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        layout: Layout,
+        layer_stats: bool,
     ) -> None:
-        compute = torch.bfloat16 if engine.precision == "bf16" else None
-        self._root = shard(model, mesh, ShardPolicy(compute, engine.reshard_after_forward))
+        policy = ShardPolicy(
+            compute=torch.bfloat16 if engine.precision == "bf16" else None,
+            reshard_after_forward=engine.reshard_after_forward,
+            offload=engine.offload == "all",
+        )
+        self._root = shard(model, mesh, policy)
         # Its hooks stand around `forward` only; without them logits would meet the root's shards.
         register_fsdp_forward_method(model, "logits")
-        super().__init__(model, model, mesh, optim)
+        super().__init__(model, model, mesh, optim, layout, layer_stats=layer_stats)
 
-    _copies = 1
+    @property
+    def _copies(self) -> int:
+        return self._mesh.replicate_size
+
+    @property
+    def _part(self) -> str:
+        return f"shard {self._mesh.shard_rank}/{self._mesh.shard_size}"
+
+    def _prepare_gradients(self, micro_batches: int) -> None:
+        pass
 
     @contextmanager
-    def _micro_step(self, *, reduce: bool) -> Iterator[None]:
-        # Until the last micro-batch gradients add up unreduced, in fp32: one reduction a step.
-        self._root.set_requires_gradient_sync(reduce)
+    def _micro_step(self, *, last: bool) -> Iterator[None]:
+        # Every backward reduces over the shard axis, so that a rank never keeps the gradient of more
+        # than its shard; the copies of HSDP are added up once a step.
+        self._root.set_requires_all_reduce(last)
         yield
 
     def _local(self, tensor: Tensor) -> Tensor:
@@ -39,17 +62,9 @@ class FsdpEngine(NativeEngine):
         with torch.no_grad():
             return tensor.to_local().requires_grad_(tensor.requires_grad)
 
-    def _global(self, owned: Owned, moment: Tensor) -> Tensor:
-        parameter = owned.parameter
-        assert isinstance(parameter, DTensor)
-        return DTensor.from_local(
-            moment,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,  # explicit: shards may be uneven
-            stride=parameter.stride(),
-        )
+    def _offset(self, parameter: Tensor) -> int:
+        rows, *row = parameter.shape
+        return rows_before(rows, self._mesh) * prod(row)
 
     def _drop_gathered(self) -> None:
         # The root stays gathered after a forward without a backward; a load would not reach it.

@@ -1,9 +1,9 @@
 """The step of an engine whose gradients torch reduces and whose optimizer is torch's own: FSDP2 and DDP."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,8 @@ from lmscale.batch import Batch, Sums
 from lmscale.config.sections import OptimConfig
 from lmscale.dist.mesh import Mesh
 from lmscale.engine import account, adam
-from lmscale.engine.protocol import StepResult
+from lmscale.engine.layout import Layout, part_of
+from lmscale.engine.protocol import StepResult, Weight
 from lmscale.optim.build import build_adamw, parameter_groups
 
 
@@ -29,19 +30,35 @@ class Owned:
 class NativeEngine(ABC):
     """See Engine. The optimizer works on local tensors: no DTensor is dispatched in a step."""
 
+    loss_scale: float | None = None
+
     def __init__(
-        self, model: nn.Module, forward: Callable[..., Any], mesh: Mesh, optim: OptimConfig
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        mesh: Mesh,
+        optim: OptimConfig,
+        layout: Layout,
+        *,
+        layer_stats: bool,
     ) -> None:
         """`forward` is what a training forward goes through: the model, or a wrapper around it."""
         self._model = model
         self._forward = forward
         self._mesh = mesh
+        self._layout = layout
         self._clip = optim.clip
         self._owned = [
             Owned(name, parameter, self._local(parameter))
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         ]
+        self._home = self._owned[0].local.device  # where the optimizer works
+        self._partial = [owned for owned in self._owned if layout.partial(owned.name)]
+        self.parts: tuple[str, ...] = ()
+        if layer_stats:
+            self.parts = tuple(dict.fromkeys(part_of(owned.name) for owned in self._owned))
+        self._counted = self._count_together()
         groups = parameter_groups(
             ((owned.name, owned.local) for owned in self._owned), optim.weight_decay
         )
@@ -51,10 +68,11 @@ class NativeEngine(ABC):
     def step(self, micro_batches: Sequence[Batch[Tensor]], *, lr: float) -> StepResult:
         """One optimizer step; see Engine."""
         weight = account.count_targets(micro_batches, self._mesh)
-        scale = self._mesh.dp_size / weight  # both reductions average over dp
+        scale = self._mesh.dp_size / weight  # every reduction averages over dp
+        self._prepare_gradients(len(micro_batches))
         losses = []
         for index, batch in enumerate(micro_batches):
-            with self._micro_step(reduce=index == len(micro_batches) - 1):
+            with self._micro_step(last=index == len(micro_batches) - 1):
                 sums: Sums[Tensor] = self._forward(batch)
                 (sums.loss * scale.to(sums.loss.dtype)).backward()
             losses.append(sums.loss.detach())
@@ -73,14 +91,24 @@ class NativeEngine(ABC):
         """Live views under neutral names; see Engine."""
         if loading:
             self._drop_gathered()
-        found = {f"model.{name}": value.detach() for name, value in self._model.named_parameters()}
+        found = {
+            f"model.{name}": self._shown(name, parameter, self._local(parameter))
+            for name, parameter in self._model.named_parameters()
+        }
         for owned in self._owned:
             moments = self._adam.state[owned.local]
             for key in adam.MOMENTS:
-                found[f"optim.{key}.{owned.name}"] = self._global(owned, moments[key])
+                shown = self._shown(owned.name, owned.parameter, moments[key])
+                found[f"optim.{key}.{owned.name}"] = shown
         return found
 
-    def loaded(self, *, optim_step: int) -> None:
+    def weights(self) -> Iterator[Weight]:
+        """What this rank stores; see Engine."""
+        for name, parameter in self._model.named_parameters():
+            piece = self._layout.piece(name, self._part)
+            yield Weight(name, piece, self._local(parameter).detach())
+
+    def loaded(self, *, optim_step: int, loss_scale: float | None = None) -> None:
         """Finish a load; see Engine."""
         adam.set_count(self._adam, optim_step)
 
@@ -93,42 +121,90 @@ class NativeEngine(ABC):
         for owned in self._owned:
             gradient = owned.parameter.grad
             owned.local.grad = None if gradient is None else self._local(gradient)
-        gradients = [owned.local.grad for owned in self._owned if owned.local.grad is not None]
-        squares = account.sum_of_squares(gradients, weight.device) / self._copies
+        account.sum_partial(_gradients(self._partial), self._mesh)
+        squares = self._squares().to(weight.device)
         result = account.close(losses, weight, squares, self._mesh)
-        account.clip(gradients, result, self._clip)
+        # With offload the gradients are on another device than the losses: only then this waits.
+        at_home = replace(result, grad_norm=result.grad_norm.to(self._home))
+        account.clip(_gradients(self._owned), at_home, self._clip)
         adam.prepare(self._adam, lr=lr, applied=result.applied)
         self._adam.step()
-        for owned in self._owned:
-            owned.local.grad = owned.parameter.grad = None
+        self._release_gradients()
         return result
+
+    def _squares(self) -> Tensor:
+        """This rank's share of the squared norm: of each part with log.layer_stats, else of all."""
+        found = [
+            torch.stack(
+                [
+                    account.sum_of_squares(_gradients(owned), self._home) / copies
+                    for copies, owned in counted.items()
+                ]
+            ).sum()
+            for counted in self._counted
+        ]
+        return torch.stack(found) if self.parts else found[0]
+
+    def _count_together(self) -> list[dict[int, list[Owned]]]:
+        """For each part (without log.layer_stats there is one): parameters by ranks that hold the same of them."""
+        found: dict[str, dict[int, list[Owned]]] = {}
+        for owned in self._owned:
+            part = part_of(owned.name) if self.parts else ""
+            copies = self._copies * self._layout.tp_copies(owned.name)
+            found.setdefault(part, {}).setdefault(copies, []).append(owned)
+        return list(found.values())
+
+    def _shown(self, name: str, parameter: Tensor, local: Tensor) -> Tensor:
+        """For checkpoints: this rank's part of the parameter, or of a moment of it."""
+        flat = local.detach().view(-1)
+        return self._layout.fragment(
+            name, flat, start=self._offset(parameter), shape=parameter.shape
+        )
 
     def _look(self, method: Callable[..., Any], batch: Batch[Tensor]) -> Any:
         self._model.eval()
         try:
-            with torch.no_grad(), self._micro_step(reduce=False):
+            with torch.no_grad(), self._micro_step(last=False):
                 return method(batch)
         finally:
             self._model.train()
             self._drop_gathered()
 
+    def _release_gradients(self) -> None:
+        """After the update: the gradients are of no more use."""
+        for owned in self._owned:
+            owned.local.grad = owned.parameter.grad = None
+
     @property
     @abstractmethod
     def _copies(self) -> int:
-        """Ranks that hold the same gradient, and so count it together once."""
+        """Data-parallel ranks that hold the same gradient, and so count it together once."""
+
+    @property
+    @abstractmethod
+    def _part(self) -> str:
+        """Which part of a parameter the data-parallel cut gives this rank; empty: all of it."""
 
     @abstractmethod
-    def _micro_step(self, *, reduce: bool) -> AbstractContextManager[Any]:
-        """Around a forward and its backward; only with `reduce` gradients are reduced over the ranks."""
+    def _prepare_gradients(self, micro_batches: int) -> None:
+        """Before the first forward of a step."""
+
+    @abstractmethod
+    def _micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Around a forward and its backward. `last` of a step: after it the gradient is everyone's."""
 
     @abstractmethod
     def _local(self, tensor: Tensor) -> Tensor:
         """What this rank holds of a parameter or gradient, in the same memory."""
 
     @abstractmethod
-    def _global(self, owned: Owned, moment: Tensor) -> Tensor:
-        """The moment under the parameter's global shape."""
+    def _offset(self, parameter: Tensor) -> int:
+        """Where the local part begins in the flattened parameter of this tp rank."""
 
     @abstractmethod
     def _drop_gathered(self) -> None:
         """Forget weights gathered in a forward: what they were gathered from is about to change."""
+
+
+def _gradients(owned: Sequence[Owned]) -> list[Tensor]:
+    return [one.local.grad for one in owned if one.local.grad is not None]

@@ -1,8 +1,8 @@
 """What the engines have in common, and nothing more: the trainer owns time, the engine owns the step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,6 +20,15 @@ class StepResult:
     weight: Tensor  # float64: weight of all targets of the step
     grad_norm: Tensor  # float64: of the whole gradient, before clipping
     applied: Tensor  # bool: False when the gradient was not finite and nothing was updated
+    norms: Tensor | None = None  # with log.layer_stats: grad_norm of each of Engine.parts, float64
+
+
+class Weight(NamedTuple):
+    """A piece of a parameter as this rank computes with it, between two steps."""
+
+    name: str
+    piece: str  # ranks that hold the same piece of the same parameter must hold the same bits
+    tensor: Tensor
 
 
 class Engine(Protocol):
@@ -49,9 +58,23 @@ class Engine(Protocol):
         whatever is gathered from them must be dropped.
         """
 
-    def loaded(self, *, optim_step: int) -> None:
-        """Finish a load into `state(loading=True)`: that many updates led to what was loaded."""
+    def loaded(self, *, optim_step: int, loss_scale: float | None = None) -> None:
+        """Finish a load into `state(loading=True)`: that many updates led to what was loaded.
+
+        loss_scale: of the run that saved, where it had one; engines without one ignore it.
+        """
 
     @property
     def optim_step(self) -> int:
         """Updates applied so far. Waits for the device."""
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What fp16 multiplies its loss with now; None in other precisions. Waits for the device."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the model that StepResult.norms has a number for, in its order (layout.part_of)."""
+
+    def weights(self) -> Iterator[Weight]:
+        """Every piece of a parameter that this rank holds, to be compared with other ranks' copies of it."""

@@ -1,73 +1,91 @@
-"""DeepSpeed ZeRO-2: gradients, masters and moments are split over the ranks, weights are whole on each.
+"""DeepSpeed's ZeRO, stages 0 to 3.
 
-The one file that imports deepspeed. DeepSpeed reduces and partitions; counting, norm, clipping and the
-decision to skip a step are ours, as for the other engines. Names that are private to DeepSpeed are
-read here only: averaged_gradients, single_partition_of_fp32_groups and _hp_mapping.
+DeepSpeed reduces, partitions and gathers; counting, norm, clipping, the loss scale and the decision to skip
+a step are ours, as for the other engines. Only the files zero*.py know DeepSpeed; each names at its head what
+it reads that is private. Pinned, because no release promises any of it.
 """
 
-import logging
-import os
-import warnings
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lmscale.batch import Batch, Sums
-from lmscale.checkpoint.fragment import Fragment
 from lmscale.config.sections import EngineConfig, OptimConfig
 from lmscale.dist.mesh import Mesh
 from lmscale.engine import account, adam
-from lmscale.engine.protocol import StepResult
-from lmscale.engine.zero_dict import zero_dict
+from lmscale.engine.layout import Layout, part_of
+from lmscale.engine.loss_scale import LossScale
+from lmscale.engine.protocol import StepResult, Weight
+from lmscale.engine.zero_gathered import GatheredParts
+from lmscale.engine.zero_parts import Parts
+from lmscale.engine.zero_split import Bf16SplitParts, SplitParts
+from lmscale.engine.zero_start import start_deepspeed
+from lmscale.engine.zero_whole import WholeParts
 from lmscale.optim.build import build_adamw, parameter_groups
+from lmscale.parallel.lowered import Lowered
+
+_LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ZeroEngine:
-    """See Engine. bf16: weights and backward are bf16; reduction, accumulation, masters, moments fp32."""
+    """See Engine. bf16, fp16: weights and backward are low; reduction, accumulation, masters, moments fp32."""
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh, *, engine: EngineConfig, optim: OptimConfig
+        self,
+        model: nn.Module,
+        mesh: Mesh,
+        *,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        layout: Layout | None = None,
+        layer_stats: bool = False,
     ) -> None:
         # DeepSpeed would turn them to bf16 with the weights, and positions would lose their precision.
         assert not any(buffer.is_floating_point() for buffer in model.buffers())
         self._model = model
         self._mesh = mesh
+        self._layout = layout or Layout(mesh, sequence_parallel=False)
         self._clip = optim.clip
-        self._trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        masters = [parameter.detach().clone() for _, parameter in self._trainable]
-        groups = parameter_groups(iter(self._trainable), optim.weight_decay)
+        low = _LOW.get(engine.precision)
+        self._lowered: Callable[[], Any] = nullcontext
+        if low is not None and engine.zero_stage == 0:
+            self._lowered = Lowered(model, low)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        groups = parameter_groups(iter(named), optim.weight_decay)
         self._adam = build_adamw(groups, optim, fused=True)
-        self._engine = _initialize(model, self._adam, mesh, engine)
-        self._zero = self._engine.optimizer
-        adam.materialise(self._adam)
-        self._restore_masters(masters)
+        exact = None
+        if low is not None and engine.zero_stage:
+            # DeepSpeed takes its fp32 masters from weights that it has just rounded.
+            exact = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._wrapper = start_deepspeed(model, self._adam, mesh, engine)
+        self._parts = _parts_of(self._wrapper, model, mesh, engine, exact)
+        with self._parts.listed():
+            adam.materialise(self._adam)
+        self._scale = LossScale(self._wrapper.device) if engine.precision == "fp16" else None
+        self._counted = self._count_together(layer_stats)
+        self.parts = tuple(self._counted) if layer_stats else ()
 
     def step(self, micro_batches: Sequence[Batch[Tensor]], *, lr: float) -> StepResult:
         """One optimizer step; see Engine."""
         weight = account.count_targets(micro_batches, self._mesh)
         scale = self._mesh.dp_size / weight  # DeepSpeed averages over dp
+        if self._scale is not None:
+            scale = scale * self._scale.scale
         losses = []
         for index, batch in enumerate(micro_batches):
-            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            sums: Sums[Tensor] = self._engine(batch)
-            scaled = sums.loss * scale.to(sums.loss.dtype)
-            self._engine.backward(scaled, scale_wrt_gas=False)
+            self._wrapper.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            with self._lowered():
+                sums: Sums[Tensor] = self._wrapper(batch)
+                scaled = sums.loss * scale.to(sums.loss.dtype)
+                self._wrapper.backward(scaled, scale_wrt_gas=False)
             losses.append(sums.loss.detach())
+        self._parts.reduce()
         with torch.no_grad():
-            gradients = [
-                gradient
-                for group in self._zero.averaged_gradients.values()
-                for gradient in group  # slices of this rank's partition, and its zero padding
-            ]
-            squares = account.sum_of_squares(gradients, weight.device)
-            result = account.close(losses, weight, squares, self._mesh)
-            account.clip(gradients, result, self._clip)
-        adam.prepare(self._adam, lr=lr, applied=result.applied)
-        self._engine.step()
-        return result
+            return self._update(losses, weight, lr=lr)
 
     def evaluate(self, batch: Batch[Tensor]) -> Sums[Tensor]:
         """This rank's sums; see Engine."""
@@ -79,131 +97,110 @@ class ZeroEngine:
 
     def state(self, loading: bool = False) -> dict[str, Tensor]:
         """Live views under neutral names; see Engine."""
-        del loading  # weights are gathered after a load, in `loaded`
-        found = {
-            f"model.{name}": parameter.detach()
-            for name, parameter in self._model.named_parameters()
-            if not parameter.requires_grad
-        }
-        for name, parameter in self._trainable:
-            found[f"model.{name}"] = self._fragment(parameter, lambda flat: flat.detach())
+        del loading  # what is gathered is gathered anew in `loaded`
+        found = {}
+        for part in (*self._parts.trainable, *self._parts.frozen):
+            found[f"model.{part.name}"] = self._layout.fragment(
+                part.name, part.of(part.flat), start=part.start, shape=part.shape
+            )
+        for part in self._parts.trainable:
+            moments = self._adam.state[part.flat]
             for key in adam.MOMENTS:
-                found[f"optim.{key}.{name}"] = self._fragment(parameter, self._moment_of(key))
+                found[f"optim.{key}.{part.name}"] = self._layout.fragment(
+                    part.name, part.of(moments[key]), start=part.start, shape=part.shape
+                )
         return found
 
-    def loaded(self, *, optim_step: int) -> None:
+    def weights(self) -> Iterator[Weight]:
+        """What this rank computes with, gathered or not; see Engine."""
+        for name, parameter in self._model.named_parameters():
+            held, _ = self._parts.held(parameter)
+            yield Weight(name, self._layout.piece(name, self._parts.cut), held)
+
+    def loaded(self, *, optim_step: int, loss_scale: float | None = None) -> None:
         """Finish a load; see Engine."""
-        adam.set_count(self._adam, optim_step)
-        self._zero.update_lp_params()
+        with self._parts.listed(), torch.no_grad():
+            adam.set_count(self._adam, optim_step)
+        with torch.no_grad():
+            self._parts.refresh()
+        if self._scale is not None and loss_scale is not None:
+            self._scale.resume(loss_scale)
 
     @property
     def optim_step(self) -> int:
         """Updates applied so far."""
-        return adam.count(self._adam)
+        with self._parts.listed():
+            return adam.count(self._adam)
+
+    @property
+    def loss_scale(self) -> float | None:
+        """See Engine."""
+        return None if self._scale is None else self._scale.scale.item()
+
+    def _update(self, losses: list[Tensor], weight: Tensor, *, lr: float) -> StepResult:
+        gradients = self._parts.gradients()
+        if self._scale is not None:
+            self._scale.unscale(gradients)
+        named = zip(self._parts.trainable, gradients, strict=True)
+        account.sum_partial([g for part, g in named if self._layout.partial(part.name)], self._mesh)
+        squares = self._squares(gradients).to(weight.device)
+        result = account.close(losses, weight, squares, self._mesh)
+        # With offload the gradients are on another device than the losses: only then this waits.
+        at_home = replace(result, grad_norm=result.grad_norm.to(self._parts.home))
+        account.clip(gradients, at_home, self._clip)
+        with self._parts.listed():
+            adam.prepare(self._adam, lr=lr, applied=result.applied)
+        self._parts.update()
+        if self._scale is not None:
+            self._scale.update(result.applied)
+        return result
+
+    def _squares(self, gradients: Sequence[Tensor]) -> Tensor:
+        """This rank's share of the squared norm: of each part with log.layer_stats, else of all."""
+        found = [
+            torch.stack(
+                [
+                    account.sum_of_squares([gradients[i] for i in places], self._parts.home)
+                    / copies
+                    for copies, places in counted.items()
+                ]
+            ).sum()
+            for counted in self._counted.values()
+        ]
+        return torch.stack(found) if self.parts else found[0]
+
+    def _count_together(self, layer_stats: bool) -> dict[str, dict[int, list[int]]]:
+        """Places of gradients, by part of the model (one without layer_stats) and ranks that hold the same."""
+        found: dict[str, dict[int, list[int]]] = {}
+        for place, part in enumerate(self._parts.trainable):
+            of = part_of(part.name) if layer_stats else ""
+            copies = self._parts.gradient_copies * self._layout.tp_copies(part.name)
+            found.setdefault(of, {}).setdefault(copies, []).append(place)
+        return found
 
     def _look(self, method: Callable[..., Any], batch: Batch[Tensor]) -> Any:
         self._model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._lowered():
                 return method(batch)
         finally:
             self._model.train()
-
-    def _moment_of(self, key: str) -> Callable[[Tensor], Tensor]:
-        return lambda flat: self._adam.state[flat][key]
-
-    def _fragment(self, parameter: nn.Parameter, pick: Callable[[Tensor], Tensor]) -> Tensor:
-        """This rank's part of a parameter, taken out of what `pick` finds for its flat group."""
-        mapping = _partition_of(parameter)
-        group = self._group_of[id(parameter)]
-        flat = pick(self._zero.single_partition_of_fp32_groups[group])
-        if mapping is None:
-            return Fragment(flat[:0], start=0, shape=parameter.shape)
-        here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return Fragment(flat.narrow(0, here.start, here.numel), there.start, parameter.shape)
-
-    @property
-    def _group_of(self) -> dict[int, int]:
-        return {
-            id(parameter): index
-            for index, group in enumerate(self._zero.bit16_groups)
-            for parameter in group
-        }
-
-    @torch.no_grad()
-    def _restore_masters(self, masters: Sequence[Tensor]) -> None:
-        """Undo a rounding: DeepSpeed takes its fp32 masters from weights that are bf16 by then."""
-        for (_, parameter), master in zip(self._trainable, masters, strict=True):
-            mapping = _partition_of(parameter)
-            if mapping is not None:
-                there = mapping.lp_fragment_address
-                mapping.hp_fragment.copy_(master.view(-1).narrow(0, there.start, there.numel))
+            self._parts.let_go()
 
 
-class _Groups:
-    """The groups DeepSpeed shall use, in the form of Megatron's mpu.
-
-    Always handed over: DeepSpeed keeps the last mpu in a global and would take up a stale one.
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._mesh = mesh
-
-    def get_data_parallel_group(self) -> Any:
-        return self._mesh.dp_group
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._mesh.dp_size
-
-    def get_data_parallel_rank(self) -> int:
-        return self._mesh.dp_rank
-
-    def get_model_parallel_group(self) -> Any:
-        return self._mesh.device_mesh["tp"].get_group()
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._mesh.tp_size
-
-    def get_model_parallel_rank(self) -> int:
-        return self._mesh.tp_rank
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-
-
-def _partition_of(parameter: nn.Parameter) -> Any:
-    """Where this rank's partition holds a part of the parameter; None where it holds nothing of it."""
-    return cast(Any, parameter)._hp_mapping
-
-
-def _initialize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, engine: EngineConfig
-) -> Any:
-    # It insists on the variable, also in a world of one that nobody launched.
-    os.environ.setdefault("LOCAL_RANK", str(mesh.world.local_rank))
-    parameters = list(model.parameters())
-    wrapper, *_ = _deepspeed(parameters[0].device).initialize(
-        model=model,
-        optimizer=optimizer,
-        config=zero_dict(engine, parameters=sum(parameter.numel() for parameter in parameters)),
-        mpu=_Groups(mesh),
-        dist_init_required=False,
-    )
-    return wrapper
-
-
-def _deepspeed(device: torch.device) -> ModuleType:
-    """DeepSpeed, told what it would otherwise find out with warnings, and kept from compiling kernels."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    # DeepSpeed 0.19 calls what torch 2.13 has renamed, once a step; a user can do nothing about it.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # A minute of compilation, for all-reduces within one host that gloo does as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
+def _parts_of(
+    wrapper: Any,
+    model: nn.Module,
+    mesh: Mesh,
+    engine: EngineConfig,
+    exact: dict[str, Tensor] | None,
+) -> Parts:
+    match engine.zero_stage:
+        case 0:
+            return WholeParts(wrapper, model, mesh)
+        case 3:
+            return GatheredParts(wrapper, model, mesh, exact)
+        case 1 if engine.precision == "bf16" and engine.offload == "none":
+            return Bf16SplitParts(wrapper, model, mesh, exact)
+        case _:
+            return SplitParts(wrapper, model, mesh, exact)

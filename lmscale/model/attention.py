@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from lmscale.batch import Stream
 from lmscale.model.architecture import Architecture
+from lmscale.model.dropout import Dropout
 from lmscale.model.rotary import Rotation
 
 # None: each row is one document, plain causal. Tensor: True where a query (row) may see a key
@@ -29,19 +30,33 @@ class Context:
     rotary angles must stay in fp32.
     """
 
-    def __init__(self, mask: Mask, rotation: Rotation | None):
+    def __init__(self, mask: Mask, rotation: Rotation | None, dropout: Dropout):
         self.mask = mask
         self.rotation = rotation
+        self.dropout = dropout
+        # One for each branch of a block: a block that is told which layer it is would be compiled for each.
+        self.drop_attention = self.drop_feed_forward = dropout
 
     @classmethod
-    def of(cls, stream: Stream[Tensor], arch: Architecture, dtype: torch.dtype) -> "Context":
+    def of(
+        cls, stream: Stream[Tensor], arch: Architecture, dtype: torch.dtype, dropout: Dropout
+    ) -> "Context":
         """Mask and angles of this batch, for a model that computes in `dtype`."""
         rotation = None
         if arch.positions == "rotary":
             rotation = Rotation(
                 stream.positions_BL, head_dim=arch.head_dim, theta=arch.rope_theta, dtype=dtype
             )
-        return cls(causal_mask(stream.documents_BL, arch.head_dim, dtype), rotation)
+        return cls(causal_mask(stream.documents_BL, arch.head_dim, dtype), rotation, dropout)
+
+    def at_layer(self, index: int) -> "Context":
+        """What the block of this index is given: the same, with dropout sites of its own."""
+        if not self.dropout.exact:
+            return self
+        context = Context(self.mask, self.rotation, self.dropout)
+        context.drop_attention = self.dropout.at(2 * index + 1)
+        context.drop_feed_forward = self.dropout.at(2 * index + 2)
+        return context
 
 
 def causal_mask(documents_BL: Tensor | None, head_dim: int, dtype: torch.dtype) -> Mask:

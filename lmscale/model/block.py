@@ -59,7 +59,6 @@ class Block(nn.Module):
     def __init__(self, arch: Architecture):
         super().__init__()
         self.post_norm = arch.norm_place == "post"
-        self.dropout = arch.dropout
         self.norm_attention = make_norm(arch)
         self.attention = Attention(arch)
         self.norm_feed_forward = make_norm(arch)
@@ -68,12 +67,11 @@ class Block(nn.Module):
     def forward(self, x_BLD: Tensor, context: Context) -> Tensor:
         """[B, L, D] -> [B, L, D]."""
         if self.post_norm:
-            x_BLD = self.norm_attention(x_BLD + self._drop(self.attention(x_BLD, context)))
-            return self.norm_feed_forward(x_BLD + self._drop(self.feed_forward(x_BLD)))
-        x_BLD = x_BLD + self._drop(self.attention(self.norm_attention(x_BLD), context))
-        return x_BLD + self._drop(self.feed_forward(self.norm_feed_forward(x_BLD)))
-
-    def _drop(self, branch_BLD: Tensor) -> Tensor:
-        if not self.dropout:
-            return branch_BLD
-        return F.dropout(branch_BLD, self.dropout, self.training)
+            branch_BLD = context.drop_attention(self.attention(x_BLD, context))
+            x_BLD = self.norm_attention(x_BLD + branch_BLD)
+            branch_BLD = context.drop_feed_forward(self.feed_forward(x_BLD))
+            return self.norm_feed_forward(x_BLD + branch_BLD)
+        branch_BLD = self.attention(self.norm_attention(x_BLD), context)
+        x_BLD = x_BLD + context.drop_attention(branch_BLD)
+        branch_BLD = self.feed_forward(self.norm_feed_forward(x_BLD))
+        return x_BLD + context.drop_feed_forward(branch_BLD)

@@ -11,6 +11,7 @@ from lmscale.batch import Batch, Stream, Sums
 from lmscale.model.architecture import Architecture
 from lmscale.model.attention import Context
 from lmscale.model.block import Block, make_norm
+from lmscale.model.dropout import Dropout
 from lmscale.model.loss import cross_entropy
 from lmscale.model.precision import at_least_fp32
 
@@ -21,22 +22,25 @@ class Stack(nn.Module):
     def __init__(self, arch: Architecture):
         super().__init__()
         self.arch = arch
+        # Which part of a row's tokens this rank holds between the regions of plan.py.
+        self.token_part = 0
         self.embedding = nn.Embedding(arch.padded_vocab, arch.width)
         if arch.positions == "learned":
             self.positions = nn.Embedding(arch.max_positions, arch.width)
         self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.layers))
         self.norm = make_norm(arch) if arch.norm_place == "pre" else nn.Identity()
 
-    def forward(self, stream: Stream[Tensor]) -> Tensor:
-        """Hidden states [B, L, D], ready for a head."""
+    def forward(self, stream: Stream[Tensor], rows_B: Tensor | None = None) -> Tensor:
+        """Hidden states [B, L, D], ready for a head. rows_B: global positions of the rows, for dropout."""
         x_BLD = self.embedding(stream.tokens_BL)
         if self.arch.positions == "learned":
             x_BLD = x_BLD + self.positions(stream.positions_BL)
-        if self.arch.dropout:
-            x_BLD = F.dropout(x_BLD, self.arch.dropout, self.training)
-        context = Context.of(stream, self.arch, x_BLD.dtype)
-        for block in self.blocks:
-            x_BLD = block(x_BLD, context)
+        rate = self.arch.dropout if self.training else 0.0
+        dropout = Dropout.of(x_BLD, rate, rows_B=rows_B, token_part=self.token_part)
+        context = Context.of(stream, self.arch, x_BLD.dtype, dropout)
+        x_BLD = dropout(x_BLD)
+        for index, block in enumerate(self.blocks):
+            x_BLD = block(x_BLD, context.at_layer(index))
         return self.norm(x_BLD)
 
 
@@ -86,14 +90,18 @@ class LanguageModel(nn.Module):
 
     def forward(self, batch: Batch[Tensor]) -> Sums[Tensor]:
         """Sum of the weighted losses of this micro-batch and the sum of its weights."""
-        return self.heads["lm"](self.decoder(batch.inputs), self.decoder.embedding.weight, batch)
+        hidden_BLD = self.decoder(batch.inputs, batch.rows_B)
+        return self.heads["lm"](hidden_BLD, self.decoder.embedding.weight, batch)
 
     def logits(self, batch: Batch[Tensor]) -> Tensor:
         """[B, L, V], cut to the real vocabulary; the logits at token t predict target t."""
         return self.next_logits(batch.inputs, slice(None))
 
     def next_logits(self, stream: Stream[Tensor], tokens: slice = slice(-1, None)) -> Tensor:
-        """Logits at some of the row's tokens only (default: the last), for generation."""
+        """Logits at some of the row's tokens only (default: the last), for generation.
+
+        All of them, where tokens are dealt out over ranks: it is the hidden states that are cut.
+        """
         head = self.heads["lm"]
         assert isinstance(head, LMHead)
         return head.logits(self.decoder(stream)[:, tokens], self.decoder.embedding.weight)

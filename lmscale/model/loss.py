@@ -3,6 +3,7 @@
 Shapes: T targets (all tokens of the batch), C tokens of one chunk, D model width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,17 +18,42 @@ _CHUNK_LOGITS = {"cpu": 1 << 22}
 _CHUNK_LOGITS_ACCELERATOR = 1 << 28
 _CHUNK_MIN_TOKENS = 128
 
+# (logits_CV, targets_C, weights_C) -> weighted nats of each token; turns the logits into their gradient.
+Nats = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def nats_then_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
+    """Weighted nats of each token; turns the logits into d(sum of nats)/d(logits), in place."""
+    rows_C = torch.arange(len(targets_C), device=targets_C.device)
+    target_logit_C = logits_CV[rows_C, targets_C]
+    largest_C = logits_CV.amax(1)
+    total_C = logits_CV.sub_(largest_C[:, None]).exp_().sum(1)
+    nats_C = total_C.log() + largest_C - target_logit_C
+    logits_CV.mul_((weights_C / total_C)[:, None])
+    logits_CV[rows_C, targets_C] -= weights_C
+    return nats_C * weights_C
+
 
 def cross_entropy(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, weights_T: Tensor
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    weights_T: Tensor,
+    *,
+    nats: Nats = nats_then_gradient,
+    chunk_vocab: int | None = None,
 ) -> Sums[Tensor]:
     """Sum over tokens of weight * nats, and the sum of weights, both in fp64.
 
     fp64 because these sums are added over micro-batches and ranks and must not depend on the split;
     it costs one scalar. A target whose weight is 0 may be any number.
+
+    nats: what turns a chunk's logits into nats and gradient, where weight_VD is a part of the vocabulary.
+    chunk_vocab: the logits a token to size chunks by; None: those that there are.
     """
     targets_T = targets_T.masked_fill(weights_T == 0, 0)
-    loss = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T)
+    size = _chunk_size(hidden_TD.device.type, chunk_vocab or len(weight_VD))
+    loss = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T, nats, size)
     return Sums(loss, weights_T.sum(dtype=torch.float64))
 
 
@@ -42,7 +68,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, weights_T: Tensor
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        targets_T: Tensor,
+        weights_T: Tensor,
+        nats: Nats,
+        size: int,
     ) -> Tensor:
         compute = _compute_dtype(hidden_TD)
         hidden_TD, weight_VD = hidden_TD.to(compute), weight_VD.to(compute)
@@ -52,13 +84,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Accumulated over chunks, so in fp32 where the products are bf16.
         grad_VD = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
-        for chunk in _chunks(hidden_TD, weight_VD):
+        for start in range(0, len(hidden_TD), size):
+            chunk = slice(start, start + size)
             hidden_CD = hidden_TD[chunk]
             logits_CV = F.linear(hidden_CD, weight_VD).to(wide)
             weights_C = weights_T[chunk].to(wide)
-            loss += (_nats_then_gradient(logits_CV, targets_T[chunk], weights_C)).sum(
-                dtype=torch.float64
-            )
+            loss += nats(logits_CV, targets_T[chunk], weights_C).sum(dtype=torch.float64)
             grad_CV = logits_CV.to(compute)
             if grad_TD is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_TD[chunk])
@@ -77,21 +108,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if grad_TD is None else grad_TD * scale,
             None if grad_VD is None else grad_VD * scale,
-            None,
-            None,
+            *(None,) * 4,
         )
-
-
-def _nats_then_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
-    """Weighted nats of each token; turns the logits into d(sum of nats)/d(logits), in place."""
-    rows_C = torch.arange(len(targets_C), device=targets_C.device)
-    target_logit_C = logits_CV[rows_C, targets_C]
-    largest_C = logits_CV.amax(1)
-    total_C = logits_CV.sub_(largest_C[:, None]).exp_().sum(1)
-    nats_C = total_C.log() + largest_C - target_logit_C
-    logits_CV.mul_((weights_C / total_C)[:, None])
-    logits_CV[rows_C, targets_C] -= weights_C
-    return nats_C * weights_C
 
 
 def _compute_dtype(hidden_TD: Tensor) -> torch.dtype:
@@ -101,8 +119,7 @@ def _compute_dtype(hidden_TD: Tensor) -> torch.dtype:
     return hidden_TD.dtype
 
 
-def _chunks(hidden_TD: Tensor, weight_VD: Tensor) -> list[slice]:
-    tokens, vocab = len(hidden_TD), len(weight_VD)
-    logits = _CHUNK_LOGITS.get(hidden_TD.device.type, _CHUNK_LOGITS_ACCELERATOR)
-    size = max(_CHUNK_MIN_TOKENS, logits // vocab)
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+def _chunk_size(device_type: str, vocab: int) -> int:
+    """Tokens of a chunk."""
+    logits = _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS_ACCELERATOR)
+    return max(_CHUNK_MIN_TOKENS, logits // vocab)

@@ -1,78 +1,37 @@
 """The passes over a built model, in the only order that composes.
 
-Activation checkpointing goes inside compilation, so that the compiler sees what is saved and what is
-recomputed. Sharding comes last and is the engine's (shard.py), so that one all-gather serves one block.
-Splitting tensors over the tp axis will come first.
+Tensors are split first, because everything after it works on what this rank holds. Activation checkpointing
+goes inside compilation, so that the compiler sees what is saved and what is recomputed. Sharding comes last
+and is the engine's (shard.py), so that one all-gather serves one block.
 """
-
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from lmscale.config.sections import EngineConfig
+from lmscale.config.sections import EngineConfig, ParallelConfig
 from lmscale.dist.mesh import Mesh
+from lmscale.parallel.compiled import compile_blocks
+from lmscale.parallel.recompute import checkpoint_activations
+from lmscale.parallel.tensor import split_tensors
+
+_COMPUTE = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
 
 
-def parallelize(model: nn.Module, mesh: Mesh, *, engine: EngineConfig) -> None:
-    """Apply what `engine` asks for, in place. Parameters keep their names and their identity.
+def parallelize(
+    model: nn.Module, mesh: Mesh, *, engine: EngineConfig, parallel: ParallelConfig
+) -> None:
+    """Apply what the run file asks for, in place. Parameters keep their names.
 
-    `mesh` is where tensors will be split; the passes of today do not look at it.
+    Raises ConfigError where activation_checkpointing asks for less memory than any mode needs.
     """
-    del mesh
-    checkpoint_activations(model, engine.activation_checkpointing)
+    if mesh.tp_size > 1:
+        split_tensors(model, mesh, sequence_parallel=parallel.sequence_parallel)
+    compute = _COMPUTE[engine.precision]
+    checkpoint_activations(model, engine.activation_checkpointing, compute=compute)
     if engine.compile:
         compile_blocks(model)
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The units of activation checkpointing, compilation and sharding, in the order of the forward."""
-    decoder = model.get_submodule("decoder")
-    return list(decoder.get_submodule("blocks").children())
-
-
-def checkpoint_activations(model: nn.Module, mode: str) -> None:
-    """Keep only the inputs of blocks and run their forward again in the backward.
-
-    mode: none, full, or every:N (the blocks 0, N, 2N, ...).
-    """
-    every = _every(mode)
-    for index, block in enumerate(blocks(model)):
-        if every and index % every == 0:
-            _set_forward(block, _checkpointed(block.forward))
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile each block on its own: equal blocks share the compiled code, so it is done once.
-
-    Only `forward` is compiled, not the hooks around it: FSDP's gathers stay outside the graph.
-    """
-    for block in blocks(model):
-        _set_forward(block, torch.compile(block.forward, dynamic=False))
-
-
-def _every(mode: str) -> int:
-    match mode.split(":"):
-        case ["none"]:
-            return 0
-        case ["full"]:
-            return 1
-        case ["every", count]:
-            return int(count)
-    raise AssertionError(f"activation_checkpointing {mode!r} passed the config check")
-
-
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(forward)
-    def run(*args: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False)
-
-    return run
-
-
-def _set_forward(block: nn.Module, forward: Callable[..., Any]) -> None:
-    # On the instance, where a wrapping module would put a prefix before every parameter's name.
-    block.forward = forward

@@ -1,13 +1,21 @@
 """Split a model's parameters over the data-parallel ranks with FSDP2."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from lmscale.dist.mesh import Mesh
-from lmscale.parallel.passes import blocks
+from lmscale.parallel.blocks import blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +24,15 @@ class ShardPolicy:
 
     compute: torch.dtype | None = None  # of gathered weights; None: as they are stored
     reshard_after_forward: bool = True  # free a block's weights between its forward and backward
+    offload: bool = False  # shards and their gradients are in the host's memory
 
 
 def shard(model: nn.Module, mesh: Mesh, policy: ShardPolicy) -> FSDPModule:
     """Shard each block, then what is left (embedding, last norm, head) as one group. In place.
 
-    Tied weights must share a group, and embedding and head are both in the last one. It stays gathered
-    from forward to backward: the backward begins with it.
+    Over the shard axis; with replicas (HSDP) each of them is sharded alike. Tied weights must share a
+    group, and embedding and head are both in the last one. It stays gathered from forward to backward:
+    the backward begins with it.
 
     A block's inputs are not cast: activations are in the compute type already, and what else travels
     with them (rotary angles) must keep its own precision.
@@ -32,12 +42,38 @@ def shard(model: nn.Module, mesh: Mesh, policy: ShardPolicy) -> FSDPModule:
         mixed = MixedPrecisionPolicy(
             param_dtype=policy.compute, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    axis = mesh.device_mesh["shard"]
-    for block in blocks(model):
+    on_cuda = next(model.parameters()).device.type == "cuda"
+    # Pinned memory needs an accelerator; without one nothing is copied anyway.
+    offload = CPUOffloadPolicy(pin_memory=on_cuda) if policy.offload else OffloadPolicy()
+    replicated = mesh.replicate_size > 1
+    axes = mesh.device_mesh["replicate", "shard"] if replicated else mesh.device_mesh["shard"]
+    groups = [
         fully_shard(
             block,
-            mesh=axis,
+            mesh=axes,
             mp_policy=mixed,
             reshard_after_forward=policy.reshard_after_forward,
+            offload_policy=offload,
         )
-    return fully_shard(model, mesh=axis, mp_policy=mixed, reshard_after_forward=False)
+        for block in blocks(model)
+    ]
+    root = fully_shard(
+        model, mesh=axes, mp_policy=mixed, reshard_after_forward=False, offload_policy=offload
+    )
+    if on_cuda:
+        _gather_ahead([root, *groups])
+    return root
+
+
+def rows_before(rows: int, mesh: Mesh) -> int:
+    """Of a parameter's rows, how many are on earlier ranks of the shard axis: FSDP2 deals as torch.chunk does."""
+    return min(rows, mesh.shard_rank * -(-rows // mesh.shard_size))
+
+
+def _gather_ahead(groups: Sequence[FSDPModule]) -> None:
+    """Ask for the next block's weights before this one's forward is queued, not after: the host may be slow.
+
+    In the backward FSDP2 does so by itself, in the reverse order of the forward.
+    """
+    for group, following in pairwise(groups):
+        group.set_modules_to_forward_prefetch([following])

@@ -172,7 +172,8 @@ class Attempt:
             raise
         except CheckpointError as error:
             return error
-        engine.loaded(optim_step=int(source.body["state"]["train"]["updates"]))
+        state = source.body["state"]
+        engine.loaded(optim_step=int(state["train"]["updates"]), loss_scale=state.get("loss_scale"))
         return None
 
     def _settle(self, source: Source | None) -> str:

@@ -1,4 +1,4 @@
-"""TensorBoard: the lines of metrics.jsonl and eval.jsonl as scalars."""
+"""TensorBoard: the lines of metrics.jsonl, eval.jsonl and layers.jsonl as scalars."""
 
 import logging
 import math
@@ -49,6 +49,12 @@ class TensorBoard:
         """One object of eval.jsonl; each corpus gets its own chart of each metric."""
         corpus = str(line["corpus"]).strip("/") or "corpus"
         self._scalar(f"eval/{line['metric']}/{corpus}", line.get("value"), line["step"])
+
+    def layers(self, line: Mapping[str, Any]) -> None:
+        """One object of layers.jsonl; each part of the model gets its own charts."""
+        for kind in ("grad_norm", "weight_norm"):
+            for part, value in line[kind].items():
+                self._scalar(f"layers/{kind}/{part}", value, line["step"])
 
     def flush(self) -> None:
         """Hand all that is queued to the file system; a process that is killed loses the rest."""

@@ -29,8 +29,11 @@ def placement_facts(rank: Rank) -> dict[str, Any]:
     return {
         "world_size": mesh.world.size,
         "engine": cfg.engine.kind,
-        "shard": mesh.dp_size if cfg.engine.kind == "fsdp" else 1,
+        "zero_stage": cfg.engine.zero_stage if cfg.engine.kind == "deepspeed" else None,
+        "replicate": mesh.replicate_size if cfg.engine.kind == "fsdp" else mesh.dp_size,
+        "shard": mesh.shard_size if cfg.engine.kind == "fsdp" else 1,
         "tp": mesh.tp_size,
+        "sequence_parallel": cfg.parallel.sequence_parallel,
         "micro_batch": cfg.train.micro_batch,
     }
 

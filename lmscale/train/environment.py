@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 import lmscale
+from lmscale.config.run import RunConfig
+from lmscale.dist.mesh import Mesh
 from lmscale.world import World
 
 # Dense peaks in FLOP/s by the makers' data sheets: (bf16 tensor cores, fp32 with TF32 off).
@@ -84,6 +86,22 @@ def environment(world: World, device: torch.device, *, engine: str, peak: Peak) 
     if device.type == "cuda":
         facts["CUDA"] = torch.version.cuda
     return facts
+
+
+def layout(cfg: RunConfig, mesh: Mesh) -> str:
+    """How the ranks share the work, in words."""
+    match cfg.engine.kind:
+        case "fsdp":
+            words = f"replicate {mesh.replicate_size} x shard {mesh.shard_size}"
+        case "deepspeed":
+            words = f"ZeRO stage {cfg.engine.zero_stage} over {mesh.dp_size}"
+        case _:
+            words = f"replicate {mesh.dp_size}"
+    if mesh.tp_size > 1:
+        words += f" x tp {mesh.tp_size}"
+    if cfg.parallel.sequence_parallel:
+        words += ", sequence parallel"
+    return words if cfg.engine.offload == "none" else f"{words}, offload {cfg.engine.offload}"
 
 
 def provenance(cfg: Mapping[str, Any], world: World) -> dict[str, Any]:

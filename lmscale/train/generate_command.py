@@ -32,7 +32,7 @@ def main(argv: list[str]) -> ExitCode:
     tokenizer = run_tokenizer(trained.cfg)
     check_tokenizer(trained, tokenizer.fingerprint)
     prompt = _prompt(args, tokenizer)
-    from lmscale.train.assemble import load_model
+    from lmscale.train.use import load_model
 
     model = load_model(trained.cfg, trained.path, vocab_size=tokenizer.vocab_size)
     from lmscale.model.generate import generate

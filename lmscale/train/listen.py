@@ -23,6 +23,7 @@ class Listeners:
 
     recorded: list[Callable[[Line], object]] = field(default_factory=list)
     evaluated: list[Callable[[Line], object]] = field(default_factory=list)
+    layers: list[Callable[[Line], object]] = field(default_factory=list)  # log.layer_stats
     saved: list[Callable[[int], None]] = field(
         default_factory=list
     )  # the step of a checkpoint that stands
@@ -41,11 +42,13 @@ def open_listeners(rank: Rank, *, total_steps: int, from_step: int) -> Iterator[
             ears.files += [metrics, scores]
             ears.recorded.append(metrics.append)
             ears.evaluated.append(scores.append)
+            _open_layers(rank, ears, stack, from_step=from_step)
             if "tensorboard" in rank.cfg.log.trackers:
                 board = TensorBoard(rank.folder.tensorboard, from_step=from_step)
                 stack.enter_context(board)
                 ears.recorded.append(board.step)
                 ears.evaluated.append(board.evaluation)
+                ears.layers.append(board.layers)
             line = Progress(
                 sys.stderr,
                 total_steps,
@@ -59,6 +62,16 @@ def open_listeners(rank: Rank, *, total_steps: int, from_step: int) -> Iterator[
 def cut_after(path: Path, step: int) -> LineFile:
     """Open a file of lines without those after `step`: an older attempt wrote them, and may still do."""
     return LineFile.cut(path, lambda line: line["step"] <= step)
+
+
+def _open_layers(rank: Rank, ears: Listeners, stack: ExitStack, *, from_step: int) -> None:
+    """Lines of an older attempt are cut even where this one writes none."""
+    path, wanted = rank.folder.path / "layers.jsonl", rank.cfg.log.layer_stats
+    if wanted or path.exists():
+        file = stack.enter_context(cut_after(path, from_step))
+        if wanted:
+            ears.files.append(file)
+            ears.layers.append(file.append)
 
 
 def _show_progress(ears: Listeners, stack: ExitStack, progress: Progress) -> None:

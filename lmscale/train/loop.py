@@ -21,11 +21,14 @@ from lmscale.errors import ExitCode
 from lmscale.optim.schedule import lr_at
 from lmscale.run.lines import LineFile
 from lmscale.train.evaluate import Validation
+from lmscale.train.layers import LayerStats
 from lmscale.train.listen import Listeners
 from lmscale.train.profile import Profile
 from lmscale.train.rank import Rank
 from lmscale.train.record import Line, Recorder
+from lmscale.train.replicas import Replicas
 from lmscale.train.save import Saver
+from lmscale.train.scale import LossScale
 from lmscale.train.signals import StopRequest
 from lmscale.train.state import TrainState
 
@@ -59,6 +62,9 @@ class Loop:
     state: TrainState
     total_steps: int
     recorder: Recorder
+    layers: LayerStats
+    scale: LossScale
+    replicas: Replicas
     validation: Validation
     saver: Saver
     stop: StopRequest
@@ -89,7 +95,7 @@ class Loop:
                     self.evaluate()
                 if asked["save"] and self.state.step < last:
                     self.save()
-        self.recorder.flush()
+        self._flush()
         if self.state.step >= self.total_steps:
             return ExitCode.DONE
         if not self.save():
@@ -100,12 +106,7 @@ class Loop:
         step = self.state.step + 1
         lr = lr_at(step, self.rank.cfg.optim, self.total_steps)
         self.profile.before(step)
-        seed_step(
-            self.rank.cfg.train.seed,
-            step=step,
-            dp_rank=self.rank.mesh.dp_rank,
-            tp_rank=self.rank.mesh.tp_rank,
-        )
+        self._seed(step)
         convert = partial(to_device, device=self.rank.device)
         result = self.engine.step([convert(micro) for micro in batch.micro_batches], lr=lr)
         if self.trace is not None:
@@ -113,10 +114,34 @@ class Loop:
         self.state.step = step
         self.state.position = batch.position + self.rank.cfg.train.global_batch
         self.recorder.note(step=step, position=self.state.position, lr=lr, result=result)
+        self.layers.note(step=step, result=result)
+        self.scale.after_step(step)
+        self.replicas.after_step(step)
         if self.profile.recording:
             self.rank.pulse.tick("save")  # writing a trace may take minutes
         if path := self.profile.after(step):
             log.info("profile of steps up to %d: %s", step, path)
+
+    def _seed(self, step: int) -> None:
+        """Draws of this step, for dropout.
+
+        Exact masks (train.deterministic) are functions of where an element is, so all ranks share one seed. Otherwise
+        data-parallel ranks draw apart, and tensor-parallel ones only where each holds tokens of its own: elsewhere
+        all of them hold the whole residual stream and must mask it alike.
+        """
+        cfg, mesh = self.rank.cfg, self.rank.mesh
+        exact = cfg.train.deterministic
+        seed_step(
+            cfg.train.seed,
+            step=step,
+            dp_rank=0 if exact else mesh.dp_rank,
+            tp_rank=mesh.tp_rank if cfg.parallel.sequence_parallel and not exact else 0,
+        )
+
+    def _flush(self) -> None:
+        """Write the lines that are still owed."""
+        self.recorder.flush()
+        self.layers.flush()
 
     def evaluate(self) -> None:
         """Validate now, unless this step has been validated."""
@@ -124,7 +149,7 @@ class Loop:
             return
         self.rank.pulse.tick("eval")
         with self._paused():
-            self.recorder.flush()
+            self._flush()
             self.scores = self.validation.score(self.engine, self.rank, step=self.state.step)
             self._evaluated = self.state.step
             self.announce(self.scores)
@@ -141,7 +166,8 @@ class Loop:
             return True
         self.rank.pulse.tick("save")
         with self._paused():
-            self.recorder.flush()
+            self._flush()
+            self.replicas.before_save(self.state.step)
             self.state.updates, self.state.skipped = self.recorder.updates, self.recorder.skipped
             if not self.saver.save(self.state, self.ears.files):
                 return False

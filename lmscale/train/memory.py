@@ -1,5 +1,7 @@
 """Out of memory, explained in words, with the levers in the order in which they cost least."""
 
+from collections.abc import Iterator
+
 from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError, Problem
 
@@ -24,21 +26,43 @@ def explained(cfg: RunConfig, error: BaseException) -> ConfigError:
             f"train.micro_batch={max(1, cfg.train.micro_batch // 2)} (now {cfg.train.micro_batch}): the same "
             "losses, for the global batch stays"
         )
-    if cfg.engine.activation_checkpointing != "full":
-        levers.append(
-            "engine.activation_checkpointing=full: about a third more compute, far fewer activations"
-        )
-    if cfg.engine.precision == "fp32":
-        levers.append("engine.precision=bf16: half the activations")
-    if cfg.engine.kind == "ddp":
-        levers.append(
-            "engine.kind=fsdp: parameters, gradients and optimizer state are split over the ranks"
-        )
-    levers.append(
-        "more ranks (--nproc, cluster.nodes): with fsdp and deepspeed each holds a smaller part"
-    )
+    levers += [*_recompute(cfg), *_split(cfg)]
     levers.append(
         "a shorter train.seq_len or a smaller model: another run, in another train.run_dir"
     )
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     return ConfigError([Problem("memory", f"out of memory: {first}", "; or ".join(levers))])
+
+
+def _recompute(cfg: RunConfig) -> Iterator[str]:
+    """Fewer bytes of activations, the cheaper first."""
+    mode = cfg.engine.activation_checkpointing
+    if mode == "none":
+        yield (
+            "engine.activation_checkpointing=selective: recomputes all but matrix products and attention, "
+            "a few per cent more time"
+        )
+    if mode != "full":
+        yield "engine.activation_checkpointing=full: about a third more compute, far fewer activations"
+    if cfg.engine.precision == "fp32":
+        yield "engine.precision=bf16: half the activations"
+
+
+def _split(cfg: RunConfig) -> Iterator[str]:
+    """Fewer bytes of parameters, gradients and optimizer state, and of what each rank computes at once."""
+    engine, parallel = cfg.engine, cfg.parallel
+    if engine.kind == "ddp":
+        yield "engine.kind=fsdp: parameters, gradients and optimizer state are split over the ranks"
+    if engine.kind == "deepspeed" and engine.zero_stage < 3:
+        yield "engine.zero_stage=3: parameters are split over the ranks, too"
+    yield "more ranks (--nproc, cluster.nodes): with fsdp and deepspeed each holds a smaller part"
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        yield "parallel.sequence_parallel=true: activations at the norms are split over the tp ranks, too"
+    wider, model = 2 * parallel.tp, cfg.model
+    if not any(size % wider for size in (model.heads, model.kv_heads, model.feed_forward)):
+        yield f"parallel.tp={wider}, inside one node: splits the weights and activations of every layer"
+    if engine.offload == "none":
+        if engine.kind == "deepspeed" and engine.zero_stage > 0:
+            yield "engine.offload=optimizer: the optimizer works in the host's memory, much slower"
+        elif engine.kind == "fsdp":
+            yield "engine.offload=all: parameters and optimizer in the host's memory, much slower"

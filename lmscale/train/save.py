@@ -60,7 +60,8 @@ class Saver:
         """
         begun = time.perf_counter()
         self._last_time = time.monotonic()
-        body = {**self._body, "state": {"train": state.as_json(), **self._body["state"]}}
+        moving = {"train": state.as_json(), "loss_scale": self._engine.loss_scale}
+        body = {**self._body, "state": {**moving, **self._body["state"]}}
         try:
             self._rank.on_root(lambda: check_not_overtaken(self._rank.folder, self.attempt))
             self._sync(lines)

@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 from engine_case import (
     LR,
+    TOLERANCE,
     Case,
+    assert_close,
     engine_of,
     gathered,
-    load_into,
+    interrupted,
     micro_batches,
     model_of,
     plain,
@@ -24,18 +26,6 @@ from lmscale.errors import DataError
 
 KINDS = ["fsdp", "ddp", "deepspeed"]
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
-# Differences from one process, as measured: fp64 1e-15, fp32 1e-7 at the first step and 2e-6 after
-# Adam has divided small gradients by small roots.
-TOLERANCE = {"fp32": 5e-6, "fp64": 1e-10}
-
-
-def assert_close(found: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
-    """Scalars relative to themselves, tensors relative to their largest element."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        scale = torch.as_tensor(value).abs().max().clamp(min=1e-30).item()
-        error = (torch.as_tensor(found[name]) - torch.as_tensor(value)).abs().max().item()
-        assert error <= tolerance * scale, f"{name}: off by {error / scale:.1e}"
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -69,31 +59,13 @@ def test_frozen_tied_and_unclipped_equal_one_process(ranks, kind):
     assert not any(name.startswith("optim.exp_avg.decoder.norm") for name in after[0])
 
 
-def _interrupted(first: Case, second: Case, steps: int, more: int) -> Any:
-    """Steps of one engine; then its state in another that began elsewhere; then more steps."""
-    before = engine_of(first)
-    for step in range(steps):
-        before.step(micro_batches(step, first.accumulation), lr=LR)
-    kept = gathered(before.state())
-    after = engine_of(second)
-    after.evaluate(rows_of(0))  # gathers weights that the load must replace
-    load_into(after, kept, optim_step=before.optim_step)
-    restored = gathered(after.state())
-    same = all(torch.equal(kept[name], restored[name]) for name in kept)
-    results = [
-        plain(after.step(micro_batches(step, second.accumulation), lr=LR))
-        for step in range(steps, steps + more)
-    ]
-    return same, results, gathered(after.state()), after.optim_step
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(ranks, kind, precision):
     case = Case(kind, precision, accumulation=3)
     elsewhere = Case(kind, precision, accumulation=3, seed=7)
     results, states = ranks(2)(train, case, range(6))[0]
-    same, resumed, state, steps = ranks(2)(_interrupted, case, elsewhere, 3, 3)[0]
+    same, resumed, state, steps = ranks(2)(interrupted, case, elsewhere, 3, 3)[0]
     assert same
     assert steps == 6
     assert resumed == results[3:]
@@ -105,7 +77,7 @@ def test_ddp_on_three_ranks_resumes_bitwise(ranks):
     """Where sums of three depend on their order, and the order on how DDP has grouped gradients."""
     case = Case("ddp", model={"width": 320, "heads": 8, "feed_forward": 640})
     results, _ = ranks(3)(train, case, range(3))[0]
-    _, resumed, _, _ = ranks(3)(_interrupted, case, case, 2, 1)[0]
+    _, resumed, _, _ = ranks(3)(interrupted, case, case, 2, 1)[0]
     assert resumed == results[2:]
 
 
@@ -113,7 +85,7 @@ def test_ddp_on_three_ranks_resumes_bitwise(ranks):
 @pytest.mark.parametrize("first", KINDS)
 def test_engines_go_on_from_each_other(ranks, first, second):
     results, _ = reference(Case(), torch.float32, range(5))
-    same, resumed, _, steps = ranks(2)(_interrupted, Case(first), Case(second, seed=7), 3, 2)[0]
+    same, resumed, _, steps = ranks(2)(interrupted, Case(first), Case(second, seed=7), 3, 2)[0]
     assert same
     assert steps == 5
     for found, expected in zip(resumed, results[3:], strict=True):
@@ -123,8 +95,8 @@ def test_engines_go_on_from_each_other(ranks, first, second):
 
 def _poisoned(case: Case) -> Any:
     engine = engine_of(case)
-    good = micro_batches(0, case.accumulation)
-    bad = micro_batches(1, case.accumulation)
+    good = micro_batches(case, 0)
+    bad = micro_batches(case, 1)
     if dist.get_rank() == 1:  # one target of one rank
         bad[0].weights_BL[0, 0] = float("inf")
     engine.step(good, lr=LR)
@@ -132,7 +104,7 @@ def _poisoned(case: Case) -> Any:
     skipped = plain(engine.step(bad, lr=LR))
     after = gathered(engine.state())
     unchanged = all(torch.equal(before[name], after[name]) for name in before)
-    last = plain(engine.step(micro_batches(2, case.accumulation), lr=LR))
+    last = plain(engine.step(micro_batches(case, 2), lr=LR))
     return skipped["applied"], unchanged, engine.optim_step, last
 
 
@@ -152,12 +124,12 @@ def _without_targets(case: Case) -> str:
     engine = engine_of(case)
     empty = [
         Batch(b.inputs, None, b.targets_BL, torch.zeros_like(b.weights_BL), b.rows_B)
-        for b in micro_batches(0, 1)
+        for b in micro_batches(case, 0)
     ]
     try:
         engine.step(empty, lr=LR)
     except DataError as error:
-        engine.step(micro_batches(0, 1), lr=LR)  # nothing is left hanging
+        engine.step(micro_batches(case, 0), lr=LR)  # nothing is left hanging
         return str(error)
     return ""
 
@@ -173,9 +145,9 @@ def _looks(case: Case) -> Any:
     sums, logits = engine.evaluate(batch), engine.logits(batch)
     after = gathered(engine.state())
     unchanged = all(torch.equal(before[name], after[name]) for name in before)
-    results = [plain(engine.step(micro_batches(step, 1), lr=LR)) for step in range(2)]
+    results = [plain(engine.step(micro_batches(case, step), lr=LR)) for step in range(2)]
     engine.evaluate(batch)
-    results.append(plain(engine.step(micro_batches(2, 1), lr=LR)))
+    results.append(plain(engine.step(micro_batches(case, 2), lr=LR)))
     return sums.loss.item(), sums.weight.item(), logits, unchanged, results
 
 

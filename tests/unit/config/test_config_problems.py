@@ -53,16 +53,16 @@ def test_every_problem_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         "optim: {lrr: 1e-3, clip: on, betas: [0.9]}\n"
         "parallel: {tp: 2}\n"
         "engine: {kind: deepsped, compile: yes, zero_stage: 5}\n"
-        "train: {steps: 20 apples, tokens: 5B, seq_len: 1e3, global_batch: '8', check_replicas_every: 5}\n"
+        "train: {steps: 20 apples, tokens: 5B, seq_len: 1e3, global_batch: '8', check_replicas_every: 0}\n"
         "checkpoint: {async: true, keep: 0}\n"
         "evl: {}\n"
     )
     problems = found(tmp_path / "r.yaml", "data.prefetch=-1")
     assert {problem.path for problem in problems} == {
         *("model.layers", "model.heads", "data.corpora", "data.prefetch", "optim.lrr", "optim.lr"),
-        *("optim.clip", "optim.betas.1", "parallel.tp", "engine.kind", "engine.compile"),
-        *("engine.zero_stage", "train.steps", "train.seq_len", "train.global_batch"),
-        *("train.check_replicas_every", "checkpoint.async", "checkpoint.keep", "evl"),
+        *("optim.clip", "optim.betas.1", "engine.kind", "engine.compile", "engine.zero_stage"),
+        *("train.steps", "train.seq_len", "train.global_batch", "train.check_replicas_every"),
+        *("checkpoint.async", "checkpoint.keep", "evl"),
     }
 
 
@@ -104,6 +104,9 @@ def test_every_problem_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         ("optim.warmup_steps=200%", "cannot read '200%'", '"5%"'),
         ("parallel.shard=0", "cannot read 0", '"auto"'),
         ("engine.activation_checkpointing=every:0", "cannot read 'every:0'", "every:N"),
+        ("engine.activation_checkpointing=budget:1", "'budget:1' is not a part", "budget:0.5"),
+        ("engine.activation_checkpointing=budget:0.0", "'budget:0.0' is not a part", "budget:0.5"),
+        ("engine.activation_checkpointing=budget", "cannot read 'budget'", "budget:0.5"),
         ("log.profile.steps=5:2", "cannot read '5:2'", '"10:12"'),
         ("log.profile=5", "expected a section", ""),
         ("model=5", "expected a section (keys and values), got 5", ""),
@@ -187,6 +190,40 @@ def test_any_value_loads_or_is_refused_without_jargon(run: Path, values: dict[An
         (["train.allow_change=[engine.kind]"], "train.allow_change", "free to change anyway"),
         (["train.allow_change=[train.seq_len]"], "train.allow_change", "lose and repeat samples"),
         (["parallel.tp=8"], "parallel.tp", "8 does not divide model.heads 4"),
+        (["parallel.tp=4", "model.kv_heads=2"], "parallel.tp", "4 ranks cannot share model.kv_h"),
+        (["parallel.tp=4", "model.feed_forward=130"], "parallel.tp", "model.feed_forward 130"),
+        (
+            ["parallel.tp=3", "model.heads=6", "model.width=66", "model.feed_forward=66"],
+            "parallel.tp",
+            "3 does not divide 128, of which padded vocabularies",
+        ),
+        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel", "parallel.tp is 1"),
+        (
+            ["parallel.sequence_parallel=true", "parallel.tp=4", "train.seq_len=30"],
+            "parallel.sequence_parallel",
+            "parallel.tp 4 does not divide train.seq_len 30",
+        ),
+        (["engine.zero_stage=3"], "engine.zero_stage", "only deepspeed reads this key"),
+        (["engine.kind=ddp", "engine.offload=all"], "engine.offload", "ddp keeps the whole"),
+        (["engine.offload=optimizer"], "engine.offload", "together"),
+        (
+            ["engine.kind=deepspeed", "engine.zero_stage=0", "engine.offload=optimizer"],
+            "engine.offload",
+            "whole optimizer",
+        ),
+        (["engine.kind=deepspeed", "engine.offload=all"], "engine.offload", "whole weights"),
+        (["engine.precision=fp16", "optim.max_skips=50"], "engine.precision", "fsdp has no fp16"),
+        (
+            ["engine.kind=deepspeed", "engine.precision=fp16", "optim.max_skips=19"],
+            "optim.max_skips",
+            "19, but fp16 finds its loss scale by skipping",
+        ),
+        (["engine.kind=deepspeed", "engine.precision=fp64"], "engine.precision", "has no fp64"),
+        (
+            ["engine.kind=deepspeed", "engine.zero_stage=3", "engine.compile=true"],
+            "engine.compile",
+            "zero_stage 3",
+        ),
     ],
 )
 def test_conflicts_between_keys(run: Path, overrides: list[str], path: str, words: str) -> None:
@@ -198,23 +235,12 @@ def test_conflicts_between_keys(run: Path, overrides: list[str], path: str, word
 @pytest.mark.parametrize(
     ("overrides", "path"),
     [
-        (["parallel.tp=2"], "parallel.tp"),
-        (["parallel.sequence_parallel=true"], "parallel.sequence_parallel"),
-        (["parallel.replicate=2"], "parallel.replicate"),
-        (["engine.kind=deepspeed", "engine.zero_stage=3"], "engine.zero_stage"),
-        (["engine.offload=optimizer"], "engine.offload"),
-        (["engine.precision=fp16"], "engine.precision"),
-        (["engine.kind=deepspeed", "engine.precision=fp64"], "engine.precision"),
-        (["engine.kind=deepspeed", "engine.compile=true"], "engine.compile"),
-        (["engine.activation_checkpointing=selective"], "engine.activation_checkpointing"),
-        (["engine.activation_checkpointing=budget:0.5"], "engine.activation_checkpointing"),
+        (["engine.offload=nvme"], "engine.offload"),
         (["checkpoint.async=true"], "checkpoint.async"),
         (["data.corpora=[a, b]"], "data.corpora"),
         (["data.corpora=s3://a/b"], "data.corpora"),
         (["eval.corpora=s3://a/b"], "eval.corpora"),
         (["data.on_damage=mask"], "data.on_damage"),
-        (["train.check_replicas_every=10"], "train.check_replicas_every"),
-        (["log.layer_stats=true"], "log.layer_stats"),
         (["log.trackers=[tensorboard, wandb]"], "log.trackers"),
         (["data.max_damage_rate=0.1"], "data.max_damage_rate"),
         (["train.init_from=step-00000010-a1"], "train.init_from"),
@@ -236,6 +262,13 @@ def test_what_is_not_supported_is_refused_with_the_nearest(
         ["engine.kind=ddp", "engine.precision=fp64", "engine.compile=true"],
         ["engine.kind=deepspeed", "engine.activation_checkpointing=full"],
         ["engine.activation_checkpointing=every:2", "parallel.shard=2"],
+        ["parallel.tp=4", "parallel.sequence_parallel=true", "parallel.replicate=2"],
+        ["engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload=all"],
+        ["engine.kind=deepspeed", "engine.zero_stage=1", "engine.offload=optimizer"],
+        ["engine.kind=deepspeed", "engine.precision=fp16", "optim.max_skips=20"],
+        ["engine.kind=deepspeed", "engine.compile=true"],
+        ["engine.offload=all", "engine.activation_checkpointing=selective"],
+        ["train.check_replicas_every=10", "log.layer_stats=true"],
         ["log.trackers=[]", "train.steps=null", "train.tokens=20B"],
         ["model.width=66", "model.head_dim=16"],
         ["optim.warmup_steps=10"],
@@ -267,7 +300,9 @@ class Recorder:
 def variants(run: Path) -> Iterator[RunConfig]:
     yield load(run)
     yield load(run, ["engine.kind=deepspeed", "optim.schedule=wsd"])
+    yield load(run, ["engine.kind=deepspeed", "engine.precision=fp16", "optim.max_skips=20"])
     yield load(run, ["engine.kind=ddp", "train.allow_change=[optim.lr]"])
+    yield load(run, ["parallel.tp=4", "parallel.sequence_parallel=true"])
 
 
 def test_checks_declare_every_key_they_read(run: Path) -> None:

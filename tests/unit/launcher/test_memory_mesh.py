@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from launcher.planning.memory import Held, Mesh, checkpoint_bytes, held_by
+from launcher.planning.activations import Device
+from launcher.planning.held import Held, Mesh, held_by
+from launcher.planning.memory import checkpoint_bytes
 from launcher.planning.parameters import parameters, total
 from lmscale.config.sections import EngineConfig, ModelConfig
 
@@ -13,8 +15,10 @@ FOUND = parameters(MODEL, vocab_size=1024, max_positions=64)
 SIZE = total(FOUND)
 
 
-def held(mesh: Mesh, *, micro_batches: int = 1, **engine: Any) -> Held:
-    return held_by(MODEL, FOUND, EngineConfig(**engine), mesh, micro_batches=micro_batches)
+def held(mesh: Mesh, *, micro_batches: int = 1, device: Device = "cpu", **engine: Any) -> Held:
+    return held_by(
+        MODEL, FOUND, EngineConfig(**engine), mesh, micro_batches=micro_batches, device=device
+    )
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
@@ -33,12 +37,24 @@ def test_replicas_hold_the_same() -> None:
     assert held(Mesh(8, 1, 1), kind="ddp") == ddp
 
 
-def test_accumulation_keeps_whole_gradients() -> None:
-    assert held(Mesh(1, 64, 1), micro_batches=2).gradients == 4 * SIZE
-    assert held(Mesh(8, 1, 1), micro_batches=2, kind="ddp").gradients == 8 * SIZE
-    assert held(Mesh(1, 1, 1), micro_batches=2, kind="ddp").gradients == 4 * SIZE
-    zero = held(Mesh(1, 64, 1), micro_batches=2, kind="deepspeed")
-    assert zero == held(Mesh(1, 64, 1), kind="deepspeed")
+@pytest.mark.parametrize("mesh", [Mesh(1, 64, 1), Mesh(8, 1, 1)])
+@pytest.mark.parametrize("kind", ["fsdp", "ddp", "deepspeed"])
+def test_accumulation_keeps_no_more_gradients(kind: str, mesh: Mesh) -> None:
+    assert held(mesh, micro_batches=2, kind=kind).gradients == held(mesh, kind=kind).gradients
+
+
+def test_what_is_offloaded_is_the_hosts() -> None:
+    mesh, zero = Mesh(1, 8, 1), {"kind": "deepspeed", "zero_stage": 3}
+    stays = held(mesh, **zero)
+    for offload, moved in (
+        ("optimizer", ("gradients", "optimizer")),
+        ("all", ("parameters", "gradients", "optimizer")),
+    ):
+        found = held(mesh, device="cuda", offload=offload, **zero)
+        assert found.host == sum(getattr(stays, part) for part in moved)
+        assert all(getattr(found, part) == 0 for part in moved)
+        assert held(mesh, offload=offload, **zero) == stays  # a CPU is its own host
+    assert held(mesh, device="cuda", offload="all").host == 16 * SIZE / 8 + 4 * len(FOUND)
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp", "deepspeed"])

@@ -63,9 +63,9 @@ def test_a_slurm_job_is_planned_on_a_laptop(monkeypatch: pytest.MonkeyPatch) -> 
     assert (found["ranks"], found["mesh"]) == (512, {"replicate": 1, "shard": 512, "tp": 1})
     assert found["cluster"]["device"] == "cuda"
     assert found["memory"]["room"] is None
-    assert found["memory"]["total"] == sum(
-        size for part, size in found["memory"].items() if part not in ("total", "room")
-    )
+    parts = ("parameters", "gradients", "optimizer", "activations", "loss", "working")
+    assert found["memory"]["total"] == sum(found["memory"][part] for part in parts)
+    assert found["memory"]["host_room"] is None
     # 68.98e9 fp32 weights and two moments over 512 ranks, give or take a row of each matrix.
     assert found["memory"]["parameters"] == pytest.approx(68_976_648_192 * 4 / 512, rel=1e-3)
     assert found["checkpoints"]["bytes"] == 68_976_648_192 * 12
@@ -90,15 +90,38 @@ def test_a_slurm_job_that_asks_for_no_gpu_has_none() -> None:
 
 
 def test_fewer_nodes_may_need_far_more_memory() -> None:
-    """Half the nodes take two micro-batches a step, and then fsdp keeps gradients whole."""
-    found = plan(*SLURM, *LARGE, "cluster.gpus_per_node=8", "cluster.min_nodes=32")
+    """Eight ranks cannot hold what 512 share; half of them can: no gradient ever stands whole."""
+    found = plan(*SLURM, *LARGE, "cluster.gpus_per_node=8", "cluster.min_nodes=1")
     assert found["memory_at_min_nodes"] > 2 * found["memory"]["total"]
     assert [one["key"] for one in found["warnings"]] == ["cluster.min_nodes"]
-    assert "32 nodes, the fewest allowed" in words(found)
-    more = plan(
-        *SLURM, *LARGE, "cluster.gpus_per_node=8", "cluster.min_nodes=32", "train.micro_batch=4"
-    )
-    assert [one["key"] for one in more["warnings"]] == ["train.micro_batch"]  # fillers on all 64
+    assert "1 node, the fewest allowed" in words(found)
+    half = plan(*SLURM, *LARGE, "cluster.gpus_per_node=8", "cluster.min_nodes=32")
+    assert half["memory_at_min_nodes"] < 1.2 * half["memory"]["total"]
+    assert not half["warnings"]
+
+
+def test_the_largest_model_over_tensor_parallel_nodes() -> None:
+    """70B, each layer over the eight GPUs of a node, sharded over the nodes."""
+    place = [*SLURM, *LARGE, "cluster.gpus_per_node=8", "parallel.tp=8"]
+    whole = plan(*place)
+    assert (whole["ranks"], whole["mesh"]) == (512, {"replicate": 1, "shard": 64, "tp": 8})
+    assert [one["key"] for one in whole["warnings"]] == ["parallel.sequence_parallel"]
+    split = plan(*place, "parallel.sequence_parallel=true")
+    assert not split["warnings"]
+    assert "tokens split between the layers" in " ".join(words(split).split())
+    assert split["memory"]["activations"] < 0.6 * whole["memory"]["activations"]
+    flat = plan(*SLURM, *LARGE, "cluster.gpus_per_node=8")
+    assert split["memory"]["parameters"] == pytest.approx(flat["memory"]["parameters"], rel=0.01)
+    assert split["memory"]["total"] < flat["memory"]["total"]
+
+
+def test_what_leaves_the_accelerator_is_shown_beside_it() -> None:
+    stays = plan(*SLURM, *LARGE, "cluster.gpus_per_node=8")
+    moved = plan(*SLURM, *LARGE, "cluster.gpus_per_node=8", "engine.offload=all")
+    gone = stays["memory"]["total"] - moved["memory"]["total"]
+    assert moved["memory"]["host"] == gone > 0
+    assert "on the host" in words(moved)
+    assert "on the host" not in words(stays)
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp", "deepspeed"])

@@ -12,7 +12,7 @@ from launcher.planning.parameters import Parameter, parameters, total, trainable
 from lmscale.config.sections import ModelConfig
 from lmscale.model.build import build_model
 from lmscale.model.language import LanguageModel
-from lmscale.model.plan import split_of
+from lmscale.model.plan import cut_dim
 
 MODELS = Path(__file__).parents[3] / "configs" / "models"
 PUBLISHED = {
@@ -33,19 +33,11 @@ def built(model: ModelConfig, vocab: int, positions: int) -> LanguageModel:
     return build_model(model, vocab_size=vocab, max_positions=positions, device="meta")
 
 
-def cut_of(name: str) -> int | None:
-    """The dimension that the words of model/plan.py mean for this parameter."""
-    split, bias = split_of(name), name.endswith(".bias")
-    if name == "decoder.embedding.weight" or split == "columns":
-        return 0
-    return 1 if split == "rows" and not bias else None
-
-
 def assert_equal(model: ModelConfig, vocab: int, positions: int) -> tuple[Parameter, ...]:
     found = parameters(model, vocab_size=vocab, max_positions=positions)
     real = dict(built(model, vocab, positions).named_parameters())
     assert [(p.name, p.shape) for p in found] == [(n, tuple(p.shape)) for n, p in real.items()]
-    assert all(p.cut == cut_of(p.name) for p in found)
+    assert all(p.cut == cut_dim(p.name) for p in found)
     learning = {name for name, p in real.items() if p.requires_grad}
     assert {p.name for p in trainable(model, found)} == learning
     return found

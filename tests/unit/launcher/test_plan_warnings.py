@@ -76,8 +76,16 @@ def test_small_shards_over_a_network() -> None:
     [
         (memory(activations=80 * GIB), ["train.micro_batch=4"], "train.micro_batch=2"),
         (memory(activations=80 * GIB), [], "activation_checkpointing=full"),
-        (memory(gradients=80 * GIB), [], "no whole gradients"),
+        (memory(activations=80 * GIB), [], "engine.activation_checkpointing=selective"),
         (memory(optimizer=80 * GIB), ["engine.kind=ddp"], "engine.kind=fsdp"),
+        (memory(optimizer=80 * GIB), [], "engine.offload=all"),
+        (memory(optimizer=80 * GIB), ["engine.kind=deepspeed"], "engine.offload=optimizer"),
+        (memory(parameters=80 * GIB), ["engine.kind=deepspeed"], "engine.zero_stage=3"),
+        (
+            memory(activations=80 * GIB),
+            ["parallel.tp=2"],
+            "parallel.sequence_parallel=true",
+        ),
         (memory(optimizer=80 * GIB), [], "engine.precision=bf16"),
     ],
 )
@@ -85,20 +93,48 @@ def test_too_much_memory_names_what_needs_less(
     need: Memory, overrides: list[str], lever: str
 ) -> None:
     cfg = config(*overrides)
-    said = only(warnings.too_much_memory(need, 80 * GIB, cfg, micro_batches=2, nodes=1))
+    said = only(warnings.too_much_memory(need, 80 * GIB, cfg, nodes=1))
     assert "80 GiB" in said
     assert lever in said
-    assert not list(warnings.too_much_memory(need, 100 * GIB, cfg, micro_batches=2, nodes=1))
-    assert not list(warnings.too_much_memory(need, None, cfg, micro_batches=2, nodes=1))
+    assert not list(warnings.too_much_memory(need, 100 * GIB, cfg, nodes=1))
+    assert not list(warnings.too_much_memory(need, None, cfg, nodes=1))
 
 
 def test_levers_that_would_not_help_are_not_named() -> None:
     cfg = config("engine.precision=bf16", "train.micro_batch=1")
-    need = memory(optimizer=80 * GIB)
-    said = only(warnings.too_much_memory(need, 80 * GIB, cfg, micro_batches=1, nodes=1))
+    need = memory(parameters=80 * GIB)
+    said = only(warnings.too_much_memory(need, 80 * GIB, cfg, nodes=1))
     assert "more ranks" in said
-    for lever in ("checkpointing", "micro", "bf16", "fsdp"):
+    for lever in ("checkpointing", "micro", "bf16", "fsdp", "offload", "zero", "sequence"):
         assert lever not in said
+
+
+def test_a_budget_that_no_recomputation_meets() -> None:
+    assert not list(warnings.too_small_a_budget("budget:0.1", smallest=0.09))
+    assert not list(warnings.too_small_a_budget("every:2", smallest=0.09))
+    assert "keeps 9.0%" in only(warnings.too_small_a_budget("budget:0.05", smallest=0.09))
+
+
+def test_what_is_offloaded_must_fit_the_host() -> None:
+    need = memory(host=40 * GIB)
+    assert not list(warnings.too_much_on_the_host(need, None, ranks_per_node=8))
+    assert not list(warnings.too_much_on_the_host(need, 50 * GIB, ranks_per_node=8))
+    assert "320 GiB of a node" in only(
+        warnings.too_much_on_the_host(need, 32 * GIB, ranks_per_node=8)
+    )
+
+
+def test_tokens_that_every_tensor_parallel_rank_keeps() -> None:
+    tp = ("parallel.tp=2",)
+
+    def found(*overrides: str, saved: int = GIB) -> list[Problem]:
+        return list(warnings.tokens_on_every_rank(config(*overrides), 10 * GIB, saved=saved))
+
+    assert not found()
+    assert not found(*tp, saved=GIB >> 4)
+    assert not found(*tp, "parallel.sequence_parallel=true")
+    assert "1 GiB more" in only(found(*tp))
+    assert "that 2 divides" in only(found(*tp, "train.seq_len=255"))
 
 
 def test_fewer_nodes_that_need_far_more_memory() -> None:

@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import VOCAB, gradients, random_batch, take, tiny
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lmscale.model import loss as loss_module
 from lmscale.model.loss import cross_entropy
@@ -120,6 +123,72 @@ def test_only_wanted_gradients_are_computed():
     with torch.no_grad():
         sums = cross_entropy(hidden_TD, weight_VD, targets_T, weights_T)
     assert not sums.loss.requires_grad
+
+
+class LargestTensor(TorchDispatchMode):
+    """The largest tensor that any operator has made, in elements, the gradients' included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+def test_never_all_logits_at_once(monkeypatch):
+    """By each operator's result, and by what the allocator says of both passes together."""
+    tokens, width, vocab, chunk = 1000, 8, 512, 50
+    monkeypatch.setitem(loss_module._CHUNK_LOGITS, "cpu", chunk * vocab)
+    monkeypatch.setattr(loss_module, "_CHUNK_MIN_TOKENS", 1)
+    hidden_TD = torch.randn(tokens, width, requires_grad=True)
+    weight_VD = torch.randn(vocab, width, requires_grad=True)
+    targets_T, weights_T = torch.randint(0, vocab, (tokens,)), torch.ones(tokens)
+
+    def both_passes(loss):
+        with (
+            LargestTensor() as largest,
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+        ):
+            loss().backward()
+        held = peak = 0
+        for event in profiled.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        return largest.elements, peak
+
+    arguments = hidden_TD, weight_VD, targets_T, weights_T
+    elements, peak = both_passes(lambda: cross_entropy(*arguments).loss)
+    assert elements == chunk * vocab
+    assert peak < tokens * vocab * 4 / 4
+    elements, peak = both_passes(lambda: textbook(*arguments))
+    assert elements == tokens * vocab, "the measurement does not see all logits where they are"
+    assert peak >= tokens * vocab * 4
+
+
+@pytest.mark.usefixtures("chunks")
+def test_rows_of_the_weight_may_be_a_slice_of_more():
+    """A padded vocabulary, or a rank's part of one: nothing reaches the rows outside."""
+    hidden_TD, weight_VD, targets_T, weights_T = inputs()
+    want = cross_entropy(hidden_TD, weight_VD, targets_T, weights_T).loss
+    want.backward()
+    for before, after in ((0, 13), (7, 0), (7, 13)):
+        other_TD = hidden_TD.detach().clone().requires_grad_()
+        more_PD = torch.full((before + VOCAB + after, WIDTH), 1e9, dtype=torch.float64)
+        more_PD[before : before + VOCAB] = weight_VD.detach()
+        more_PD.requires_grad_()
+        part_VD = more_PD[before : before + VOCAB]
+        got = cross_entropy(other_TD, part_VD, targets_T, weights_T).loss
+        got.backward()
+        assert torch.equal(got, want)
+        assert torch.equal(other_TD.grad, hidden_TD.grad)
+        assert torch.equal(more_PD.grad[before : before + VOCAB], weight_VD.grad)
+        assert not more_PD.grad[:before].any() and not more_PD.grad[before + VOCAB :].any()
 
 
 @settings(max_examples=8, deadline=None)

@@ -3,10 +3,10 @@
 from fnmatch import fnmatchcase
 
 import pytest
-from tiny_model import VARIANTS, tiny
+from tiny_model import VARIANTS, random_batch, tiny
 
 from lmscale.model.architecture import Architecture
-from lmscale.model.plan import PLAN, split_of
+from lmscale.model.plan import PLAN, REGIONS, cut_of
 
 LLAMA = {
     "decoder.embedding.weight": (128, 16),
@@ -63,7 +63,7 @@ def test_nothing_but_parameters_is_kept(changes):
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_every_parameter_has_one_split(changes):
     for name, _ in tiny(**changes).named_parameters():
-        split_of(name)
+        cut_of(name)
 
 
 def test_every_entry_of_the_plan_is_a_module():
@@ -72,6 +72,37 @@ def test_every_entry_of_the_plan_is_a_module():
     }
     for pattern in PLAN:
         assert any(fnmatchcase(name, pattern) for name in names), pattern
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_what_the_plan_names_is_called_as_a_module(changes):
+    """A pass replaces forward on these instances; whoever read a weight past it would compute the uncut model.
+
+    A tied head reads the embedding's, which it is handed.
+    """
+    model, batch = tiny(**changes), random_batch(2, 5)
+    wanted = {
+        name
+        for name, _ in model.named_modules()
+        if any(fnmatchcase(name, pattern) for pattern in (*PLAN, *REGIONS))
+    }
+    called = set()
+
+    def listening(name, forward):
+        def run(*args):
+            called.add(name)
+            return forward(*args)
+
+        return run
+
+    for name in wanted:
+        module = model.get_submodule(name)
+        module.forward = listening(name, module.forward)
+    model.heads["lm"].logits = listening("logits", model.heads["lm"].logits)
+    model(batch)
+    assert called == wanted
+    model.logits(batch)
+    assert called == wanted | {"logits"}
 
 
 def test_vocabulary_is_padded_to_a_multiple_of_128():

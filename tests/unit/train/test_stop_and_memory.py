@@ -40,6 +40,10 @@ def test_the_real_errors_of_torch_are_known() -> None:
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
+def levers(*overrides: str) -> str:
+    return str(explained(load("smoke", overrides), MemoryError()))
+
+
 def test_levers_follow_the_run() -> None:
     cfg = load("smoke")
     text = str(explained(cfg, MemoryError()))
@@ -48,3 +52,23 @@ def test_levers_follow_the_run() -> None:
     assert "engine.kind=fsdp" not in text, "the run is sharded already"
     small = cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch": 1})})
     assert "train.micro_batch=" not in str(explained(small, MemoryError()))
+
+
+def test_levers_of_splitting_and_offload_are_those_that_the_engine_has() -> None:
+    sharded = levers("engine.kind=fsdp")
+    assert "parallel.tp=2" in sharded and "engine.offload=all" in sharded
+    assert "parallel.sequence_parallel" not in sharded, "nothing to split without tp"
+    assert "parallel.sequence_parallel=true" in levers("parallel.tp=2")
+    assert "parallel.tp=8" not in levers("parallel.tp=4"), "four heads do not divide by eight"
+    staged = levers("engine.kind=deepspeed", "engine.zero_stage=2")
+    assert "engine.zero_stage=3" in staged and "engine.offload=optimizer" in staged
+    whole = levers("engine.kind=ddp")
+    assert "engine.kind=fsdp" in whole and "offload" not in whole
+
+
+def test_recomputation_is_offered_from_cheap_to_dear() -> None:
+    text = levers()
+    assert text.index("=selective") < text.index("activation_checkpointing=full")
+    some = levers("engine.activation_checkpointing=selective")
+    assert "=selective" not in some and "activation_checkpointing=full" in some
+    assert "activation_checkpointing" not in levers("engine.activation_checkpointing=full")

@@ -1,0 +1,183 @@
+"""`train.check_replicas_every`: do ranks that hold the same piece of a parameter hold the same bits?
+
+Every rank adds the same gradients to the same weights, so copies stay equal to the last bit; a flipped bit, a broken
+core or a lost reduction makes one drift away, and nothing else in a run would ever say so.
+"""
+
+import logging
+import os
+import socket
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lmscale.dist.reduce import gather_objects
+from lmscale.dist.seeds import mix
+from lmscale.engine.protocol import Engine
+from lmscale.errors import LmscaleError, RetryableError
+from lmscale.run.durable import replace_file, storage_errors
+from lmscale.train.digest import digest
+from lmscale.train.rank import Rank
+
+log = logging.getLogger(__name__)
+
+Place = tuple[str, str]  # name of a parameter, and which piece of it
+_NAMES_SHOWN = 3
+
+
+class Drifted(RetryableError):
+    """Copies of a parameter differ between ranks. A start from the newest checkpoint makes them equal again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """What differs, and who is to blame."""
+
+    names: Sequence[str]
+    ranks: Sequence[int]  # the odd ones; without a majority all that hold a copy
+    majority: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A rank's node, and what it holds: the digest of every piece."""
+
+    host: str
+    digests: Mapping[Place, int]
+
+
+class Replicas:
+    """Compares copies every so many steps, and before each checkpoint. Every method is collective."""
+
+    def __init__(self, rank: Rank, engine: Engine) -> None:
+        self._rank = rank
+        self._engine = engine
+        self._every = rank.cfg.train.check_replicas_every
+        self._compared = -1  # step
+
+    def after_step(self, step: int) -> None:
+        """Compare if this step's turn has come. Raises Drifted."""
+        if self._every is not None and step % self._every == 0:
+            self._compare(step)
+
+    def before_save(self, step: int) -> None:
+        """Compare, if replicas are compared at all: a checkpoint holds one copy, which must not be the odd one."""
+        if self._every is not None and self._compared != step:
+            self._compare(step)
+
+    def _compare(self, step: int) -> None:
+        """One pass over the local weights, one wait for the device, one small exchange; the rest only on a drift."""
+        own = digests_of(self._engine, self._rank.device)
+        if differ(gather_objects(by_piece(own))):
+            holders = gather_objects(Holder(_host(), own))
+            drift = judge([holder.digests for holder in holders])
+            if drift is not None:
+                self._stop(drift, [holder.host for holder in holders], step)
+        self._compared = step
+
+    def _stop(self, drift: Drift, hosts: Sequence[str], step: int) -> None:
+        involved = sorted({hosts[rank] for rank in drift.ranks})
+        words = _words(drift, hosts, step)
+        # One host is known to hold a bad copy, or all copies that may be bad are on it.
+        guilty = involved if drift.majority or len(involved) == 1 else []
+        # All wait here: mpirun kills rank 0 within 0.3 s of the first that leaves.
+        self._rank.on_root(lambda: self._leave_word(drift, involved, guilty, step, words))
+        raise Drifted(words)
+
+    def _leave_word(
+        self, drift: Drift, hosts: Sequence[str], guilty: Sequence[str], step: int, words: str
+    ) -> None:
+        try:
+            self._rank.write_event(
+                "drift",
+                step=step,
+                ranks=list(drift.ranks),
+                hosts=list(hosts),
+                majority=drift.majority,
+                parameters=list(drift.names),
+            )
+            for host in guilty:
+                path = self._rank.folder.bad_nodes / host.replace("/", "_")
+                with storage_errors(f"writing {path}"):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    replace_file(path, f"{words.splitlines()[0]}\n".encode())
+        except LmscaleError as error:  # a full disk must not hide the drift
+            log.warning("%s", error)
+
+
+def digests_of(engine: Engine, device: torch.device) -> dict[Place, int]:
+    """The digest of every piece that this rank holds. Waits for the device once."""
+    places, found = [], []
+    for name, piece, tensor in engine.weights():
+        places.append((name, piece))
+        found.append(digest(tensor).to(device, non_blocking=True))
+    values = torch.stack(found).tolist() if found else []
+    return dict(zip(places, values, strict=True))
+
+
+def by_piece(digests: Mapping[Place, int]) -> dict[str, int]:
+    """One number for all parameters of which this rank holds the same piece."""
+    parts: dict[str, list[int | str]] = defaultdict(list)
+    for (name, piece), value in digests.items():
+        parts[piece] += (name, value)
+    return {piece: mix(*values) for piece, values in parts.items()}
+
+
+def differ(summaries: Iterable[Mapping[str, int]]) -> bool:
+    """Whether two ranks disagree about a piece that both hold."""
+    seen: dict[str, int] = {}
+    return any(
+        seen.setdefault(piece, value) != value
+        for summary in summaries
+        for piece, value in summary.items()
+    )
+
+
+def judge(ranks: Sequence[Mapping[Place, int]]) -> Drift | None:
+    """Which ranks hold other bits than most; None where all copies agree.
+
+    Where no value has more than half of the copies, all their holders are suspects, unless one of them is known
+    by a majority elsewhere.
+    """
+    holders: dict[Place, dict[int, int]] = defaultdict(dict)
+    for rank, digests in enumerate(ranks):
+        for place, value in digests.items():
+            holders[place][rank] = value
+    names, odd, ties = [], set(), []
+    for (name, _), values in holders.items():
+        (most, times), *others = Counter(values.values()).most_common()
+        if not others:
+            continue
+        names.append(name)
+        if 2 * times > len(values):
+            odd |= {rank for rank, value in values.items() if value != most}
+        else:
+            ties.append(set(values))
+    unexplained = [tied for tied in ties if not tied & odd]
+    if not names:
+        return None
+    return Drift(sorted(set(names)), sorted(odd.union(*unexplained)), majority=not unexplained)
+
+
+def _host() -> str:
+    """This node as its scheduler knows it: RUN/bad-nodes is read by what asks for nodes."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def _words(drift: Drift, hosts: Sequence[str], step: int) -> str:
+    shown = ", ".join(drift.names[:_NAMES_SHOWN])
+    more = len(drift.names) - _NAMES_SHOWN
+    names = f"{shown} and {more} more" if more > 0 else shown
+    who = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in drift.ranks)
+    if drift.majority:
+        verdict = f"{who}: other bits than most ranks have"
+        advice = "test that host's memory and processor before it trains again"
+    else:
+        verdict = f"{who}: two values, and no majority to say which is right"
+        advice = "if a host is named again with another peer, it is the one"
+    return (
+        f"step {step}: copies of parameters have drifted apart: {names} ({verdict})\n"
+        f"The same command goes on from the newest checkpoint, which was compared before it was saved; {advice}"
+    )

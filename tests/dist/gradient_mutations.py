@@ -1,0 +1,198 @@
+"""Bugs, planted one at a time in the product's code, and the case of the pairs that catches each.
+
+The first fourteen are those that other trainers had; then others of every layer. `tools/gradient_matrix.py --mutations`
+finds the cases anew.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import gradient_plants as plants
+import torch
+import torch.distributed as dist
+from gradient_case import GradientCase, by_world
+from gradient_cover import pairs
+from gradient_errors import TOLERANCE, verdict
+from gradient_plants import Plant, all_of, in_loss, replaced, replaced_method
+from gradient_run import NARROW, Outcome, on_ranks, one_process
+
+from lmscale.engine import account, ddp, fsdp, layout, native, zero
+from lmscale.model import attention
+from lmscale.parallel import collectives, recompute, shard, tensor, vocabulary
+
+
+@dataclass(frozen=True)
+class Bug:
+    """What is wrong, where it can show, and the case that catches it."""
+
+    plant: Plant
+    case: str = ""
+    where: Mapping[str, str] = field(default_factory=dict)  # values, any of which a case must have
+
+    def shows(self, case: GradientCase) -> bool:
+        return all(case.words[factor] in values.split() for factor, values in self.where.items())
+
+
+def planted(name: str, case: GradientCase) -> Outcome:
+    """Runs on every rank: a case with a bug in the product."""
+    with BUGS[name].plant():
+        return on_ranks(case)
+
+
+def caught(name: str, case: GradientCase, ranks: Any) -> list[str]:
+    """In what way the case is beyond its tolerance; empty: the bug is not seen. An exception is the caller's."""
+    errors, problems = verdict(case, ranks(planted, name, case), one_process(case))
+    tolerance = TOLERANCE[case.precision]
+    return problems if any(not error <= tolerance[key] for key, error in errors.items()) else []
+
+
+def caught_by(name: str, of_size: Callable[[int], Any]) -> tuple[str, list[str]]:
+    """The first case of the pairs that catches a bug: of few ranks, in a precision that hides little. ("", []) if none."""
+    bug = BUGS[name]
+    for case in by_world(sorted(pairs(), key=lambda case: case.precision in NARROW)):
+        if bug.shows(case) and (problems := caught(name, case, of_size(case.ranks))):
+            return case.name, problems
+    return "", []
+
+
+_TP, _SEQUENCE = {"tp": "2 4"}, {"sequence_parallel": "on"}
+_ENGINES = (native.NativeEngine, zero.ZeroEngine)
+BUGS: Mapping[str, Bug] = {
+    "an all-reduce is dropped": Bug(
+        lambda: patch.object(collectives._Enter, "backward", lambda ctx, grad: (grad, None)),
+        where={**_TP, "sequence_parallel": "off"},
+        case="",
+    ),
+    "gradients are doubled per micro-batch": Bug(
+        replaced_method(ddp.DdpEngine, "_micro_step", plants.doubled),
+        where={"engine": "ddp", "accumulation": "3"},
+        case="",
+    ),
+    "each rank divides by its own tokens": Bug(
+        replaced(account, "count_targets", plants.per_rank_weight),
+        where={"targets": "unequal", "world": "largest"},
+        case="",
+    ),
+    "the norm counts a replicated parameter twice": Bug(
+        lambda: patch.object(layout.Layout, "tp_copies", lambda self, name: 1),
+        where=_TP,
+        case="",
+    ),
+    "norms' gradients are not summed under sequence parallelism": Bug(
+        lambda: patch.object(account, "sum_partial", lambda gradients, mesh: None),
+        where=_SEQUENCE,
+        case="",
+    ),
+    "dropout differs over tp": Bug(
+        lambda: patch.object(torch, "initial_seed", lambda: 77 + dist.get_rank()),
+        where={**_TP, "dropout": "on"},
+        case="",
+    ),
+    "the vocabulary's maximum is not reduced": Bug(
+        replaced(vocabulary, "sum_ranks", plants.not_reduced),
+        where=_TP,
+        case="",
+    ),
+    "the loss mask is off by one": Bug(
+        in_loss(lambda h, w, targets, weights: (h, w, targets, weights.roll(1))),
+        where={"targets": "unequal"},
+        case="",
+    ),
+    "the last micro-batch is dropped": Bug(
+        all_of(*(replaced_method(kind, "step", plants.without_last) for kind in _ENGINES)),
+        where={"accumulation": "3"},
+        case="",
+    ),
+    "rotary angles of the first row turn all": Bug(
+        replaced(attention, "Rotation", plants.angles_of_first_row),
+        where={"documents": "separate"},
+        case="",
+    ),
+    "attention crosses documents": Bug(
+        lambda: patch.object(attention, "causal_mask", lambda *args: None),
+        where={"documents": "separate"},
+        case="",
+    ),
+    "recomputation draws other masks": Bug(
+        replaced(recompute, "checkpoint", plants.other_masks),
+        where={"dropout": "drawn"},
+        case="",
+    ),
+    "a tied embedding's gradient is counted once": Bug(
+        in_loss(lambda hidden, weight, t, w: (hidden, weight.detach(), t, w)),
+        where={"style": "gpt2", "precision": "fp32 fp64"},
+        case="",
+    ),
+    "clipping before the division by the tokens": Bug(
+        replaced(account, "clip", plants.later_clip),
+        where={"clip": "on"},
+        case="",
+    ),
+    "tokens go to the next rank": Bug(
+        replaced(collectives, "_part_of_sum", plants.next_ranks_tokens),
+        where=_SEQUENCE,
+        case="",
+    ),
+    "the copies of hsdp are not added up": Bug(
+        replaced(fsdp, "shard", plants.one_replica),
+        where={"engine": "hsdp"},
+        case="",
+    ),
+    "a bias is added on every tp rank": Bug(
+        replaced(tensor, "_rows_forward", plants.bias_everywhere),
+        where=_TP,
+        case="",
+    ),
+    "whole parameters are summed over tp": Bug(
+        lambda: patch.object(layout.Layout, "partial", lambda self, name: self.tp_copies(name) > 1),
+        where={**_TP, "sequence_parallel": "off"},
+        case="",
+    ),
+    "positions do not go on under sequence parallelism": Bug(
+        replaced(tensor, "_deal_out_positions", plants.first_part),
+        where={**_SEQUENCE, "style": "gpt2"},
+        case="",
+    ),
+    "grouped queries read the next head": Bug(
+        replaced(attention, "attend", plants.next_head),
+        where={"style": "llama mixed"},
+        case="",
+    ),
+    "ids of other ranks read some row": Bug(
+        replaced_method(vocabulary.Rows, "embed", plants.any_id),
+        where=_TP,
+        case="",
+    ),
+    "the vocabulary's padding is in the softmax": Bug(
+        lambda: patch.object(vocabulary.Rows, "of", partial(plants.all_rows, vocabulary.Rows.of)),
+        where=_TP,
+        case="",
+    ),
+    "gradients are reduced in bf16": Bug(
+        replaced(shard, "MixedPrecisionPolicy", plants.reduced_in_bf16),
+        where={"engine": "fsdp hsdp", "precision": "fp32 fp64"},
+        case="",
+    ),
+    "only the last micro-batch counts": Bug(
+        replaced_method(fsdp.FsdpEngine, "_micro_step", plants.last_only),
+        where={"engine": "fsdp hsdp", "accumulation": "3"},
+        case="",
+    ),
+    "norms and biases decay": Bug(
+        all_of(
+            *(
+                replaced(place, "parameter_groups", plants.everything_decays)
+                for place in (native, zero)
+            )
+        ),
+        case="",
+    ),
+    "stage 3 changes torch's linear": Bug(
+        plants.linear_of_stage_3,
+        where={"engine": "zero3", "recompute": "selective"},
+        case="",
+    ),
+}

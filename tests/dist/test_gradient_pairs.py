@@ -1,0 +1,51 @@
+"""Every engine with every option, two of them at a time, computes the gradients and updates of one process."""
+
+from itertools import product
+
+import pytest
+import torch
+from gradient_case import ROWS, GradientCase, by_world, micro_batches, rows_of
+from gradient_cover import PAIR_VALUES, TRIPLE_VALUES, missing, pairs, triples
+from gradient_errors import verdict
+from gradient_run import on_ranks, one_process
+
+from lmscale.config.factors import factors
+
+
+@pytest.mark.parametrize("case", by_world(pairs()), ids=lambda case: case.name)
+def test_a_case_is_one_process(ranks, case):
+    answers = ranks(case.ranks)(on_ranks, case)
+    _, problems = verdict(case, answers, one_process(case))
+    assert not problems
+
+
+def test_every_pair_and_every_triple_that_a_case_can_have_is_in_one():
+    for cases, values, strength in ((pairs(), PAIR_VALUES, 2), (triples(), TRIPLE_VALUES, 3)):
+        assert len({case.name for case in cases}) == len(cases)
+        assert not any(case.problem() for case in cases)
+        assert not missing(cases, values, strength)
+
+
+def test_a_name_is_its_case_and_a_case_is_the_run_that_it_names():
+    for case in triples():
+        assert GradientCase.named(case.name) == case
+        words = factors(case.config())
+        assert words == {
+            key: {"drawn": "on"}.get(case.words[key], case.words[key]) for key in words
+        }
+
+
+def test_the_ranks_share_the_rows_of_a_step_whatever_their_number():
+    engines = ("fsdp", "hsdp")
+    for engine, accumulation, world in product(engines, ("1", "3"), ("smallest", "largest")):
+        case = GradientCase(
+            engine=engine, accumulation=accumulation, world=world, targets="unequal"
+        )
+        shares = [micro_batches(case, 1, rank) for rank in range(case.dp)]
+        assert all(len(share) == int(accumulation) for share in shares)
+        assert all(len(share[-1].rows_B) < len(share[0].rows_B) for share in shares) == (
+            accumulation == "3"
+        )
+        found = torch.cat([batch.inputs.tokens_BL for share in shares for batch in share])
+        assert torch.equal(found, rows_of(case, 1).inputs.tokens_BL)
+        assert len(found) == ROWS
