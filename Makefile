@@ -55,6 +55,7 @@ soak: setup
 	$(BIN)/python tools/soak.py
 
 matrix: setup
+	$(BIN)/python tools/gradient_matrix.py
 	$(BIN)/python tools/matrix.py
 
 clean:

@@ -73,9 +73,10 @@ def page(lines: Sequence[Line], wanted: int) -> Iterator[str]:
     yield facts(provenance())
     yield "## How close"
     yield (
-        "The largest error of all cases in a precision, and in brackets what is allowed. Gradient: of each parameter "
-        "at the first step. Update: of each parameter after three steps, relative to how far it went. Zero: of "
-        "gradients that vanish in theory, relative to the average."
+        "The largest error of all cases in a precision, and in brackets what is allowed: more only for a tensor of "
+        "which one process in this precision is more than half as far off one in the next wider. Gradient: of each "
+        "parameter at the first step. Update: of each parameter after three steps, relative to how far it went. "
+        "Zero: of gradients that vanish in theory, relative to the average."
     )
     yield table(("precision", "cases", *KEYS), _closeness(lines))
     yield "## Proven"

@@ -25,7 +25,7 @@ def resume(run: str, overrides: Sequence[str], *, dry_run: bool, as_json: bool) 
     found = newest_valid(folder)
     if found is not None:
         _check(cfg, folder, found)
-    notes = [_from_where(found), *_excluded(folder)]
+    notes = [_from_where(found), *_bad_nodes(folder, leaves_out=cfg.cluster.kind == "slurm")]
     return hand_over(cfg, dry_run=dry_run, as_json=as_json, notes=notes)
 
 
@@ -72,7 +72,10 @@ def _from_where(found: Found | None) -> str:
     return f"going on from step {found.step} ({found.path.name})"
 
 
-def _excluded(folder: RunFolder) -> Iterator[str]:
+def _bad_nodes(folder: RunFolder, *, leaves_out: bool) -> Iterator[str]:
     for path in sorted(folder.bad_nodes.iterdir()) if folder.bad_nodes.is_dir() else ():
         why = (path.read_text(errors="replace").strip().splitlines() or ["no reason given"])[0]
-        yield f"excluded: {path.name} ({why}); to use it again, remove {path}"
+        if leaves_out:
+            yield f"excluded: {path.name} ({why}); to use it again, remove {path}"
+        else:
+            yield f"careful, nothing leaves {path.name} out here ({why}); once it is mended, remove {path}"

@@ -8,7 +8,7 @@ import ctypes
 import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from launcher.supervisor.signals import Signals
 from launcher.supervisor.spawn import free_port, port_is_taken
 from launcher.supervisor.station import Station
 from launcher.supervisor.team import Round, What, parted
-from launcher.supervisor.together import Met, Trouble, meet, write_bad_nodes
+from launcher.supervisor.together import Met, Trouble, bad_nodes, meet, write_bad_nodes
 from launcher.supervisor.words import describe
 from lmscale.errors import ExitCode, LmscaleError, RetryableError, decisive
 from lmscale.run.budget import starts_since_progress
@@ -126,6 +126,7 @@ class _Starts:
     def run(self) -> int:
         """Start, and start again."""
         job = self._job
+        bad = bad_nodes(job.folder)
         for count in itertools.count():
             start = f"{job.start}.{count}" if count else job.start
             events = begin(
@@ -142,7 +143,7 @@ class _Starts:
                 if trouble is not None:
                     return self._leave(trouble.code, f"{describe(trouble.code)}: {trouble.words}")
                 code = self._one_start(start, events)
-                if not self._leader.stop_asked and self._goes_on(code):
+                if not self._leader.stop_asked and self._goes_on(code, bad):
                     self._tell("restart", code, describe(code))
                     if self._pause():
                         continue
@@ -210,13 +211,20 @@ class _Starts:
         code = decisive(self._leader.codes.values())
         return parted(code) if self._leader.lost else code
 
-    def _goes_on(self, code: int) -> bool:
+    def _goes_on(self, code: int, bad: Mapping[str, int]) -> bool:
         """Whether to start again; says why not where a user might expect it."""
         job = self._job
         if not (code in (ExitCode.RETRY, ExitCode.BUG) or code > 128) or job.folder.stop.exists():
             return False
         if self._leader.lost:
             self._output.say(f"{self._leader.lost}. All nodes leave, to be started again")
+            return False
+        news = bad_nodes(job.folder).items() - bad.items()
+        if news and job.place.nodes > 1 and not job.by_hand:
+            names = ", ".join(sorted(name for name, _ in news))
+            self._output.say(
+                f"{names}: named in {job.folder.bad_nodes}. All nodes leave, to be started without it"
+            )
             return False
         vain = starts_since_progress(read_events(job.folder))
         if vain >= job.max_restarts:

@@ -70,6 +70,13 @@ def write_bad_nodes(folder: RunFolder, unfit: dict[str, tuple[str, ...]]) -> Non
             replace_file(path, ("\n".join(reasons) + "\n").encode())
 
 
+def bad_nodes(folder: RunFolder) -> dict[str, int]:
+    """The hosts that a start leaves out, and when each was last written down (nanoseconds)."""
+    if not folder.bad_nodes.is_dir():
+        return {}
+    return {path.name: path.stat().st_mtime_ns for path in folder.bad_nodes.iterdir()}
+
+
 def _leader(station: Station, lobby: Lobby | None) -> Leader:
     return Leader(
         station.job.host,

@@ -57,6 +57,9 @@ def _stage_3(engine: EngineConfig, parameters: int) -> dict[str, object]:
         # default 1e9: all of a smaller model, from its forward to its backward.
         "stage3_max_live_parameters": min(10**9, parameters // 8),
         "stage3_max_reuse_distance": 0,
+        # On by default: torch's linear is then replaced, in the whole process, by one that adds the bias in place
+        # to a product that selective recomputation keeps. Gradients are wrong, and nothing says so.
+        "memory_efficient_linear": False,
     }
 
 

@@ -106,10 +106,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_TD, grad_VD = ctx.saved_tensors
         # Autograd casts to the inputs' own dtypes where autocast made them differ.
         return (
-            None if grad_TD is None else grad_TD * scale,
-            None if grad_VD is None else grad_VD * scale,
+            None if grad_TD is None else _times(grad_TD, scale),
+            None if grad_VD is None else _times(grad_VD, scale),
             *(None,) * 4,
         )
+
+
+def _times(gradient: Tensor, scale: Tensor) -> Tensor:
+    """In fp32: a product of a bf16 tensor and a scalar that lies on a GPU rounds the scalar to bf16 first."""
+    return (gradient.to(at_least_fp32(gradient.dtype)) * scale).to(gradient.dtype)
 
 
 def _compute_dtype(hidden_TD: Tensor) -> torch.dtype:

@@ -6,7 +6,8 @@ compiled for too many shapes runs uncompiled from then on. Both are errors here,
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,10 +26,9 @@ def compile_blocks(model: nn.Module) -> None:
     Only `forward` is compiled, not the hooks around it: FSDP's gathers stay outside the graph. The call raises
     ConfigError when there is no compiler, or a block cannot be compiled as one piece.
     """
-    # One entry for all blocks, apart from other models of the process, so that VERSIONS means this model's.
-    compiled = cast(Any, torch.compile)(  # whose signatures for type checkers lack the last two
-        _call, fullgraph=True, dynamic=False, isolate_recompiles=True, recompile_limit=VERSIONS
-    )
+    # torch counts versions by code object: one for all blocks, and none that other models of the process compile.
+    call = FunctionType(_call.__code__.replace(), globals())
+    compiled = torch.compile(call, fullgraph=True, dynamic=False)
     for block in blocks(model):
         set_forward(block, partial(_explained, compiled, block.forward))
 
@@ -43,7 +43,7 @@ def _explained(compiled: Callable[..., Any], forward: Callable[..., Any], *args:
 
     try:
         # DDP would cut graphs at the borders of its buckets. A block is small enough to overlap with.
-        with config.patch(optimize_ddp=False):
+        with config.patch(optimize_ddp=False, recompile_limit=VERSIONS):
             return compiled(forward, *args)
     except FailOnRecompileLimitHit as error:
         fact = f"a block met more than {VERSIONS} different shapes of input"

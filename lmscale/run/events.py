@@ -24,8 +24,8 @@ class EventLog:
     """Appends to events/START.jsonl; node 0's supervisor and rank 0 write into the same file.
 
     As a context manager it also beats every 10 s from a daemon thread, which does not keep the
-    process alive. Kinds in use: start, attempt, save, fall-back, damage, skip, stop, restart, exit; and,
-    with the host concerned as `node` beside the writer's own `host`: died, stuck, lost_node, bad_node.
+    process alive. Kinds in use: start, attempt, save, fall-back, damage, skip, loss_scale, drift, stop, restart,
+    exit; and, with the host concerned as `node` beside the writer's own `host`: died, stuck, lost_node, bad_node.
     """
 
     def __init__(self, folder: RunFolder, start: str) -> None:

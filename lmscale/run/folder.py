@@ -29,6 +29,11 @@ class RunFolder:
         return self.path / "eval.jsonl"
 
     @property
+    def layers(self) -> Path:
+        """Norms by part of the model, one JSON object every log.every_steps steps (`log.layer_stats`)."""
+        return self.path / "layers.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of step-*-a* folders."""
         return self.path / "checkpoints"
@@ -55,7 +60,7 @@ class RunFolder:
 
     @property
     def bad_nodes(self) -> Path:
-        """One file a node that failed its check before the first step; its name is the host's."""
+        """One file a node that failed its check, or whose copies of the weights drifted; its name is the host's."""
         return self.path / "bad-nodes"
 
     @property

@@ -66,7 +66,7 @@ def cut_after(path: Path, step: int) -> LineFile:
 
 def _open_layers(rank: Rank, ears: Listeners, stack: ExitStack, *, from_step: int) -> None:
     """Lines of an older attempt are cut even where this one writes none."""
-    path, wanted = rank.folder.path / "layers.jsonl", rank.cfg.log.layer_stats
+    path, wanted = rank.folder.layers, rank.cfg.log.layer_stats
     if wanted or path.exists():
         file = stack.enter_context(cut_after(path, from_step))
         if wanted:

@@ -66,11 +66,11 @@ def model_of(case: Case) -> LanguageModel:
 
 
 @cache
-def mesh_of(*, replicate: int = 1, tp: int = 1) -> Mesh:
+def mesh_of(*, replicate: int = 1, tp: int = 1, device_type: str = "cpu") -> Mesh:
     """Collective; the groups stay for the pool's life."""
     rank, size = dist.get_rank(), dist.get_world_size()
     sizes = ParallelConfig(replicate=replicate, tp=tp)
-    return make_mesh(sizes, World(rank, rank, size, size), "cpu")
+    return make_mesh(sizes, World(rank, rank, size, size), device_type)
 
 
 def mesh_for(case: Case) -> Mesh:

@@ -14,6 +14,7 @@ from gradient_case import VALUES, GradientCase, problem
 # The factors by which `problem` decides, in groups that it decides together.
 _TOGETHER = (
     ("tp", "sequence_parallel"),
+    ("engine", "compile"),
     ("engine", "offload"),
     ("engine", "precision"),
     ("engine", "reshard"),

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from gradient_case import GradientCase, by_world
 from gradient_cover import pairs
-from gradient_errors import TOLERANCE, verdict
+from gradient_errors import compared
 from gradient_plants import Plant, all_of, in_loss, replaced, replaced_method
 from gradient_run import NARROW, Outcome, on_ranks, one_process
 
@@ -44,9 +44,9 @@ def planted(name: str, case: GradientCase) -> Outcome:
 
 def caught(name: str, case: GradientCase, ranks: Any) -> list[str]:
     """In what way the case is beyond its tolerance; empty: the bug is not seen. An exception is the caller's."""
-    errors, problems = verdict(case, ranks(planted, name, case), one_process(case))
-    tolerance = TOLERANCE[case.precision]
-    return problems if any(not error <= tolerance[key] for key, error in errors.items()) else []
+    answer, *_ = ranks(planted, name, case)
+    _, beyond = compared(case, answer, one_process(case))
+    return beyond
 
 
 def caught_by(name: str, of_size: Callable[[int], Any]) -> tuple[str, list[str]]:

@@ -85,13 +85,17 @@ def _one_process(case: GradientCase) -> Outcome:
     return outcome
 
 
-def on_ranks(case: GradientCase) -> Outcome:
-    """Runs on every rank; tensors come from rank 0 only."""
-    mesh = mesh_of(replicate=2 if case.engine == "hsdp" else 1, tp=int(case.tp))
-    engine = build_engine(case.config(), model_of(case), mesh, torch.device("cpu"))
+def on_ranks(case: GradientCase, device_type: str = "cpu") -> Outcome:
+    """Runs on every rank; tensors come from rank 0 only, and lie on the CPU."""
+    replicate = 2 if case.engine == "hsdp" else 1
+    mesh = mesh_of(replicate=replicate, tp=int(case.tp), device_type=device_type)
+    engine = build_engine(case.config(), model_of(case), mesh, torch.device(device_type))
     outcome = Outcome([])
     for step in range(STEPS):
-        batches = micro_batches(case, step, mesh.dp_rank)
+        batches = [
+            batch.map(lambda array: array.to(device_type))
+            for batch in micro_batches(case, step, mesh.dp_rank)
+        ]
         assert len(batches) == int(case.accumulation)
         with _dropout(case, step):
             outcome.results.append(plain(engine.step(batches, lr=LR)))

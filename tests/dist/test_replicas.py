@@ -71,6 +71,7 @@ def _train_and_flip(case: Case, folder: Path, odd: int, every: int) -> tuple[int
     "case",
     [
         pytest.param(Case("ddp"), id="ddp"),
+        pytest.param(Case("fsdp", parallel={"replicate": 2}), id="hsdp"),
         pytest.param(Case("fsdp", parallel={"tp": 2}), id="tp"),
         pytest.param(Case("deepspeed", engine={"zero_stage": 1}), id="zero1"),
     ],

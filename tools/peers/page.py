@@ -10,8 +10,10 @@ from ratios import claim, disagreement, noise, ratio, verdict
 from results import table
 
 # Of the first steps' losses, in nats, and gradient norms, relative, against the hand-written loop of the precision.
-# fp32: sums in another order (measured 2e-6 and 1e-5). bf16: autocast and bf16 weights round at other places.
-SAME_WORK = {"fp32": (2e-4, 1e-3), "bf16": (3e-2, 5e-2)}
+# fp32: sums in another order (losses: measured 2e-5); but torch's own norm, which the loop by hand and the foreign
+# trainers clip by, adds squares in fp32, 1.4e-3 off our float64 one (DeepSpeed's is 1e-6 off).
+# bf16: autocast and bf16 weights round at other places.
+SAME_WORK = {"fp32": (2e-4, 3e-3), "bf16": (3e-2, 5e-2)}
 
 
 def judged(found: dict[str, Any]) -> dict[str, Any]:

@@ -271,6 +271,8 @@ def test_resume_takes_the_newest_run_file_and_says_from_where(site: Site, capsys
     out = capsys.readouterr().out
     assert "going on from step 20 (step-00000020-a1)" in out
     assert "excluded: n3 (no space on /tmp)" in out
+    resume("run", ["cluster=local"], dry_run=True, as_json=False)
+    assert "careful, nothing leaves n3 out here (no space on /tmp)" in capsys.readouterr().out
     site.state = JobState("running")
     with pytest.raises(ConfigError):
         resume("run", [], dry_run=False, as_json=False)

@@ -101,6 +101,26 @@ def test_a_lost_node_ends_the_others_with_75(start: Start) -> None:
     until(lambda: not alive([int(pid) for pid in pids.values()]), "all ranks have ended")
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_node_that_the_ranks_name_is_not_started_on_again(start: Start, by_hand: bool) -> None:
+    body = """
+    bad = run / "bad-nodes"
+    if rank == 0 and not (bad / "n1").exists():
+        bad.mkdir()
+        (bad / "n1").write_text("its weights drifted")
+        sys.exit(75)
+    wait(0.5)
+    """
+    codes, said = Nodes(start, body, max_restarts=5, by_hand=by_hand).launch().end()
+    if by_hand:  # nobody would start it elsewhere
+        assert codes == [0, 0], said
+        assert start.kinds() == ["start", "restart", "start", "exit"]
+    else:
+        assert codes == [75, 75], said
+        assert "n1: named in" in said[0] and "All nodes leave" in said[0]
+        assert start.kinds() == ["start", "exit"]
+
+
 def test_without_node_0_the_others_end_with_75(start: Start) -> None:
     nodes = Nodes(start, "mark('pid', os.getpid()); wait()", count=3, max_restarts=5).launch()
     pids = start.wait_for("pid", 6)
