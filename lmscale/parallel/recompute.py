@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
-    _CachedTorchDispatchMode,
     checkpoint,
     create_selective_checkpoint_contexts,
 )
@@ -87,18 +87,29 @@ def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class _Again(_CachedTorchDispatchMode):
-    """The second forward. Torch's own wants every operator of the first one, in its order.
+class _Again(TorchDispatchMode):
+    """The second forward. Torch's own mode wants every operator of the first one, in its order.
 
     That is more than holds: ZeRO-3 gathers weights inside a block, ahead of use and hence otherwise than before.
+    So it is asked for what was kept, and for nothing else.
     """
+
+    supports_higher_order_operators = True  # FlexAttention is one
+
+    def __init__(self, torchs: TorchDispatchMode):
+        super().__init__()
+        self._torchs = torchs
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # as torch's own does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _kept(func):
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return self._torchs.__torch_dispatch__(func, types, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
 def _contexts() -> tuple[Any, Any]:
     first, again = create_selective_checkpoint_contexts(_policy)
-    return first, _Again(_policy, again.storage)
+    return first, _Again(again)
