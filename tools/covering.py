@@ -21,15 +21,14 @@ def covering(
     strength: int,
     constraints: Iterable[tuple[Sequence[str], Problem]],
     *,
-    salts: Iterable[str] = ("0",),
+    salt: str = "0",
 ) -> list[dict[str, str]]:
-    """The shortest array found with these salts. A constraint names the factors that it reads."""
+    """The array that is found with this salt. A constraint names the factors that it reads."""
     conditions = [_condition(keys, problem) for keys, problem in constraints]
-    arrays = (
-        make(dict(factors), strength=strength, constraints=conditions, salt=salt, tolerance=2)
-        for salt in salts
+    found: list[dict[str, str]] = make(
+        dict(factors), strength=strength, constraints=conditions, salt=salt, tolerance=2
     )
-    return min(arrays, key=len)
+    return found
 
 
 def uncovered(

@@ -186,7 +186,8 @@ def kill_all(folder: Path) -> None:
 
 
 def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+    """But for semaphores of Python's multiprocessing, which lmscale does not use and other programs do."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
 
 
 def abandoned(names: set[str], *, wait_s: float = 5.0) -> set[str]:

@@ -164,7 +164,8 @@ def _zero_3(
 ) -> Held:
     """A part of every parameter, rounded up; norms and biases whole besides (engine/zero_dict.py).
 
-    What a module reads is gathered for it, and what comes next up to an eighth of the model.
+    What a module reads is gathered for it, and what comes next up to an eighth of the model. Gradients lie in one
+    flat buffer, and DeepSpeed copies them out of it for the update (0.19, stage3.py).
     """
     wide, compute = types_of(engine)
     part = sum(-(-p.size // ranks) for p in learning)
@@ -175,7 +176,7 @@ def _zero_3(
     groups = len({len(p.shape) >= 2 for p in learning})
     return Held(
         parameters=compute * sum(-(-p.size // ranks) for p in here),
-        gradients=wide * part,
+        gradients=2 * wide * part,
         optimizer=3 * wide * part + _STEP_COUNT * groups,
         working=compute * (small + gathered) + 2 * wide * bucket,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 
-from lmscale.config import engines
+from lmscale.config import engines, proven
 from lmscale.config.engines import Check
 from lmscale.config.refusals import refusals
 from lmscale.config.run import RunConfig
@@ -195,6 +195,7 @@ CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
     ),
     (("optim.betas",), _betas),
     *engines.CHECKS,
+    (proven.READS, proven.unproven),
     (("data.corpora",), _weights),
     (("data.cache_dir", "data.cache_bytes"), _cache),
     (("cluster.nodes", "cluster.min_nodes"), _nodes),

@@ -82,7 +82,7 @@ def _reshard(cfg: RunConfig) -> Iterator[Problem]:
 def _offload(cfg: RunConfig) -> Iterator[Problem]:
     kind, stage, offload = cfg.engine.kind, cfg.engine.zero_stage, cfg.engine.offload
     match kind, offload:
-        case (_, "none" | "nvme") | ("fsdp", "all"):  # nvme: see refusals
+        case (_, "none") | ("fsdp", "all"):
             return
         case "ddp", _:
             fact = f"{offload}, but ddp keeps the whole state on each accelerator"
@@ -95,8 +95,8 @@ def _offload(cfg: RunConfig) -> Iterator[Problem]:
         case "deepspeed", "optimizer" if stage == 0:
             fact = "optimizer, but zero_stage 0 keeps a whole optimizer on each accelerator"
             yield Problem("engine.offload", fact, "use none, or engine.zero_stage 1, 2 or 3")
-        case "deepspeed", "all" if stage != 3:
-            fact = f"all, but zero_stage {stage} keeps whole weights on each accelerator"
+        case "deepspeed", "all" | "nvme" if stage != 3:
+            fact = f"{offload}, but zero_stage {stage} keeps whole weights on each accelerator"
             hint = "set engine.zero_stage=3" + (", or use optimizer" if stage else "")
             yield Problem("engine.offload", fact, hint)
 

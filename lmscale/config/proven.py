@@ -18,7 +18,7 @@ from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError, Problem
 
 PATH = Path(__file__).with_name("proven.json")
-READS = tuple(key for keys in KEYS.values() for key in keys)
+READS = (*(key for keys in KEYS.values() for key in keys), "parallel.shard")
 
 Words = Mapping[str, str]
 Point = tuple[str, str]  # a factor and its value
@@ -98,9 +98,19 @@ class Table:
         return mask
 
 
+def unproven(cfg: RunConfig) -> Iterator[Problem]:
+    """What of this run the table that lmscale comes with does not prove. Raises ConfigError where that is missing."""
+    yield from problems(cfg, Table.read())
+
+
 def problems(cfg: RunConfig, table: Table) -> Iterator[Problem]:
-    """What of this run is refused or not proven, with the nearest setting that is proven."""
+    """What of this run is refused or not proven, with the nearest setting that is proven.
+
+    Nothing of what cannot be at all (`factors.clash`): other checks say so.
+    """
     words = factors(cfg)
+    if clash(words) is not None:
+        return
     refused = table.refused(words)
     missing = [] if refused else list(table.missing(words))
     if not refused and not missing:

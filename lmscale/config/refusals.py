@@ -1,5 +1,7 @@
 """Settings that have a name but no implementation yet, each with the nearest one that works.
 
+Combinations that work and were not proven are proven.py's.
+
 A line leaves this file in the same change that makes its setting work.
 """
 
@@ -11,7 +13,6 @@ from lmscale.errors import Problem
 
 def refusals(cfg: RunConfig) -> Iterator[Problem]:
     """Refuse here, on the user's machine, rather than in a queue or on a cluster."""
-    yield from _engine(cfg)
     yield from _data(cfg)
     yield from _rest(cfg)
 
@@ -19,16 +20,6 @@ def refusals(cfg: RunConfig) -> Iterator[Problem]:
 def _not_yet(path: str, value: object, nearest: str) -> Problem:
     shown = str(value).lower() if isinstance(value, bool) else value
     return Problem(path, f"{shown} is not supported yet", nearest)
-
-
-def _engine(cfg: RunConfig) -> Iterator[Problem]:
-    if cfg.engine.offload == "nvme":
-        fact = (
-            "nvme is not supported yet: DeepSpeed would have to build its async_io against libaio "
-            "(Debian: libaio-dev)"
-        )
-        hint = "use all, with engine.kind=deepspeed and engine.zero_stage=3: memory of the host"
-        yield Problem("engine.offload", fact, hint)
 
 
 def _data(cfg: RunConfig) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ _TOGETHER = (
     ("engine", "reshard"),
     ("engine", "tp"),
 )
+_SALT = "2"  # the shortest arrays of the first sixteen
 # Not crossed: tp 8 takes all ranks, and drawn dropout needs one rank that sees the whole batch. See EXTRA.
 _APART: Mapping[str, Sequence[str]] = {"tp": ("8",), "dropout": ("drawn",)}
 # Of the pairs, because the compiler takes as long as all of them. test_engine.py has them once.
@@ -40,8 +41,9 @@ PAIR_VALUES = {
 REFUSED: tuple[Mapping[str, Any], ...] = (
     {
         "factors": {"offload": "nvme"},
-        "why": "never run here: DeepSpeed builds it against libaio's headers, which this machine lacks",
-        "nearest": "engine.offload=all",
+        "why": "DeepSpeed would have to build its async_io at every start, against libaio (Debian: libaio-dev), "
+        "and it was never held against one process",
+        "nearest": "use all, with engine.kind=deepspeed and engine.zero_stage=3: memory of the host",
     },
 )
 # With masks that torch draws, recomputation must draw them again: the only cases in which it can go wrong.
@@ -69,7 +71,7 @@ def missing(
 
 def _cover(factors: Mapping[str, Sequence[str]], strength: int) -> list[GradientCase]:
     groups = [(keys, problem) for keys in _TOGETHER]
-    found = covering(factors, strength, groups, salts=map(str, range(16 if strength == 2 else 4)))
+    found = covering(factors, strength, groups, salt=_SALT)
     return [GradientCase(**words) for words in found]
 
 

@@ -64,122 +64,122 @@ BUGS: Mapping[str, Bug] = {
     "an all-reduce is dropped": Bug(
         lambda: patch.object(collectives._Enter, "backward", lambda ctx, grad: (grad, None)),
         where={**_TP, "sequence_parallel": "off"},
-        case="",
+        case="zero2 tp2 full fp32 separate gpt2 drawn unequal smallest clipped",
     ),
     "gradients are doubled per micro-batch": Bug(
         replaced_method(ddp.DdpEngine, "_micro_step", plants.doubled),
         where={"engine": "ddp", "accumulation": "3"},
-        case="",
+        case="ddp tp2 full fp64 separate gpt2 accumulated largest clipped",
     ),
     "each rank divides by its own tokens": Bug(
         replaced(account, "count_targets", plants.per_rank_weight),
         where={"targets": "unequal", "world": "largest"},
-        case="",
+        case="fsdp tp4 full fp64 offload-all gathered separate llama accumulated unequal largest",
     ),
     "the norm counts a replicated parameter twice": Bug(
         lambda: patch.object(layout.Layout, "tp_copies", lambda self, name: 1),
         where=_TP,
-        case="",
+        case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "norms' gradients are not summed under sequence parallelism": Bug(
         lambda: patch.object(account, "sum_partial", lambda gradients, mesh: None),
         where=_SEQUENCE,
-        case="",
+        case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "dropout differs over tp": Bug(
         lambda: patch.object(torch, "initial_seed", lambda: 77 + dist.get_rank()),
         where={**_TP, "dropout": "on"},
-        case="",
+        case="zero1 tp2 sequence full bf16 offload-optimizer joined mixed dropout smallest",
     ),
     "the vocabulary's maximum is not reduced": Bug(
         replaced(vocabulary, "sum_ranks", plants.not_reduced),
         where=_TP,
-        case="",
+        case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "the loss mask is off by one": Bug(
         in_loss(lambda h, w, targets, weights: (h, w, targets, weights.roll(1))),
         where={"targets": "unequal"},
-        case="",
+        case="zero2 tp1 fp32 separate mixed unequal smallest",
     ),
     "the last micro-batch is dropped": Bug(
         all_of(*(replaced_method(kind, "step", plants.without_last) for kind in _ENGINES)),
         where={"accumulation": "3"},
-        case="",
+        case="fsdp tp1 bf16 gathered separate llama dropout accumulated smallest",
     ),
     "rotary angles of the first row turn all": Bug(
         replaced(attention, "Rotation", plants.angles_of_first_row),
         where={"documents": "separate"},
-        case="",
+        case="zero3 tp1 full fp32 offload-optimizer separate llama smallest",
     ),
     "attention crosses documents": Bug(
         lambda: patch.object(attention, "causal_mask", lambda *args: None),
         where={"documents": "separate"},
-        case="",
+        case="zero3 tp1 full fp32 offload-optimizer separate llama smallest",
     ),
     "recomputation draws other masks": Bug(
         replaced(recompute, "checkpoint", plants.other_masks),
         where={"dropout": "drawn"},
-        case="",
+        case="zero2 tp2 full fp32 separate gpt2 drawn unequal smallest clipped",
     ),
     "a tied embedding's gradient is counted once": Bug(
         in_loss(lambda hidden, weight, t, w: (hidden, weight.detach(), t, w)),
         where={"style": "gpt2", "precision": "fp32 fp64"},
-        case="",
+        case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "clipping before the division by the tokens": Bug(
         replaced(account, "clip", plants.later_clip),
         where={"clip": "on"},
-        case="",
+        case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "tokens go to the next rank": Bug(
         replaced(collectives, "_part_of_sum", plants.next_ranks_tokens),
         where=_SEQUENCE,
-        case="",
+        case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "the copies of hsdp are not added up": Bug(
         replaced(fsdp, "shard", plants.one_replica),
         where={"engine": "hsdp"},
-        case="",
+        case="hsdp tp1 selective fp64 offload-all gathered separate mixed dropout smallest",
     ),
     "a bias is added on every tp rank": Bug(
         replaced(tensor, "_rows_forward", plants.bias_everywhere),
         where=_TP,
-        case="",
+        case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "whole parameters are summed over tp": Bug(
         lambda: patch.object(layout.Layout, "partial", lambda self, name: self.tp_copies(name) > 1),
         where={**_TP, "sequence_parallel": "off"},
-        case="",
+        case="zero2 tp2 full fp32 separate gpt2 drawn unequal smallest clipped",
     ),
     "positions do not go on under sequence parallelism": Bug(
         replaced(tensor, "_deal_out_positions", plants.first_part),
         where={**_SEQUENCE, "style": "gpt2"},
-        case="",
+        case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "grouped queries read the next head": Bug(
         replaced(attention, "attend", plants.next_head),
         where={"style": "llama mixed"},
-        case="",
+        case="zero3 tp1 full fp32 offload-optimizer separate llama smallest",
     ),
     "ids of other ranks read some row": Bug(
         replaced_method(vocabulary.Rows, "embed", plants.any_id),
         where=_TP,
-        case="",
+        case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "the vocabulary's padding is in the softmax": Bug(
         lambda: patch.object(vocabulary.Rows, "of", partial(plants.all_rows, vocabulary.Rows.of)),
         where=_TP,
-        case="",
+        case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "gradients are reduced in bf16": Bug(
         replaced(shard, "MixedPrecisionPolicy", plants.reduced_in_bf16),
         where={"engine": "fsdp hsdp", "precision": "fp32 fp64"},
-        case="",
+        case="fsdp tp1 selective fp32 separate mixed smallest",
     ),
     "only the last micro-batch counts": Bug(
         replaced_method(fsdp.FsdpEngine, "_micro_step", plants.last_only),
         where={"engine": "fsdp hsdp", "accumulation": "3"},
-        case="",
+        case="fsdp tp1 bf16 gathered separate llama dropout accumulated smallest",
     ),
     "norms and biases decay": Bug(
         all_of(
@@ -188,11 +188,11 @@ BUGS: Mapping[str, Bug] = {
                 for place in (native, zero)
             )
         ),
-        case="",
+        case="zero3 tp1 full fp32 offload-optimizer separate llama smallest",
     ),
     "stage 3 changes torch's linear": Bug(
         plants.linear_of_stage_3,
         where={"engine": "zero3", "recompute": "selective"},
-        case="",
+        case="zero3 tp2 selective fp32 offload-all separate gpt2 dropout unequal largest",
     ),
 }

@@ -1,5 +1,6 @@
 """Every engine with every option, two of them at a time, computes the gradients and updates of one process."""
 
+import json
 from itertools import product
 
 import pytest
@@ -9,7 +10,8 @@ from gradient_cover import PAIR_VALUES, TRIPLE_VALUES, missing, pairs, triples
 from gradient_errors import verdict
 from gradient_run import on_ranks, one_process
 
-from lmscale.config.factors import factors
+from lmscale.config.factors import FACTORS, OPEN, factors
+from lmscale.config.proven import PATH
 
 
 @pytest.mark.parametrize("case", by_world(pairs()), ids=lambda case: case.name)
@@ -24,6 +26,15 @@ def test_every_pair_and_every_triple_that_a_case_can_have_is_in_one():
         assert len({case.name for case in cases}) == len(cases)
         assert not any(case.problem() for case in cases)
         assert not missing(cases, values, strength)
+
+
+def test_the_table_that_we_ship_has_every_case_that_is_run():
+    shipped = json.loads(PATH.read_text())["cases"]
+    wanted = [case for case in triples() if case.dropout != "drawn"]
+    assert len(shipped) == len(wanted)
+    for case in wanted:
+        words = {factor: case.words[factor] for factor in (*FACTORS, *OPEN)}
+        assert {**words, "ranks": case.ranks, "dp": case.dp} in shipped, case.name
 
 
 def test_a_name_is_its_case_and_a_case_is_the_run_that_it_names():

@@ -236,6 +236,11 @@ def test_conflicts_between_keys(run: Path, overrides: list[str], path: str, word
     ("overrides", "path"),
     [
         (["engine.offload=nvme"], "engine.offload"),
+        (["engine.offload=nvme", "engine.kind=ddp"], "engine.offload"),
+        (
+            ["engine.offload=nvme", "engine.kind=deepspeed", "engine.zero_stage=3"],
+            "engine.offload",
+        ),
         (["checkpoint.async=true"], "checkpoint.async"),
         (["data.corpora=[a, b]"], "data.corpora"),
         (["data.corpora=s3://a/b"], "data.corpora"),

@@ -237,6 +237,32 @@ def test_what_failed_is_refused_with_its_reason(folder: Path) -> None:
     assert "norms drift" in only(problems(config(folder), table(refused=[entry]))).fact
 
 
+def test_what_users_need_is_proven_by_the_table_that_we_ship() -> None:
+    shipped = Table.read()
+    needed = {
+        **{name: FACTORS[name] for name in ("engine", "sequence_parallel", "documents", "dropout")},
+        **{"tp": ("1", "2", "4"), "recompute": ("none", "full", "selective")},
+        **{"precision": ("fp32", "bf16"), "style": FACTORS["style"]},
+        **{"offload": ("none",), "compile": ("off",), "reshard": ("on",)},
+    }
+    for values in product(*needed.values()):
+        words = dict(zip(needed, values, strict=True))
+        assert clash(words) is not None or shipped.proves(words), words
+    for engine in FACTORS["engine"]:
+        largest = {**words, "engine": engine, "tp": "8"}
+        assert shipped.proves(largest)
+        assert not shipped.proves({**largest, "tp": "3"})
+
+
+def test_nvme_is_refused_with_the_package_that_it_would_need(folder: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config(folder, "engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload=nvme")
+    (found,) = raised.value.problems
+    assert found.path == "engine.offload"
+    assert "libaio-dev" in found.fact
+    assert found.hint.endswith("engine.offload=all")
+
+
 @pytest.mark.parametrize(
     "text", [None, "", "{", "[]", '{"cases": [{}], "refused": []}', '{"cases": []}']
 )
