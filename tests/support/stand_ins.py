@@ -19,9 +19,10 @@ ROOT = Path(__file__).parents[2]
 
 # Runs supervise() as the launcher does: from the main thread of a process of its own.
 DRIVER = """
-import os, sys, json
+import os, signal, sys, json
 from pathlib import Path
 import lmscale
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who started the tests may have had it ignored (nohup)
 from launcher.supervisor.spawn import Place
 from launcher.supervisor.stall import Patience
 from launcher.supervisor.supervise import Job, supervise
