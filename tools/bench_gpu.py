@@ -65,10 +65,11 @@ def main() -> int:
             print(
                 f"round {number + 1} of {args.rounds}: {name}: {found[name][-1]}", file=sys.stderr
             )
+            if args.json:  # after each, so that a machine that is taken back takes nothing along
+                document = {**provenance(), "settings": vars(args), "found": found}
+                text = json.dumps(document, indent=1, default=str)
+                args.json.write_text(text + "\n", encoding="utf-8")
     print(table(("setting", "ms a step", "tokens/s", "TFLOP/s", "MFU", "peak GiB"), rows(found)))
-    if args.json:
-        document = {**provenance(), "settings": vars(args), "found": found}
-        args.json.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
     return int(any("error" in one for several in found.values() for one in several))
 
 
@@ -93,13 +94,15 @@ def in_a_process(name: str) -> dict[str, Any]:
     command = [sys.executable, *sys.argv, "--one", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1:]}
+        print(done.stderr, file=sys.stderr)
+        return {"error": " / ".join(done.stderr.strip().splitlines()[-12:])}
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def measured(args: argparse.Namespace, engine: Mapping[str, Any]) -> dict[str, Any]:
     """Steps of one engine on one device."""
-    device, world = torch.device(args.device), World()
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device(args.device)
+    world = World()
     text = (ROOT / "configs" / "models" / f"{args.model}.yaml").read_text(encoding="utf-8")
     cfg = RunConfig.model_construct(
         model=ModelConfig(**yaml.safe_load(text)),
@@ -144,7 +147,7 @@ def rows(found: Mapping[str, list[dict[str, Any]]]) -> list[list[str]]:
     for name, several in found.items():
         ran = [one for one in several if "error" not in one]
         if not ran:
-            lines.append([name, str(several[0]["error"]), "", "", "", ""])
+            lines.append([name, "failed", "", "", "", ""])
             continue
         middle = sorted(ran, key=lambda one: one["step_s"])[len(ran) // 2]
         lines.append(

@@ -3,17 +3,22 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
 
-from gradient_case import GradientCase
+import gradient_case
+import gradient_run
+from gradient_case import GradientCase, rows_of
 from gradient_errors import compared
 from gradient_run import on_ranks, one_process
+from torch.nn.attention.flex_attention import BlockMask
 
 from lmscale.dist.group import distributed
+from lmscale.model.attention import causal_mask
 from lmscale.world import World
 
 pytestmark = [
@@ -48,15 +53,42 @@ NAMES = (
     "zero2 tp1 bf16 offload-optimizer joined llama clipped",
     "zero3 tp1 bf16 offload-all separate llama",
 )
+# Heads of 16 and rows of more than FlexAttention's block of 128: below, other kernels take their place.
+LENGTH = 160
+HEADS = {
+    "llama": {"heads": 4, "kv_heads": 2},
+    "gpt2": {"heads": 4},
+    "mixed": {"heads": 8, "head_dim": 16},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _group_of_one() -> Iterator[None]:
+def _on_a_gpu() -> Iterator[None]:
+    """A group of one, exact products, and shapes that reach the GPU's attention kernels."""
+    from torch._dynamo import config
+
+    styles = {name: {**sizes, **HEADS[name]} for name, sizes in gradient_case._STYLES.items()}
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    with distributed(World(0, 0, 1, 1), device=torch.device("cuda", 0)):
+    with (
+        patch.object(gradient_case, "LENGTH", LENGTH),
+        patch.object(gradient_case, "_STYLES", styles),
+        config.patch(recompile_limit=64),  # past it, attention would run uncompiled
+        distributed(World(0, 0, 1, 1), device=torch.device("cuda", 0)),
+    ):
+        gradient_run._one_process.cache_clear()
         yield
+    gradient_run._one_process.cache_clear()
     torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("style", HEADS)
+def test_separate_documents_take_flex_attention(style: str) -> None:
+    case = GradientCase(engine="ddp", style=style)
+    documents_BL = rows_of(case, 1).inputs.documents_BL
+    assert documents_BL is not None
+    head_dim = case.model().head_dim
+    assert isinstance(causal_mask(documents_BL.cuda(), head_dim, torch.bfloat16), BlockMask)
 
 
 @pytest.mark.parametrize("name", NAMES)
