@@ -59,6 +59,7 @@ def main() -> int:
         return 0
     names = args.only or list(SETTINGS)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    document = {**provenance(), "settings": vars(args), "found": found}
     for number in range(args.rounds):
         for name in random.sample(names, len(names)):
             found[name].append(in_a_process(name))
@@ -66,7 +67,6 @@ def main() -> int:
                 f"round {number + 1} of {args.rounds}: {name}: {found[name][-1]}", file=sys.stderr
             )
             if args.json:  # after each, so that a machine that is taken back takes nothing along
-                document = {**provenance(), "settings": vars(args), "found": found}
                 text = json.dumps(document, indent=1, default=str)
                 args.json.write_text(text + "\n", encoding="utf-8")
     print(table(("setting", "ms a step", "tokens/s", "TFLOP/s", "MFU", "peak GiB"), rows(found)))

@@ -41,7 +41,7 @@ PAIR_VALUES = {
 REFUSED: tuple[Mapping[str, Any], ...] = (
     {
         "factors": {"offload": "nvme"},
-        "why": "DeepSpeed would have to build its async_io at every start, against libaio (Debian: libaio-dev), "
+        "why": "DeepSpeed would have to build its async_io when it starts, against libaio (Debian: libaio-dev), "
         "and it was never held against one process",
         "nearest": "use all, with engine.kind=deepspeed and engine.zero_stage=3: memory of the host",
     },
