@@ -68,10 +68,11 @@ def sum_partial(gradients: Sequence[Tensor], mesh: Mesh) -> None:
 
 def clip(gradients: Sequence[Tensor], result: StepResult, largest: float | None) -> None:
     """Scale the gradients down, in place, to the largest allowed norm. Never waits for the device."""
-    if largest is None:
+    if largest is None or not gradients:
         return
     factor = (largest / (result.grad_norm + _CLIP_EPSILON)).clamp(max=1.0)
-    torch._foreach_mul_(list(gradients), factor)
+    # In the gradients' own type: a factor of another one costs a kernel a tensor instead of one for all.
+    torch._foreach_mul_(list(gradients), factor.to(gradients[0].dtype))
 
 
 def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:

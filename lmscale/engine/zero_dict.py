@@ -18,6 +18,7 @@ def zero_dict(engine: EngineConfig, *, parameters: int) -> dict[str, object]:
         "gradient_accumulation_steps": 1,  # the boundary is set by hand, micro-batch by micro-batch
         "gradient_clipping": 0.0,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # waits for the device before every forward
         "bf16": {
             "enabled": precision == "bf16",
             "check_grad_overflow": False,

@@ -4,7 +4,8 @@ Shapes: B rows, L tokens a row, D model width, N query heads, K kv heads, H head
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from lmscale.batch import Stream
+from lmscale.errors import Problem
 from lmscale.model.architecture import Architecture
 from lmscale.model.dropout import Dropout
+from lmscale.model.one_graph import one_graph
 from lmscale.model.rotary import Rotation
 
 # None: each row is one document, plain causal. Tensor: True where a query (row) may see a key
 # (column), on CPUs. BlockMask: FlexAttention, on CUDA.
 Mask = Tensor | BlockMask | None
-
-_flex: Callable[..., Tensor] = flex_attention
 
 
 class Context:
@@ -69,21 +70,24 @@ def causal_mask(documents_BL: Tensor | None, head_dim: int, dtype: torch.dtype) 
         return None
     # What FlexAttention's kernel cannot take goes the way of a CPU: right, and slow.
     if documents_BL.is_cuda and dtype != torch.float64 and head_dim >= 16:
-        return block_mask(documents_BL)
+        # Uncompiled, making it would hold B x L x L booleans: 1 GB for four rows of 16384 tokens.
+        return block_mask(documents_BL, on_device(create_block_mask))
     length = documents_BL.shape[1]
     causal_LL = torch.ones(length, length, dtype=torch.bool, device=documents_BL.device).tril()
     same_BLL = documents_BL[:, :, None] == documents_BL[:, None, :]
     return (same_BLL & causal_LL)[:, None]
 
 
-def block_mask(documents_BL: Tensor) -> BlockMask:
+def block_mask(
+    documents_BL: Tensor, make: Callable[..., BlockMask] = create_block_mask
+) -> BlockMask:
     """The same rule for FlexAttention, which skips the blocks of keys that nobody in a block sees."""
 
     def visible(b: Tensor, _head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (documents_BL[b, q] == documents_BL[b, kv]) & (q >= kv)
 
     rows, length = documents_BL.shape
-    return create_block_mask(visible, rows, None, length, length, device=documents_BL.device.type)
+    return make(visible, rows, None, length, length, device=documents_BL.device.type)
 
 
 def attend(q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask: Mask) -> Tensor:
@@ -91,22 +95,40 @@ def attend(q_BLNH: Tensor, k_BLKH: Tensor, v_BLKH: Tensor, mask: Mask) -> Tensor
     q_BNLH, k_BKLH, v_BKLH = (x.transpose(1, 2) for x in (q_BLNH, k_BLKH, v_BLKH))
     grouped = q_BNLH.shape[1] != k_BKLH.shape[1]
     if mask is None or isinstance(mask, Tensor):
+        if grouped and q_BLNH.is_cuda and (mask is not None or q_BLNH.dtype == torch.float32):
+            k_BKLH, v_BKLH = (for_each_query(x, q_BNLH.shape[1]) for x in (k_BKLH, v_BKLH))
+            grouped = False
         y_BNLH = F.scaled_dot_product_attention(
             q_BNLH, k_BKLH, v_BKLH, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
         )
     else:
-        kernel = _flex if torch.compiler.is_compiling() else _compiled_flex()
-        y_BNLH = kernel(q_BNLH, k_BKLH, v_BKLH, block_mask=mask, enable_gqa=grouped)
+        flex: Callable[..., Any] = flex_attention
+        if not torch.compiler.is_compiling():  # it would hold all scores
+            flex = on_device(flex_attention)
+        y_BNLH = flex(q_BNLH, k_BKLH, v_BKLH, block_mask=mask, enable_gqa=grouped)
     return y_BNLH.transpose(1, 2)
 
 
+def for_each_query(x_BKLH: Tensor, heads: int) -> Tensor:
+    """Keys or values repeated for the query heads that share them, [B, N, L, H].
+
+    Only flash kernels know groups, and they take neither fp32 nor a mask; what is left holds all scores.
+    """
+    return x_BKLH.repeat_interleave(heads // x_BKLH.shape[1], dim=1)
+
+
 @cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    """For blocks that are not compiled themselves: eager, FlexAttention would hold all scores.
+def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One kernel of the function, for blocks that are not compiled themselves.
 
     Made at first use: torch.compile loads its compiler, two seconds that no CPU run need pay.
     """
-    return torch.compile(_flex, dynamic=False)
+    return partial(one_graph(problem=_no_kernel), function)
+
+
+def _no_kernel(fact: str) -> Problem:
+    hint = "give the machine what torch's compiler needs (Triton and a C compiler), or set data.documents=joined"
+    return Problem("data.documents", f"attention within documents {fact}", hint)
 
 
 class Attention(nn.Module):

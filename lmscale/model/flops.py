@@ -33,7 +33,7 @@ def flops_per_token(
     A multiply-add counts 2, and the backward twice the forward. PaLM (arXiv:2204.02311), appendix
     B; there "6 N" counts all parameters, here only those of matrix products: an embedding lookup,
     norms and biases cost next to nothing. The head counts whether tied or not, over the real
-    vocabulary, which is what is computed.
+    vocabulary: products with its padding are of no use.
 
     causal=False: attention as in PaLM, every token with all L keys; the convention of published
     MFU numbers. causal=True: only the keys a causal kernel needs, (L + 1) / 2 on average. Documents

@@ -47,9 +47,8 @@ class Stack(nn.Module):
 class LMHead(nn.Module):
     """Hidden states -> logits or loss over the real vocabulary.
 
-    The padding's logits never exist: the weight is cut to V rows (a view) before the product, which
-    is the same as -inf logits and cheaper. A tied head has no weight of its own and is handed the
-    embedding's.
+    Products go over all P rows, and their results are cut to V: see loss.py. A tied head has no weight of
+    its own and is handed the embedding's.
     """
 
     weight: nn.Parameter | None
@@ -64,19 +63,19 @@ class LMHead(nn.Module):
         """Sums of the batch's weighted targets."""
         return cross_entropy(
             hidden_BLD.flatten(0, 1),
-            self._weight_VD(tied_PD),
+            self._weight(tied_PD),
             batch.targets_BL.flatten(),
             batch.weights_BL.flatten(),
+            vocab_size=self.vocab_size,
         )
 
     def logits(self, hidden_BLD: Tensor, tied_PD: Tensor) -> Tensor:
         """[..., V], in at least fp32."""
-        logits_BLV = F.linear(hidden_BLD, self._weight_VD(tied_PD))
+        logits_BLV = F.linear(hidden_BLD, self._weight(tied_PD))[..., : self.vocab_size]
         return logits_BLV.to(at_least_fp32(logits_BLV.dtype))
 
-    def _weight_VD(self, tied_PD: Tensor) -> Tensor:
-        weight_PD = tied_PD if self.weight is None else self.weight
-        return weight_PD[: self.vocab_size]
+    def _weight(self, tied_PD: Tensor) -> Tensor:
+        return tied_PD if self.weight is None else self.weight
 
 
 class LanguageModel(nn.Module):

@@ -1,6 +1,7 @@
 """Cross entropy of a large vocabulary, as a sum, without ever holding all logits.
 
-Shapes: T targets (all tokens of the batch), C tokens of one chunk, D model width, V vocabulary.
+Shapes: T targets (all tokens of the batch), C tokens of one chunk, D model width, V vocabulary,
+P rows that are stored for it: padded.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ _CHUNK_LOGITS = {"cpu": 1 << 22}
 _CHUNK_LOGITS_ACCELERATOR = 1 << 28
 _CHUNK_MIN_TOKENS = 128
 
-# (logits_CV, targets_C, weights_C) -> weighted nats of each token; turns the logits into their gradient.
+# (logits_CV, targets_C, weights_C) -> weighted nats of each token; turns the logits into their gradient, in place.
 Nats = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -36,24 +37,24 @@ def nats_then_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) 
 
 def cross_entropy(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    weight_PD: Tensor,
     targets_T: Tensor,
     weights_T: Tensor,
     *,
+    vocab_size: int | None = None,
     nats: Nats = nats_then_gradient,
-    chunk_vocab: int | None = None,
 ) -> Sums[Tensor]:
     """Sum over tokens of weight * nats, and the sum of weights, both in fp64.
 
     fp64 because these sums are added over micro-batches and ranks and must not depend on the split;
     it costs one scalar. A target whose weight is 0 may be any number.
 
-    nats: what turns a chunk's logits into nats and gradient, where weight_VD is a part of the vocabulary.
-    chunk_vocab: the logits a token to size chunks by; None: those that there are.
+    vocab_size: the first so many rows are tokens (None: all), the others padding, whose gradient is zero.
+    nats: what turns a chunk's logits into nats and gradient, where weight_PD is a part of the vocabulary.
     """
     targets_T = targets_T.masked_fill(weights_T == 0, 0)
-    size = _chunk_size(hidden_TD.device.type, chunk_vocab or len(weight_VD))
-    loss = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, weights_T, nats, size)
+    real = len(weight_PD) if vocab_size is None else vocab_size
+    loss = _ChunkedCrossEntropy.apply(hidden_TD, weight_PD, targets_T, weights_T, nats, real)
     return Sums(loss, weights_T.sum(dtype=torch.float64))
 
 
@@ -70,44 +71,48 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_TD: Tensor,
-        weight_VD: Tensor,
+        weight_PD: Tensor,
         targets_T: Tensor,
         weights_T: Tensor,
         nats: Nats,
-        size: int,
+        vocab_size: int,
     ) -> Tensor:
         compute = _compute_dtype(hidden_TD)
-        hidden_TD, weight_VD = hidden_TD.to(compute), weight_VD.to(compute)
+        hidden_TD, weight_PD = hidden_TD.to(compute), weight_PD.to(compute)
+        size = _chunk_size(hidden_TD.device.type, len(weight_PD))
         wide = at_least_fp32(compute)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_TD = torch.empty_like(hidden_TD) if wants_hidden else None
         # Accumulated over chunks, so in fp32 where the products are bf16.
-        grad_VD = torch.zeros_like(weight_VD, dtype=wide) if wants_weight else None
+        grad_PD = torch.zeros_like(weight_PD, dtype=wide) if wants_weight else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
         for start in range(0, len(hidden_TD), size):
             chunk = slice(start, start + size)
             hidden_CD = hidden_TD[chunk]
-            logits_CV = F.linear(hidden_CD, weight_VD).to(wide)
+            # With the padding: its width, a multiple of 128, is what matrix units of a GPU are fast at.
+            logits_CP = F.linear(hidden_CD, weight_PD).to(wide)
             weights_C = weights_T[chunk].to(wide)
+            logits_CV = logits_CP[:, :vocab_size]
             loss += nats(logits_CV, targets_T[chunk], weights_C).sum(dtype=torch.float64)
-            grad_CV = logits_CV.to(compute)
+            logits_CP[:, vocab_size:] = 0
+            grad_CP = logits_CP.to(compute)
             if grad_TD is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_TD[chunk])
-            if grad_VD is not None and compute == wide:
-                torch.addmm(grad_VD, grad_CV.t(), hidden_CD, out=grad_VD)
-            elif grad_VD is not None:
-                grad_VD += grad_CV.t() @ hidden_CD
-        ctx.save_for_backward(grad_TD, grad_VD)
+                torch.mm(grad_CP, weight_PD, out=grad_TD[chunk])
+            if grad_PD is not None and compute == wide:
+                torch.addmm(grad_PD, grad_CP.t(), hidden_CD, out=grad_PD)
+            elif grad_PD is not None:
+                grad_PD += grad_CP.t() @ hidden_CD
+        ctx.save_for_backward(grad_TD, grad_PD)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        grad_TD, grad_VD = ctx.saved_tensors
+        grad_TD, grad_PD = ctx.saved_tensors
         # Autograd casts to the inputs' own dtypes where autocast made them differ.
         return (
             None if grad_TD is None else _times(grad_TD, scale),
-            None if grad_VD is None else _times(grad_VD, scale),
+            None if grad_PD is None else _times(grad_PD, scale),
             *(None,) * 4,
         )
 
@@ -124,7 +129,7 @@ def _compute_dtype(hidden_TD: Tensor) -> torch.dtype:
     return hidden_TD.dtype
 
 
-def _chunk_size(device_type: str, vocab: int) -> int:
-    """Tokens of a chunk."""
+def _chunk_size(device_type: str, rows: int) -> int:
+    """Tokens of a chunk; the same on all ranks that have as many rows of the vocabulary."""
     logits = _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS_ACCELERATOR)
-    return max(_CHUNK_MIN_TOKENS, logits // vocab)
+    return max(_CHUNK_MIN_TOKENS, logits // rows)

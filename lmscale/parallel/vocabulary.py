@@ -49,11 +49,11 @@ class Rows:
         """
         return cross_entropy(
             hidden_BLD.flatten(0, 1),
-            weight_pD[: self.real],
+            weight_pD,
             batch.targets_BL.flatten(),
             batch.weights_BL.flatten(),
+            vocab_size=self.real,
             nats=self._nats_then_gradient,
-            chunk_vocab=self.stored,  # chunks are the same on every rank
         )
 
     @torch.no_grad()

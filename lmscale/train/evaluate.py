@@ -52,15 +52,16 @@ class Validation:
         """The lines of eval.jsonl for this step. Collective: every rank calls it; all get the same lines."""
         lines = []
         for path, reader in self._corpora.items():
-            sums = torch.zeros(3, dtype=torch.float64)
+            sums = torch.zeros(2, dtype=torch.float64, device=rank.device)
+            text_bytes = 0
             for batch in self._batches(reader, rank.mesh.dp_rank, rank.mesh.dp_size):
                 found = engine.evaluate(to_device(batch, rank.device))
                 rank.pulse.tick("eval")
-                sums[0] += found.loss.double().cpu()
-                sums[1] += found.weight.double().cpu()
-                sums[2] += self._bytes(batch)
-            nats, targets, text_bytes = sum_over(sums, rank.mesh.dp_group).tolist()
-            lines += _lines(step, path, nats, targets, text_bytes)
+                sums += torch.stack([found.loss.double(), found.weight.double()])
+                text_bytes += self._bytes(batch)
+            total = torch.cat([sums, sums.new_tensor([text_bytes])])
+            nats, targets, all_bytes = sum_over(total, rank.mesh.dp_group).tolist()
+            lines += _lines(step, path, nats, targets, all_bytes)
         return lines
 
     def count_baselines(

@@ -112,7 +112,7 @@ def test_equal_blocks_are_compiled_once(checkpointing, kinds, graphs):
 @no_leaf
 def test_each_shape_and_evaluation_are_compiled_until_an_error(graphs, monkeypatch):
     """And other models of the process do not count."""
-    monkeypatch.setattr("lmscale.parallel.compiled.VERSIONS", 4)
+    monkeypatch.setattr("lmscale.model.one_graph.VERSIONS", 4)
     for _ in range(2):
         model = Model()
         compile_blocks(model)

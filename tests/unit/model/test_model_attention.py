@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import VARIANTS, VOCAB, random_batch, row, tiny
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from lmscale.batch import Batch, Stream
-from lmscale.model.attention import attend, block_mask, causal_mask
+from lmscale.model.attention import attend, block_mask, causal_mask, for_each_query, on_device
 from lmscale.model.rotary import Rotation
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -115,6 +116,38 @@ def test_flex_attention_follows_the_same_rule(kv_heads):
         q_BNLH, k_BKLH, v_BKLH, block_mask=block_mask(documents_BL), enable_gqa=kv_heads != 4
     )
     torch.testing.assert_close(got.transpose(1, 2), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow  # the compiler takes 15 s
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_compiled_attention_within_documents_is_the_same():
+    """As CUDA runs it where blocks are not compiled: mask and kernel are a graph each. A CPU has the forward only."""
+    documents_BL = (torch.arange(300) // 70).expand(2, 300).contiguous()
+    g = torch.Generator().manual_seed(0)
+    q_BNLH = torch.randn(2, 4, 300, 16, generator=g)
+    k_BKLH, v_BKLH = torch.randn(2, 2, 2, 300, 16, generator=g)
+    want = attend(
+        *(x.transpose(1, 2) for x in (q_BNLH, k_BKLH, v_BKLH)),
+        causal_mask(documents_BL, 16, torch.float32),
+    )
+    mask = block_mask(documents_BL, make=on_device(create_block_mask))
+    got = on_device(flex_attention)(q_BNLH, k_BKLH, v_BKLH, block_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(got.transpose(1, 2), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_for_each_query_are_grouped_ones(masked):
+    """What CUDA is given where its kernels know no groups, with its gradient."""
+    g = torch.Generator().manual_seed(0)
+    q_BNLH = torch.randn(2, 6, 9, 16, generator=g)
+    few = torch.randn(2, 2, 2, 9, 16, generator=g, requires_grad=True)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril() if masked else None
+    how = {"attn_mask": mask, "is_causal": mask is None}
+    want = F.scaled_dot_product_attention(q_BNLH, *few, enable_gqa=True, **how)
+    got = F.scaled_dot_product_attention(q_BNLH, *(for_each_query(x, 6) for x in few), **how)
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(y.square().sum(), few)[0] for y in (got, want)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_rotary_sees_only_distances():
