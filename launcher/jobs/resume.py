@@ -11,6 +11,7 @@ from launcher.jobs.submit import hand_over, refuse_a_live_run, run_name
 from lmscale.config.load import load
 from lmscale.config.run import RunConfig
 from lmscale.errors import ConfigError, Problem, UsageError
+from lmscale.run.bad_nodes import read_bad_nodes
 from lmscale.run.checkpoints import Found, newest_valid
 from lmscale.run.folder import RunFolder
 
@@ -73,9 +74,10 @@ def _from_where(found: Found | None) -> str:
 
 
 def _bad_nodes(folder: RunFolder, *, leaves_out: bool) -> Iterator[str]:
-    for path in sorted(folder.bad_nodes.iterdir()) if folder.bad_nodes.is_dir() else ():
-        why = (path.read_text(errors="replace").strip().splitlines() or ["no reason given"])[0]
+    for bad in read_bad_nodes(folder):
         if leaves_out:
-            yield f"excluded: {path.name} ({why}); to use it again, remove {path}"
+            yield f"excluded: {bad.host} ({bad.why}); to use it again, remove {bad.path}"
         else:
-            yield f"careful, nothing leaves {path.name} out here ({why}); once it is mended, remove {path}"
+            yield (
+                f"careful, nothing leaves {bad.host} out here ({bad.why}); once it is mended, remove {bad.path}"
+            )

@@ -1,11 +1,11 @@
 """The command line of sbatch for a job. Pure, but for the names in RUN/bad-nodes."""
 
-import os
 from collections.abc import Collection
 
 from launcher.jobs.plan import JobPlan
 from launcher.slurm.options import words
 from launcher.slurm.partition import passed_through
+from lmscale.run.bad_nodes import read_bad_nodes
 
 
 def command(
@@ -40,10 +40,8 @@ def excluded(plan: JobPlan) -> list[str]:
 
 def bad_nodes(plan: JobPlan, known: Collection[str] | None) -> list[str]:
     """Nodes that failed their check, by Slurm's names: a host name may have a domain, a node's not."""
-    folder, found = plan.folder.bad_nodes, []
-    for host in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        if host.startswith("."):  # .nfs0001: no file of ours, and * of the script does not find it
-            continue
+    found = []
+    for host in (bad.host for bad in read_bad_nodes(plan.folder)):
         short = host.partition(".")[0]
         name = host if known is not None and host in known else short
         if (

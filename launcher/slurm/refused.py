@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from launcher.jobs.plan import JobPlan
 from lmscale.errors import Problem
+from lmscale.run.bad_nodes import read_bad_nodes
 
 # What there is of a kind ("accounts"), for hints; empty where that cannot be told.
 Exists = Callable[[str], str]
@@ -117,9 +118,8 @@ def _value(plan: JobPlan, key: str) -> str:
 
 
 def _nodes(plan: JobPlan) -> str:
-    bad = plan.folder.bad_nodes
-    listed = sorted(path.name for path in bad.iterdir()) if bad.is_dir() else []
-    return ", ".join([*plan.cluster.slurm.nodelist, *plan.cluster.slurm.exclude, *listed])
+    bad = [node.host for node in read_bad_nodes(plan.folder)]
+    return ", ".join([*plan.cluster.slurm.nodelist, *plan.cluster.slurm.exclude, *bad])
 
 
 def _lines(words: str) -> list[str]:

@@ -8,7 +8,7 @@ import ctypes
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -22,9 +22,10 @@ from launcher.supervisor.signals import Signals
 from launcher.supervisor.spawn import free_port, port_is_taken
 from launcher.supervisor.station import Station
 from launcher.supervisor.team import Round, What, parted
-from launcher.supervisor.together import Met, Trouble, bad_nodes, meet, write_bad_nodes
+from launcher.supervisor.together import Met, Trouble, meet
 from launcher.supervisor.words import describe
 from lmscale.errors import ExitCode, LmscaleError, RetryableError, decisive
+from lmscale.run.bad_nodes import BadNode, read_bad_nodes, write_bad_nodes
 from lmscale.run.budget import starts_since_progress
 from lmscale.run.durable import replace_file, storage_errors
 from lmscale.run.events import EventLog, read_events
@@ -126,7 +127,7 @@ class _Starts:
     def run(self) -> int:
         """Start, and start again."""
         job = self._job
-        bad = bad_nodes(job.folder)
+        bad = read_bad_nodes(job.folder)
         for count in itertools.count():
             start = f"{job.start}.{count}" if count else job.start
             events = begin(
@@ -161,7 +162,9 @@ class _Starts:
             self._leader.tell("lost_node", node="", number=number, reason="it did not come")
         for host, reasons in met.unfit.items():
             self._leader.tell("bad_node", node=host, reasons=reasons)
-        write_bad_nodes(self._job.folder, met.unfit)
+        write_bad_nodes(
+            self._job.folder, {host: "\n".join(found) for host, found in met.unfit.items()}
+        )
         trouble = met.trouble or self._spent()
         if trouble is not None:
             self._output.say(trouble.words)
@@ -211,7 +214,7 @@ class _Starts:
         code = decisive(self._leader.codes.values())
         return parted(code) if self._leader.lost else code
 
-    def _goes_on(self, code: int, bad: Mapping[str, int]) -> bool:
+    def _goes_on(self, code: int, bad: Collection[BadNode]) -> bool:
         """Whether to start again; says why not where a user might expect it."""
         job = self._job
         if not (code in (ExitCode.RETRY, ExitCode.BUG) or code > 128) or job.folder.stop.exists():
@@ -219,11 +222,10 @@ class _Starts:
         if self._leader.lost:
             self._output.say(f"{self._leader.lost}. All nodes leave, to be started again")
             return False
-        news = bad_nodes(job.folder).items() - bad.items()
+        news = sorted({node.host for node in read_bad_nodes(job.folder) if node not in bad})
         if news and job.place.nodes > 1 and not job.by_hand:
-            names = ", ".join(sorted(name for name, _ in news))
             self._output.say(
-                f"{names}: named in {job.folder.bad_nodes}. All nodes leave, to be started without it"
+                f"{', '.join(news)}: named in {job.folder.bad_nodes}. All nodes leave, to be started without it"
             )
             return False
         vain = starts_since_progress(read_events(job.folder))

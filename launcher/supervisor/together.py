@@ -14,8 +14,6 @@ from launcher.supervisor.meeting import (
 )
 from launcher.supervisor.station import Station
 from lmscale.errors import ExitCode
-from lmscale.run.durable import replace_file, storage_errors
-from lmscale.run.folder import RunFolder
 
 _STOPPED = "stopped on request before the ranks had been started"
 
@@ -59,22 +57,6 @@ def meet(station: Station) -> Met:
     elif trouble is None and (why := disagreement(own, greetings)):
         trouble = Trouble(ExitCode.CONFIG, why)
     return Met(_leader(station, lobby), trouble, lobby.missing, unfit)
-
-
-def write_bad_nodes(folder: RunFolder, unfit: dict[str, tuple[str, ...]]) -> None:
-    """Leave word for whoever starts the run again, so that these hosts are left out."""
-    for host, reasons in unfit.items():
-        path = folder.bad_nodes / host.replace("/", "_")
-        with storage_errors(f"writing {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, ("\n".join(reasons) + "\n").encode())
-
-
-def bad_nodes(folder: RunFolder) -> dict[str, int]:
-    """The hosts that a start leaves out, and when each was last written down (nanoseconds)."""
-    if not folder.bad_nodes.is_dir():
-        return {}
-    return {path.name: path.stat().st_mtime_ns for path in folder.bad_nodes.iterdir()}
 
 
 def _leader(station: Station, lobby: Lobby | None) -> Leader:

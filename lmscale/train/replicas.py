@@ -17,7 +17,7 @@ from lmscale.dist.reduce import gather_objects
 from lmscale.dist.seeds import mix
 from lmscale.engine.protocol import Engine
 from lmscale.errors import LmscaleError, RetryableError
-from lmscale.run.durable import replace_file, storage_errors
+from lmscale.run.bad_nodes import write_bad_nodes
 from lmscale.train.digest import digest
 from lmscale.train.rank import Rank
 
@@ -98,11 +98,7 @@ class Replicas:
                 majority=drift.majority,
                 parameters=list(drift.names),
             )
-            for host in guilty:
-                path = self._rank.folder.bad_nodes / host.replace("/", "_")
-                with storage_errors(f"writing {path}"):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    replace_file(path, f"{words.splitlines()[0]}\n".encode())
+            write_bad_nodes(self._rank.folder, dict.fromkeys(guilty, words.splitlines()[0]))
         except LmscaleError as error:  # a full disk must not hide the drift
             log.warning("%s", error)
 

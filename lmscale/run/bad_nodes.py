@@ -1,0 +1,40 @@
+"""RUN/bad-nodes: hosts that whoever starts the run next leaves out. One file a host; its text says why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmscale.run.durable import replace_file, storage_errors
+from lmscale.run.folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class BadNode:
+    """A host that failed its check, or whose copies of the weights drifted."""
+
+    host: str
+    why: str  # the first line of its file
+    path: Path
+    written_ns: int
+
+
+def read_bad_nodes(folder: RunFolder) -> list[BadNode]:
+    """By host name. Files may come and go meanwhile."""
+    found = []
+    for path in sorted(folder.bad_nodes.glob("[!.]*")):  # .nfs0001 is no file of ours
+        try:
+            text, written_ns = path.read_text(errors="replace"), path.stat().st_mtime_ns
+        except FileNotFoundError:
+            continue
+        why = next(iter(text.strip().splitlines()), "no reason given")
+        found.append(BadNode(path.name, why, path, written_ns))
+    return found
+
+
+def write_bad_nodes(folder: RunFolder, reasons: Mapping[str, str]) -> None:
+    """Add hosts. Raises StorageError."""
+    for host, why in reasons.items():
+        path = folder.bad_nodes / host.replace("/", "_")
+        with storage_errors(f"writing {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, f"{why}\n".encode())
