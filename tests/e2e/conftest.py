@@ -6,37 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_job import (
-    LMSCALE,
-    WORDS,
-    Job,
-    clean_env,
-    descendants,
-    finished_process,
-    lmscale,
-    prepare_corpus,
-    processes_of,
-    rank_pids,
-    small_run,
-    wait_until,
-    write_texts,
-)
-
-__all__ = [
-    "LMSCALE",
-    "WORDS",
-    "Job",
-    "clean_env",
-    "descendants",
-    "finished_process",
-    "lmscale",
-    "prepare_corpus",
-    "processes_of",
-    "rank_pids",
-    "small_run",
-    "wait_until",
-    "write_texts",
-]
+from small_job import Job, prepare_corpus, processes_of
 
 
 @pytest.fixture(scope="session")

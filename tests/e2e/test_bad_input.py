@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Job, lmscale, small_run, write_texts
+from small_job import Job, lmscale, small_run, write_texts
 
 
 def refused(job: Job, *overrides: str, code: int, words: list[str]) -> str:

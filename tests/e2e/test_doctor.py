@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conftest import lmscale
+from small_job import lmscale
 
 GROUPS = ["this machine", "torch", "GPUs", "deepspeed", "mpi", "slurm", "storage", "clock"]
 

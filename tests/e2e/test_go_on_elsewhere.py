@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Job, lmscale, small_run
+from small_job import Job, lmscale, small_run
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import clean_env, small_run
+from small_job import clean_env, small_run
 
 pytestmark = pytest.mark.slow
 

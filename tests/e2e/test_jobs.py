@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Job, lmscale, processes_of, small_run, wait_until
+from small_job import Job, lmscale, processes_of, small_run, wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Job, descendants, processes_of, rank_pids, small_run, wait_until
+from small_job import Job, descendants, processes_of, rank_pids, small_run, wait_until
 from test_train import plan_rows
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Job, clean_env, finished_process, small_run
+from small_job import Job, clean_env, finished_process, small_run
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import (
+from small_job import (
     LMSCALE,
     Job,
     clean_env,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Job, lmscale, rank_pids, small_run
+from small_job import Job, lmscale, rank_pids, small_run
 
 TP2 = "parallel.tp=2"
 STEPS = 12

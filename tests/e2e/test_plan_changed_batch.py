@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Job, lmscale, small_run
+from small_job import Job, lmscale, small_run
 
 ALLOW = "train.allow_change=[train.global_batch]"
 

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Job, clean_env, finished_process, lmscale
+from small_job import Job, clean_env, finished_process, lmscale
 
 pytestmark = pytest.mark.slow
 

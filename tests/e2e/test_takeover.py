@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import Job, small_run
+from small_job import Job, small_run
 
 pytestmark = pytest.mark.slow
 

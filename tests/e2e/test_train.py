@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Job, lmscale, small_run
+from small_job import Job, lmscale, small_run
 
 
 def plan_rows(job: Job, steps: int) -> dict[int, tuple[int, ...]]:

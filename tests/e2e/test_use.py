@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Job, clean_env, finished_process, lmscale, rank_pids, small_run
+from small_job import Job, clean_env, finished_process, lmscale, rank_pids, small_run
 
 BIN = Path(sys.executable).parent
 
