@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 
 BARS = {"loss": 5e-5, "grad_norm": 1e-4}
 ZERO = "engine.kind=deepspeed"
+# The same sums in another order: what rounding alone makes of the run, and no engine can be closer than.
+CONTROL = "one process, micro-batches of 2"
 # name -> ranks, overrides of the smoke run
 RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one process": (1, ("engine.kind=ddp",)),
+    CONTROL: (1, ("engine.kind=ddp", "train.micro_batch=2")),
     "fsdp": (2, ()),
     "zero1": (2, (ZERO, "engine.zero_stage=1")),
     "zero2": (2, (ZERO, "engine.zero_stage=2")),
@@ -69,14 +72,14 @@ def widest(curves: Curves, *, bar: float, relative: bool) -> Gap:
     return found
 
 
-def curves_of(name: str, *, steps: int, runs: Path) -> dict[str, list[float]]:
+def curves_of(name: str, *, steps: int, runs: Path, more: Sequence[str] = ()) -> dict[str, list[float]]:
     """Train one contender; its loss and gradient norm of each step."""
     ranks, overrides = RUNS[name]
-    folder = runs / name.replace(" ", "-")
+    folder = runs / name.replace(",", "").replace(" ", "-")
     begun = time.perf_counter()
     done = subprocess.run(
         [
-            str(LMSCALE), "train", "smoke", "--nproc", str(ranks), *QUIET, *overrides,
+            str(LMSCALE), "train", "smoke", "--nproc", str(ranks), *QUIET, *overrides, *more,
             f"train.stop_at={steps}", f"train.run_dir={folder}",
         ],
         cwd=ROOT, env=clean_env(), capture_output=True, text=True, check=False,
@@ -131,6 +134,7 @@ def _differences(axes: "Axes", curves: Curves, gap: Gap, *, relative: bool) -> N
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of every run")
     parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--runs", type=Path, help="keep the runs here; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
@@ -140,7 +144,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         # Always in folders of their own: a run that is there already would be gone on with.
         runs = Path(tempfile.mkdtemp(dir=args.runs)) if args.runs else Path(scratch)
-        curves = {name: curves_of(name, steps=args.steps, runs=runs) for name in args.only}
+        curves = {name: curves_of(name, steps=args.steps, runs=runs, more=args.set) for name in args.only}
     found: dict[str, Curves] = {key: {name: c[key] for name, c in curves.items()} for key in BARS}
     gaps = {
         key: widest(found[key], bar=bar, relative=key == "grad_norm") for key, bar in BARS.items()
