@@ -72,7 +72,9 @@ def widest(curves: Curves, *, bar: float, relative: bool) -> Gap:
     return found
 
 
-def curves_of(name: str, *, steps: int, runs: Path, more: Sequence[str] = ()) -> dict[str, list[float]]:
+def curves_of(
+    name: str, *, steps: int, runs: Path, more: Sequence[str] = ()
+) -> dict[str, list[float]]:
     """Train one contender; its loss and gradient norm of each step."""
     ranks, overrides = RUNS[name]
     folder = runs / name.replace(",", "").replace(" ", "-")
@@ -144,7 +146,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         # Always in folders of their own: a run that is there already would be gone on with.
         runs = Path(tempfile.mkdtemp(dir=args.runs)) if args.runs else Path(scratch)
-        curves = {name: curves_of(name, steps=args.steps, runs=runs, more=args.set) for name in args.only}
+        curves = {
+            name: curves_of(name, steps=args.steps, runs=runs, more=args.set) for name in args.only
+        }
     found: dict[str, Curves] = {key: {name: c[key] for name, c in curves.items()} for key in BARS}
     gaps = {
         key: widest(found[key], bar=bar, relative=key == "grad_norm") for key, bar in BARS.items()

@@ -126,17 +126,24 @@ def pieces(value: Tensor) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
 
 def gathered(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors, put together from the parts of all ranks. Copies must be bitwise equal."""
-    found = {}
+    high, highs = _in_one(state, -torch.inf)
+    low, lows = _in_one(state, torch.inf)
     for name, value in state.items():
-        high = torch.full(value.shape, -torch.inf, dtype=value.dtype)
-        low = torch.full(value.shape, torch.inf, dtype=value.dtype)
         for where, part in pieces(value):
-            high[where] = low[where] = part
-        dist.all_reduce(high, dist.ReduceOp.MAX)
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        assert torch.equal(high, low), f"{name}: copies differ, or nobody has all of it"
-        found[name] = high
-    return found
+            highs[name][where] = lows[name][where] = part
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    for name, found in highs.items():
+        assert torch.equal(found, lows[name]), f"{name}: copies differ, or nobody has all of it"
+    return {name: found.to(state[name].dtype) for name, found in highs.items()}
+
+
+def _in_one(state: dict[str, Tensor], fill: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """A flat tensor with a place for each of these, and those places: for one reduction instead of hundreds."""
+    sizes = [value.shape.numel() for value in state.values()]
+    flat = torch.full((sum(sizes),), fill, dtype=torch.float64)  # which holds every other type
+    places = zip(state.items(), flat.split(sizes), strict=True)
+    return flat, {name: place.view(value.shape) for (name, value), place in places}
 
 
 def load_into(engine: Engine, state: dict[str, Tensor], *, optim_step: int) -> None:
