@@ -38,11 +38,23 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Two commands each: workers share the cores where a test waits or uses one, and tests of many ranks fill them alone.
+# The seed of every random choice, which all workers must agree on; set it to the one that was printed to do it again.
+ifndef LMSCALE_TEST_SEED
+LMSCALE_TEST_SEED := $(shell od -An -N2 -tu2 /dev/urandom | tr -d ' ')
+endif
+export LMSCALE_TEST_SEED
+WORKERS := -n 3 --dist worksteal
+
 test: setup
-	$(BIN)/pytest --durations=15
+	@echo LMSCALE_TEST_SEED=$(LMSCALE_TEST_SEED)
+	$(BIN)/pytest $(WORKERS) tests/unit tests/e2e --durations=15
+	$(BIN)/pytest tests/arch tests/dist --durations=15
 
 test-long: setup
-	$(BIN)/pytest -m 'slow and not gpu and not cluster' --durations=15
+	@echo LMSCALE_TEST_SEED=$(LMSCALE_TEST_SEED)
+	$(BIN)/pytest -m 'slow and not gpu and not cluster' $(WORKERS) tests/unit tests/e2e --durations=15
+	$(BIN)/pytest -m 'slow and not gpu and not cluster' tests/dist --durations=15
 
 # A real Slurm cluster of four nodes on this machine: needs root and the packages that README.md names.
 test-cluster: setup
@@ -54,9 +66,10 @@ soak: setup
 	$(BIN)/python tools/kills_in_a_row.py
 	$(BIN)/python tools/soak.py
 
+# Within the hour together; run again, each goes on where it stopped.
 matrix: setup
-	$(BIN)/python tools/gradient_matrix.py
-	$(BIN)/python tools/matrix.py
+	$(BIN)/python tools/gradient_matrix.py --minutes 30
+	$(BIN)/python tools/matrix.py --minutes 28
 
 clean:
 	rm -rf $(VENV) data/smoke data/stdlib.jsonl
