@@ -1,9 +1,10 @@
 """Same seed, same data: the smoke run under every engine, and how far its losses and gradient norms lie apart.
 
-    python tools/compare_losses.py [--steps 200] [--only NAME ...] [--runs FOLDER] [--out docs]
+    python tools/compare_losses.py [--steps 200] [--lr 5e-4] [--only NAME ...] [--runs FOLDER] [--out docs]
 
 Each contender is the real command on configs/runs/smoke.yaml in fp32, stopped at --steps on the schedule of the whole
-run. Writes losses.json (every loss and norm, and the widest gaps) and losses.png into --out. Ends with 1 where two runs
+run, at a quarter of its learning rate: at 2e-3 the run itself makes 2e-4 of loss out of the last bit, and the control,
+which is the first contender with its sums in another order, is as far from it as an engine is. Writes losses.json (every loss and norm, and the widest gaps) and losses.png into --out. Ends with 1 where two runs
 lie further apart than the bars: 5e-5 in loss, 1e-4 of a gradient norm. Needs `make data/smoke/manifest.json`.
 """
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 BARS = {"loss": 5e-5, "grad_norm": 1e-4}
 ZERO = "engine.kind=deepspeed"
-# The same sums in another order: what rounding alone makes of the run, and no engine can be closer than.
+# The same sums in another order: what the run makes of rounding. No engine that adds otherwise can be closer.
 CONTROL = "one process, micro-batches of 2"
 # name -> ranks, overrides of the smoke run
 RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -72,17 +73,15 @@ def widest(curves: Curves, *, bar: float, relative: bool) -> Gap:
     return found
 
 
-def curves_of(
-    name: str, *, steps: int, runs: Path, more: Sequence[str] = ()
-) -> dict[str, list[float]]:
+def curves_of(name: str, *, steps: int, runs: Path, lr: float) -> dict[str, list[float]]:
     """Train one contender; its loss and gradient norm of each step."""
     ranks, overrides = RUNS[name]
     folder = runs / name.replace(",", "").replace(" ", "-")
     begun = time.perf_counter()
     done = subprocess.run(
         [
-            str(LMSCALE), "train", "smoke", "--nproc", str(ranks), *QUIET, *overrides, *more,
-            f"train.stop_at={steps}", f"train.run_dir={folder}",
+            str(LMSCALE), "train", "smoke", "--nproc", str(ranks), *QUIET, *overrides,
+            f"optim.lr={lr}", f"train.stop_at={steps}", f"train.run_dir={folder}",
         ],
         cwd=ROOT, env=clean_env(), capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -94,7 +93,7 @@ def curves_of(
     return {key: [line[key] for line in lines] for key in BARS}
 
 
-def draw(found: Mapping[str, Curves], gaps: Mapping[str, Gap], path: Path) -> None:
+def draw(found: Mapping[str, Curves], gaps: Mapping[str, Gap], path: Path, *, lr: float) -> None:
     """The curves over each other, and what lies between each of them and the first."""
     import matplotlib
 
@@ -104,7 +103,9 @@ def draw(found: Mapping[str, Curves], gaps: Mapping[str, Gap], path: Path) -> No
     figure, (top, *below) = plt.subplots(3, 1, figsize=(9, 9), sharex=True, layout="constrained")
     for name, values in found["loss"].items():
         top.plot(range(1, len(values) + 1), values, label=name, linewidth=1)
-    top.set(ylabel="loss, nats a token", title="Same seed, same data, fp32: the smoke run")
+    top.set(
+        ylabel="loss, nats a token", title=f"Same seed, same data, fp32: the smoke run at lr {lr:g}"
+    )
     top.legend(ncols=3, frameon=False)
     for axes, key, label in zip(
         below, BARS, ("loss, |difference|", "gradient norm, |relative|"), strict=True
@@ -136,7 +137,7 @@ def _differences(axes: "Axes", curves: Curves, gap: Gap, *, relative: bool) -> N
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of every run")
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--runs", type=Path, help="keep the runs here; default: a temporary folder")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
@@ -147,7 +148,7 @@ def main() -> int:
         # Always in folders of their own: a run that is there already would be gone on with.
         runs = Path(tempfile.mkdtemp(dir=args.runs)) if args.runs else Path(scratch)
         curves = {
-            name: curves_of(name, steps=args.steps, runs=runs, more=args.set) for name in args.only
+            name: curves_of(name, steps=args.steps, runs=runs, lr=args.lr) for name in args.only
         }
     found: dict[str, Curves] = {key: {name: c[key] for name, c in curves.items()} for key in BARS}
     gaps = {
@@ -158,6 +159,7 @@ def main() -> int:
     document: dict[str, Any] = {
         **provenance(),
         "run": "configs/runs/smoke.yaml",
+        "lr": args.lr,
         "steps": args.steps,
         "ranks": {name: RUNS[name][0] for name in args.only},
         "held": held,
@@ -165,7 +167,7 @@ def main() -> int:
         **{key: dict(values) for key, values in found.items()},
     }
     (args.out / "losses.json").write_text(json.dumps(document, indent=1) + "\n")
-    draw(found, gaps, args.out / "losses.png")
+    draw(found, gaps, args.out / "losses.png", lr=args.lr)
     for key, gap in gaps.items():
         words = "holds" if gap.holds else "IS BROKEN"
         print(
