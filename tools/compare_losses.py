@@ -4,8 +4,9 @@
 
 Each contender is the real command on configs/runs/smoke.yaml in fp32, stopped at --steps on the schedule of the whole
 run, at a quarter of its learning rate: at 2e-3 the run itself makes 2e-4 of loss out of the last bit, and the control,
-which is the first contender with its sums in another order, is as far from it as an engine is. Writes losses.json (every loss and norm, and the widest gaps) and losses.png into --out. Ends with 1 where two runs
-lie further apart than the bars: 5e-5 in loss, 1e-4 of a gradient norm. Needs `make data/smoke/manifest.json`.
+which is the first contender with its sums in another order, is as far from it as an engine is.
+Writes losses.json (every loss and norm, and the widest gaps) and losses.png into --out. Ends with 1 where two runs lie
+further apart than the bars: 5e-5 in loss, 1e-4 of a gradient norm. Needs `make data/smoke/manifest.json`.
 """
 
 import argparse
