@@ -38,13 +38,13 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Two commands each: workers share the cores where a test waits or uses one, and tests of many ranks fill them alone.
+# Workers share the cores where a test waits or uses one; tests of many ranks fill them alone.
 # The seed of every random choice, which all workers must agree on; set it to the one that was printed to do it again.
 ifndef LMSCALE_TEST_SEED
 LMSCALE_TEST_SEED := $(shell od -An -N2 -tu2 /dev/urandom | tr -d ' ')
 endif
 export LMSCALE_TEST_SEED
-WORKERS := -n 3 --dist worksteal
+WORKERS := -n 3 --dist loadgroup
 
 test: setup
 	@echo LMSCALE_TEST_SEED=$(LMSCALE_TEST_SEED)
@@ -69,7 +69,8 @@ soak: setup
 # Within the hour together; run again, each goes on where it stopped.
 matrix: setup
 	$(BIN)/python tools/gradient_matrix.py --minutes 30
-	$(BIN)/python tools/matrix.py --minutes 28
+	$(BIN)/python tools/gradient_matrix.py --mutations
+	$(BIN)/python tools/matrix.py --minutes 24
 
 clean:
 	rm -rf $(VENV) data/smoke data/stdlib.jsonl

@@ -31,7 +31,7 @@ from gradient_mutations import BUGS, caught_by
 from gradient_page import page, write_proven
 from gradient_run import on_ranks, one_process
 from pool import CaseFailed, Pool
-from results import PRODUCT, ROOT, Line, Results, write_page
+from results import PRODUCT, ROOT, Line, Results, code_of, write_page
 
 ROOMS = (
     "batch.py",
@@ -72,7 +72,7 @@ def digest() -> str:
     paths += [PRODUCT / "lmscale" / "batch.py"]
     paths += (ROOT / "tests" / "dist" / f"gradient_{name}.py" for name in ("case", "errors", "run"))
     for path in sorted(paths):
-        found.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+        found.update(f"{path.name}\0{code_of(path.read_text())}\0".encode())
     return found.hexdigest()[:12]
 
 

@@ -11,7 +11,7 @@ from gradient_cover import REFUSED, TRIPLE_VALUES
 from gradient_errors import KEYS, TOLERANCE
 from results import Line, facts, provenance, table
 
-from lmscale.config.factors import FACTORS, OPEN
+from lmscale.config.factors import FACTORS, OPEN, clash
 
 _ROWS = ("engine", "tp")
 _USUAL = {
@@ -45,8 +45,21 @@ def proven(lines: Sequence[Line]) -> dict[str, Any]:
         "sources": found["sources"],
         "versions": found["versions"],
         "cases": cases,
-        "refused": [dict(entry) for entry in REFUSED],
+        "refused": [*(dict(entry) for entry in REFUSED), *_failed(lines)],
     }
+
+
+def _failed(lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
+    """Combinations of which a case failed: refused as they are, though each three of their words may have passed."""
+    for line in lines:
+        if line["verdict"] == "failed":
+            words = GradientCase.named(line["name"]).words
+            factors = {factor: words[factor] for factor in FACTORS}
+            yield {
+                "factors": factors,
+                "why": "it did not give the gradients of one process",
+                "nearest": "",
+            }
 
 
 def write_proven(path: Path, lines: Sequence[Line]) -> None:
@@ -83,8 +96,8 @@ def page(lines: Sequence[Line], wanted: int) -> Iterator[str]:
     yield (
         "A run is proven when each three of its words, with those that a restart may change, occur in a case that "
         "passed. Here: the word on top with the engine and tp on the left. yes: passed with them; a dash: there is "
-        "no such run; **no**: refused. tp 8 takes all eight ranks and is run once an engine, other sizes count as "
-        "the largest here."
+        "no such run, for the reasons below; **no**: refused. tp 8 takes all eight ranks and is run once an engine "
+        "(not under hsdp, which would need more), other sizes count as the largest here."
     )
     columns = [(f, v) for f, values in TRIPLE_VALUES.items() if f not in _ROWS for v in values]
     yield table(
@@ -95,6 +108,7 @@ def page(lines: Sequence[Line], wanted: int) -> Iterator[str]:
         f"- {' '.join(word_of(*point) for point in entry['factors'].items())}: {entry['why']}"
         for entry in REFUSED
     )
+    yield "\n".join(f"- {words}: {why}" for words, why in _impossible())
     yield "\n".join(
         f"- **failed** {line['name']}: {'; '.join(line['problems'])}"
         for line in lines
@@ -102,6 +116,14 @@ def page(lines: Sequence[Line], wanted: int) -> Iterator[str]:
     )
     yield "## Cases"
     yield table(("case", "ranks", *KEYS), _rows(lines))
+
+
+def _impossible() -> Iterator[tuple[str, str]]:
+    """The dashes of the table that is by engine alone, with their reason; other checks of the config say so."""
+    for (factor, values), engine in product(TRIPLE_VALUES.items(), VALUES["engine"]):
+        for value in values if factor not in _ROWS else ():
+            if why := clash({"engine": engine, factor: value}):
+                yield f"{engine} {word_of(factor, value)}", why
 
 
 def _closeness(lines: Sequence[Line]) -> Iterator[list[object]]:

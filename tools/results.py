@@ -4,11 +4,14 @@ A line counts only for the sources it was measured on (`sources`), so a result n
 program ends when they change under it.
 """
 
+import ast
 import hashlib
+import io
 import json
 import os
 import platform
 import subprocess
+import tokenize
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -63,6 +66,23 @@ def sources() -> str:
     for path in sorted([*PRODUCT.glob("lmscale/**/*.py"), *PRODUCT.glob("launcher/**/*.py")]):
         digest.update(f"{path.relative_to(PRODUCT)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+def code_of(source: str) -> str:
+    """What a Python file does: without comments, docstrings and empty lines, so that better words change no result."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        owner = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if owner and ast.get_docstring(node, clean=False) is not None:
+            text = node.body[0]
+            lines[text.lineno - 1 : text.end_lineno] = [""] * len(
+                lines[text.lineno - 1 : text.end_lineno]
+            )
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        row, column = token.start
+        if token.type == tokenize.COMMENT and lines[row - 1]:
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def provenance() -> dict[str, str]:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from launcher.planning.parameters import padded
 from lmscale.config.sections import ModelConfig
 
 Device = Literal["cpu", "cuda"]
@@ -119,7 +120,7 @@ def block_bytes(model: ModelConfig, work: Work, mode: Mode) -> float:
 
 def loss_bytes(model: ModelConfig, work: Work) -> int:
     """Logits of a chunk and the gradients that head and loss make in their one pass (model/loss.py)."""
-    vocab, width = -(-work.vocab_size // work.tp), model.width
+    vocab, width = padded(work.vocab_size) // work.tp, model.width
     chunk = max(_CHUNK_MIN_TOKENS, _CHUNK_LOGITS[work.device] // vocab)
     lowered = work.a if work.a < work.w else 0  # a second copy in the compute type
     logits = min(work.tokens, chunk) * vocab * (work.w + lowered) + lowered * vocab * width
@@ -188,7 +189,7 @@ def _attention(model: ModelConfig, work: Work) -> float:
     GPU they are FlexAttention's table of blocks, which is small.
     """
     mask = work.a * work.seq_len if work.separate and work.device == "cpu" else 0
-    return _heads(model, work) + mask
+    return _heads(model, work) + _repeated(model, work) + mask
 
 
 def _heads(model: ModelConfig, work: Work) -> float:
@@ -196,6 +197,15 @@ def _heads(model: ModelConfig, work: Work) -> float:
     assert model.head_dim is not None
     heads = work.a * 2 * (model.heads + model.kv_heads) * model.head_dim + work.w * model.heads
     return heads / work.tp
+
+
+def _repeated(model: ModelConfig, work: Work) -> float:
+    """CUDA's kernels for fp32 know no groups: keys and values are repeated for the queries that share them."""
+    assert model.kv_heads is not None
+    assert model.head_dim is not None
+    if work.device == "cpu" or work.precision != "fp32" or work.separate:
+        return 0
+    return work.a * 2 * (model.heads - model.kv_heads) * model.head_dim / work.tp
 
 
 def _norm_kept(model: ModelConfig, work: Work) -> float:

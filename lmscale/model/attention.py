@@ -127,7 +127,7 @@ def on_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _no_kernel(fact: str) -> Problem:
-    hint = "give the machine what torch's compiler needs (Triton and a C compiler), or set data.documents=joined"
+    hint = "set data.documents=joined, or, where a compiler is missing, give the machine one (Triton and a C compiler)"
     return Problem("data.documents", f"attention within documents {fact}", hint)
 
 

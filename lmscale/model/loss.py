@@ -89,7 +89,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_TD), size):
             chunk = slice(start, start + size)
             hidden_CD = hidden_TD[chunk]
-            # With the padding: its width, a multiple of 128, is what matrix units of a GPU are fast at.
+            # With the padding: a multiple of 128 rows, over tp ranks, is what matrix units of a GPU are fast at.
             logits_CP = F.linear(hidden_CD, weight_PD).to(wide)
             weights_C = weights_T[chunk].to(wide)
             logits_CV = logits_CP[:, :vocab_size]
@@ -102,6 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.addmm(grad_PD, grad_CP.t(), hidden_CD, out=grad_PD)
             elif grad_PD is not None:
                 grad_PD += grad_CP.t() @ hidden_CD
+            del logits_CP, logits_CV, grad_CP  # else they live on while the next chunk's are made
         ctx.save_for_backward(grad_TD, grad_PD)
         return loss
 

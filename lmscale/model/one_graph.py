@@ -5,9 +5,10 @@ compiled for too many shapes runs uncompiled from then on. Both are errors here,
 """
 
 from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -39,12 +40,10 @@ def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _explained(
     compiled: Callable[..., Any], problem: Callable[[str], Problem], *args: Any, **kwargs: Any
 ) -> Any:
-    from torch._dynamo import config  # here: it takes two seconds, which only compiled runs pay
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     try:
-        # DDP would cut graphs at the borders of its buckets. A block is small enough to overlap with.
-        with config.patch(optimize_ddp=False, recompile_limit=VERSIONS):
+        with _settings(VERSIONS):
             return compiled(*args, **kwargs)
     except FailOnRecompileLimitHit as error:
         raise ConfigError(
@@ -52,6 +51,16 @@ def _explained(
         ) from error
     except TorchDynamoException as error:
         raise ConfigError([problem(f"could not be compiled: {_first(error)}")]) from error
+
+
+@cache
+def _settings(versions: int) -> AbstractContextManager[None]:
+    """One patch for all calls: in torch 2.13 each that is made leaves 220 bytes behind for ever."""
+    from torch._dynamo import config  # here: it takes two seconds, which only compiled runs pay
+
+    # DDP would cut graphs at the borders of its buckets. A block is small enough to overlap with.
+    patch = config.patch(optimize_ddp=False, recompile_limit=versions)
+    return cast(AbstractContextManager[None], patch)
 
 
 def _first(error: BaseException) -> str:

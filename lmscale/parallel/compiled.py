@@ -22,7 +22,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 def _problem(fact: str) -> Problem:
     hint = (
-        "set engine.compile=false, or give the machine a working C++ compiler (g++, or the one that the "
-        "variable CXX names)"
+        "set engine.compile=false, or, where a compiler is missing, give the machine one (g++, or the one that "
+        "the variable CXX names)"
     )
     return Problem("engine.compile", f"a block {fact}", hint)

@@ -7,6 +7,8 @@ from pathlib import Path
 from lmscale.run.durable import replace_file, storage_errors
 from lmscale.run.folder import RunFolder
 
+_NO_REASON = "no reason given"
+
 
 @dataclass(frozen=True, slots=True)
 class BadNode:
@@ -19,20 +21,22 @@ class BadNode:
 
 
 def read_bad_nodes(folder: RunFolder) -> list[BadNode]:
-    """By host name. Files may come and go meanwhile."""
+    """By host name. Files may come and go meanwhile, and one that cannot be read still names its host."""
     found = []
     for path in sorted(folder.bad_nodes.glob("[!.]*")):  # .nfs0001 is no file of ours
         try:
-            text, written_ns = path.read_text(errors="replace"), path.stat().st_mtime_ns
+            written_ns = path.stat().st_mtime_ns
+            why = next(iter(path.read_text(errors="replace").strip().splitlines()), _NO_REASON)
         except FileNotFoundError:
             continue
-        why = next(iter(text.strip().splitlines()), "no reason given")
+        except OSError as error:
+            written_ns, why = 0, f"its file cannot be read: {error.strerror}"
         found.append(BadNode(path.name, why, path, written_ns))
     return found
 
 
 def write_bad_nodes(folder: RunFolder, reasons: Mapping[str, str]) -> None:
-    """Add hosts. Raises StorageError."""
+    """Add hosts. Raises what storage_errors makes of a disk that is full or refuses."""
     for host, why in reasons.items():
         path = folder.bad_nodes / host.replace("/", "_")
         with storage_errors(f"writing {path}"):

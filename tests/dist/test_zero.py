@@ -259,3 +259,21 @@ def test_fp16_finds_a_scale_that_its_gradients_bear(ranks, stage):
     assert scale == 2.0 ** (41 - steps)
     assert updates == 1
     assert last["norm"] == pytest.approx(results[0]["norm"], rel=1e-2)
+
+
+def _loaded_operators(cases: list[Case]) -> list[str]:
+    """Those of DeepSpeed's own that this process has loaded, and so built, in all of its life."""
+    for case in cases:
+        engine_of(case).step(micro_batches(case, 0), lr=LR)
+    return sorted(sys.modules["deepspeed.ops.op_builder.builder"].OpBuilder._loaded_ops)
+
+
+def test_nothing_is_built_at_a_start_on_a_cpu(ranks):
+    """Each of its operators would take minutes and a compiler, on every node."""
+    cases = [
+        zero(0, "bf16"),
+        zero(1, engine={"offload": "optimizer"}),
+        zero(2, "fp16"),
+        zero(3, "bf16", engine={"offload": "all"}),
+    ]
+    assert ranks(2)(_loaded_operators, cases) == [[], []]

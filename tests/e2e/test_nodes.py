@@ -66,6 +66,10 @@ class Pair:
         return next(event for event in self.job.events() if event["kind"] == kind)
 
 
+# With test_mpi.py: a rank of mpirun that is killed leaves its file there.
+pytestmark = pytest.mark.xdist_group("shared memory")
+
+
 @pytest.fixture(scope="module")
 def run(corpus: Path) -> dict[str, Any]:
     return small_run(corpus, train={"steps": STEPS}, checkpoint={"every_steps": 7})

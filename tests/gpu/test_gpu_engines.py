@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from lmscale.dist.group import distributed
 from lmscale.model import one_graph
-from lmscale.model.attention import causal_mask
+from lmscale.model.attention import causal_mask, on_device
 from lmscale.world import World
 
 pytestmark = [
@@ -78,6 +78,7 @@ def _on_a_gpu() -> Iterator[None]:
         gradient_run._one_process.cache_clear()
         yield
     gradient_run._one_process.cache_clear()
+    on_device.cache_clear()  # versions that were compiled here are not counted elsewhere
     torch.backends.cuda.matmul.allow_tf32 = before
 
 

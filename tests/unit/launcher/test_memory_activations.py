@@ -166,3 +166,21 @@ def test_the_loss_holds_a_chunk_of_logits_and_never_all() -> None:
         2 * 2 * 63 * 4096 * 4096, rel=0.1
     )  # the hidden states' gradient
     assert one < 64 * 4096 * 128_256  # far less than one byte a logit of that batch
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_head_is_as_wide_as_it_is_stored(tp: int) -> None:
+    """Products go over the padding too (model/loss.py)."""
+    real, stored = (loss_bytes(model_of(), gpu(vocab_size=size, tp=tp)) for size in (272, 384))
+    assert real == stored
+
+
+def test_a_gpu_repeats_grouped_keys_where_its_kernels_know_no_groups() -> None:
+    grouped, plain = model_of(kv_heads=2), model_of()
+    for work, repeated in (
+        (gpu(precision="fp32", separate=False), True),
+        (gpu(precision="fp32"), False),
+        (gpu(separate=False), False),
+    ):
+        kept = [block_bytes(cfg, work, "none") for cfg in (grouped, plain)]
+        assert (kept[0] == kept[1]) == repeated

@@ -165,7 +165,7 @@ def test_never_all_logits_at_once(monkeypatch):
     arguments = hidden_TD, weight_VD, targets_T, weights_T
     elements, peak = both_passes(lambda: cross_entropy(*arguments).loss)
     assert elements == chunk * vocab
-    assert peak < tokens * vocab * 4 / 4
+    assert peak < 1.6 * chunk * vocab * 4  # one chunk, and the gradients
     elements, peak = both_passes(lambda: textbook(*arguments))
     assert elements == tokens * vocab, "the measurement does not see all logits where they are"
     assert peak >= tokens * vocab * 4
@@ -183,6 +183,7 @@ def test_rows_of_padding_change_nothing_and_get_no_gradient(padding):
     more_PD.requires_grad_()
     got = cross_entropy(other_TD, more_PD, targets_T, weights_T, vocab_size=VOCAB).loss
     got.backward()
+    # Products of another width add in another order, as do chunks of another number of tokens.
     torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
     torch.testing.assert_close(other_TD.grad, hidden_TD.grad, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(more_PD.grad[:VOCAB], weight_VD.grad, rtol=1e-12, atol=1e-14)

@@ -31,6 +31,8 @@ def test_strange_files_are_no_trouble(tmp_path: Path) -> None:
     (folder.bad_nodes / "node3").write_bytes(b"\xff\n")
     (folder.bad_nodes / "node4").touch()
     (folder.bad_nodes / "gone").symlink_to("nowhere")  # as a file that is removed while it is read
-    found = read_bad_nodes(folder)
-    assert [bad.host for bad in found] == ["node3", "node4"]
-    assert found[1].why == "no reason given"
+    (folder.bad_nodes / "node5").mkdir()
+    found = {bad.host: bad.why for bad in read_bad_nodes(folder)}
+    assert found.keys() == {"node3", "node4", "node5"}
+    assert found["node4"] == "no reason given"
+    assert "Is a directory" in found["node5"]

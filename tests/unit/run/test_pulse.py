@@ -88,7 +88,7 @@ def test_a_rank_inherits_the_memory_and_shows_its_stack_even_when_it_was_stopped
         child.communicate()
         for fd in fds.values():
             os.close(fd)
-    assert not list(Path("/dev/shm").glob("*lmscale*"))
+    assert not list(Path("/dev/shm").glob(f"*{child.pid}*"))
 
 
 def test_a_number_that_now_means_another_file_is_left_alone(tmp_path: Path) -> None:

@@ -135,3 +135,30 @@ def test_a_page_has_whole_tables(tmp_path: Path) -> None:
     page = tmp_path / "docs" / "page.md"
     results.write_page(page, ["# Title", "", results.table(("a", "b"), [(1, 2.5)])])
     assert page.read_text() == "# Title\n\n| a | b |\n| --- | --- |\n| 1 | 2.5 |\n"
+
+
+CODE = '''"""What it is for."""
+
+import os  # of the system
+
+
+def name() -> str:
+    """Says it.
+
+    At length.
+    """
+    # by default
+    return "# no comment"
+'''
+
+
+def test_words_about_code_are_no_code() -> None:
+    other = (
+        CODE.replace("At length.", "Briefly.")
+        .replace("  # of the system", "")
+        .replace("# by default\n", "\n")
+    )
+    assert other != CODE and results.code_of(other) == results.code_of(CODE)
+    for changed in (CODE.replace("# no", "# a"), CODE.replace("name", "title")):
+        assert results.code_of(changed) != results.code_of(CODE)
+    assert "import os" in results.code_of(CODE) and "At length" not in results.code_of(CODE)
