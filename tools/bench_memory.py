@@ -162,7 +162,12 @@ def page(found: list[dict[str, Any]]) -> list[str]:
         facts(provenance()),
         table(head, lines_of(found)),
         "Allowed: 5 % for what an engine holds, 15 % for activations. "
-        + (f"Outside: {'; '.join(outside)}." if outside else "All are inside."),
+        + (
+            f"Outside: {'; '.join(outside)}."
+            if outside
+            else "All are inside; the formula counts ZeRO-1's gradients whole, as the backward has them, and part "
+            "is gone when we look."
+        ),
     ]  # fmt: skip
 
 
