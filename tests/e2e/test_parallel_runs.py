@@ -37,6 +37,7 @@ def writers(job: Job) -> list[str]:
     return sorted(path.stem for path in (job.run_dir / "trace").iterdir())
 
 
+@pytest.mark.slow
 def test_two_tensor_parallel_ranks_train_as_one_process_does(job: Job, corpus: Path) -> None:
     alone = Job(job.folder, "alone")
     for one in (job, alone):

@@ -78,6 +78,7 @@ def test_a_profile_of_the_chosen_steps_is_written(trained: Job) -> None:
     assert any("aten::" in str(event.get("name")) for event in trace["traceEvents"])
 
 
+@pytest.mark.slow
 def test_going_on_from_another_runs_checkpoint(trained: Job, corpus: Path, job: Job) -> None:
     source = trained.run_dir / "checkpoints" / trained.checkpoints()[0]
     step = int(source.name.split("-")[1])
