@@ -39,7 +39,6 @@ LAYOUTS = {
     "hsdp": Case("fsdp", "fp64", 3, parallel={"replicate": 2}, layer_stats=True),
     "ddp-tp": Case("ddp", "fp64", 3, model=GPT2, parallel=TP, layer_stats=True),
     "fsdp-tp": Case("fsdp", "fp64", 3, model=GPT2, parallel=TP, layer_stats=True),
-    "hsdp-tp": Case("fsdp", "fp64", 1, parallel={**TP, "replicate": 2}, layer_stats=True),
 }
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 

@@ -203,8 +203,10 @@ def test_weights_gradients_and_optimizer_state_are_exact(
 PEAKS = ["fsdp", "fsdp-bf16", "ddp", "ddp-bf16", "zero1-bf16", "zero2-bf16", "zero3-bf16"]
 
 
-@pytest.mark.parametrize(("size", "accumulation"), [(1, 1), (2, 3)])
-@pytest.mark.parametrize("name", PEAKS)
+@pytest.mark.parametrize(
+    ("name", "size", "accumulation"),
+    [("fsdp", 1, 1), ("zero2-bf16", 1, 1), *((name, 2, 3) for name in PEAKS)],
+)
 def test_the_sum_is_a_little_above_the_peak(
     ranks: Callable[..., Pool], name: str, accumulation: int, size: int
 ) -> None:

@@ -150,7 +150,7 @@ def test_low_precision_keeps_its_masters_in_fp32(ranks, stage, precision):
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "bf16"), (1, "bf16"), (3, "bf16"), (3, "fp16")]
+    ("stage", "precision"), [(0, "bf16"), (1, "bf16"), (3, "fp16")]
 )
 def test_a_resumed_stage_is_bitwise_the_uninterrupted_one(ranks, stage, precision):
     model = _partly_frozen(precision)
