@@ -4,6 +4,7 @@ from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from typing import Any
 from unittest.mock import patch
 
@@ -110,8 +111,10 @@ def _steps(case: Case) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(NO_LEAF)
-@pytest.mark.parametrize("mode", ["every:2", "selective"])
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "zero3"])
+@pytest.mark.parametrize(
+    ("engine", "mode"),
+    list(zip([name for name in ENGINES if name != "zero3"], cycle(["every:2", "selective"]))),  # noqa: B905
+)
 def test_compiled_engines_give_the_same(ranks, engine, mode):
     """In bf16, where weights change place and type around each forward."""
     kind, settings, parallel = ENGINES[engine]

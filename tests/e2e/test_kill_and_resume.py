@@ -1,6 +1,6 @@
 """SIGKILL at a random step, then the same command again: nothing is lost, repeated or different.
 
-`make test-long` runs one kill of each kind an engine with a printed seed; `make soak` many.
+`make test-long` runs a kill an engine, with a printed seed; `make soak` many of each kind.
 """
 
 import contextlib
@@ -14,7 +14,8 @@ import pytest
 from small_job import Job, descendants, processes_of, rank_pids, small_run, wait_until
 from test_train import plan_rows
 
-pytestmark = pytest.mark.slow
+# One worker, for all compare with the same three runs.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kills")]
 
 STEPS = 60
 SAME = ("step", "loss", "grad_norm", "position", "tokens", "lr")
@@ -62,8 +63,11 @@ def victims(kind: str, supervisor: int, chooser: random.Random) -> list[int]:
             return [supervisor, *descendants(supervisor)]
 
 
-@pytest.mark.parametrize("kind", ["rank", "supervisor", "all"])
-@pytest.mark.parametrize("engine", ENGINES)
+# Each engine and each kind once, paired by the seed.
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    list(zip(ENGINES, random.Random(SEED).sample(["rank", "supervisor", "all"], 3), strict=True)),
+)
 def test_a_kill_changes_nothing(
     job: Job, corpus: Path, uninterrupted: dict[str, list[dict[str, Any]]], engine: str, kind: str
 ) -> None:
