@@ -38,13 +38,14 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Workers share the cores where a test waits or uses one; tests of many ranks fill them alone.
+# Workers share the cores where a test waits or uses one, a file each: its tests share what they compare with. Tests of
+# many ranks fill the cores alone.
 # The seed of every random choice, which all workers must agree on; set it to the one that was printed to do it again.
 ifndef LMSCALE_TEST_SEED
 LMSCALE_TEST_SEED := $(shell od -An -N2 -tu2 /dev/urandom | tr -d ' ')
 endif
 export LMSCALE_TEST_SEED
-WORKERS := --dist loadgroup -n
+WORKERS := --dist loadfile -n
 
 test: setup
 	@echo LMSCALE_TEST_SEED=$(LMSCALE_TEST_SEED)

@@ -14,8 +14,7 @@ import pytest
 from small_job import Job, descendants, processes_of, rank_pids, small_run, wait_until
 from test_train import plan_rows
 
-# One worker, for all compare with the same three runs.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("kills")]
+pytestmark = pytest.mark.slow
 
 STEPS = 60
 SAME = ("step", "loss", "grad_norm", "position", "tokens", "lr")

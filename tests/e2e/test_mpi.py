@@ -26,7 +26,6 @@ SAME = ("step", "loss", "grad_norm", "position", "lr")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("shared memory"),  # test_nodes.py looks at all of it
     pytest.mark.skipif(
         not MPIRUN.exists(), reason="Open MPI is not installed: pip install '.[mpi]'"
     ),
