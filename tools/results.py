@@ -75,9 +75,8 @@ def code_of(source: str) -> str:
         owner = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         if owner and ast.get_docstring(node, clean=False) is not None:
             text = node.body[0]
-            lines[text.lineno - 1 : text.end_lineno] = [""] * len(
-                lines[text.lineno - 1 : text.end_lineno]
-            )
+            for row in range(text.lineno - 1, text.end_lineno or text.lineno):
+                lines[row] = ""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         row, column = token.start
         if token.type == tokenize.COMMENT and lines[row - 1]:
