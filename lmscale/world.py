@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lmscale.errors import UsageError
+from lmscale.rendezvous import inherited
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class World:
     local_size: int = 1
     master: str | None = None  # host:port of the rendezvous; None for a world of one
     start: str = ""  # LMSCALE_START: names this start of the job, the same on all nodes
+    rendezvous_fd: int | None = None  # of rank 0, where it inherits the socket behind `master`
 
     @property
     def node(self) -> int:
@@ -29,7 +31,8 @@ class World:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> "World":
-        """Read RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LMSCALE_START.
+        """Read RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LMSCALE_START
+        and LMSCALE_RENDEZVOUS_FD.
 
         Without RANK the world is this one process. Raises UsageError for values that contradict each other.
         """
@@ -54,7 +57,8 @@ class World:
                 "environment: WORLD_SIZE > 1 needs MASTER_ADDR and MASTER_PORT; "
                 "start with `lmscale train`, torchrun or accelerate launch, which set them"
             )
-        return cls(rank, local_rank, size, local_size, f"{address}:{port}", start)
+        listening = inherited(env, port) if rank == 0 else None
+        return cls(rank, local_rank, size, local_size, f"{address}:{port}", start, listening)
 
 
 def _count(env: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dist"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from memory_probe import LENGTH, MODEL, ROWS, VOCAB, Setting, held
 from pool import CaseFailed, Pool

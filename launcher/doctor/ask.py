@@ -47,7 +47,12 @@ class Question:
     """
 
     def __init__(
-        self, argv: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None
+        self,
+        argv: Sequence[str],
+        *,
+        timeout_s: float,
+        env: Mapping[str, str] | None = None,
+        inherits: int | None = None,
     ) -> None:
         env = os.environ if env is None else env
         self._timeout_s = timeout_s
@@ -59,6 +64,7 @@ class Question:
             self._process = subprocess.Popen(
                 [program, *argv[1:]], env=dict(env), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                pass_fds=() if inherits is None else (inherits,),
             )  # fmt: skip
         except OSError:  # no interpreter for its first line, a wrong architecture
             return

@@ -15,6 +15,7 @@ from launcher.doctor.finding import Finding, fail, ok, warn
 from launcher.doctor.host import interface_problem
 from launcher.handoff import command
 from launcher.jobs.environment import scrubbed
+from lmscale.rendezvous import RENDEZVOUS_FD, listen
 from lmscale.units import show_bytes
 
 ANSWER_S = 120.0  # importing torch from a cold file server takes a minute
@@ -29,11 +30,8 @@ class Probes:
         # Threads of four processes at once would only wait for each other.
         self._env = {**scrubbed(env), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self._torch, self._deepspeed = self._start("torch"), self._start("deepspeed")
-        port, name = _free_port(), socket.gethostname()
-        self._gloo = [
-            self._start("gloo", RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR=name, MASTER_PORT=port)
-            for rank in (0, 1)
-        ]
+        with listen() as listener:
+            self._gloo = [self._gloo_rank(rank, listener) for rank in (0, 1)]
 
     def torch(self) -> tuple[list[Finding], dict[str, Any]]:
         """Version, CUDA, NCCL, bf16; and the raw facts for those that compare."""
@@ -87,8 +85,20 @@ class Probes:
             found.append(ok("extensions", f"{listed}; not: {_names(facts['not'])}", hint))
         return found
 
-    def _start(self, part: str, **more: str) -> Question:
-        return Question(command("probe", [part]), timeout_s=ANSWER_S, env={**self._env, **more})
+    def _start(self, part: str, *, inherits: int | None = None, **more: str) -> Question:
+        env = {**self._env, **more}
+        return Question(command("probe", [part]), timeout_s=ANSWER_S, env=env, inherits=inherits)
+
+    def _gloo_rank(self, rank: int, listener: socket.socket) -> Question:
+        return self._start(
+            "gloo",
+            inherits=listener.fileno() if rank == 0 else None,
+            RANK=str(rank),
+            WORLD_SIZE="2",
+            MASTER_ADDR=socket.gethostname(),
+            MASTER_PORT=str(listener.getsockname()[1]),
+            **{RENDEZVOUS_FD: str(listener.fileno())},
+        )
 
 
 def no_meeting(answer: Answer) -> str:
@@ -216,9 +226,3 @@ def _read(answer: Answer, what: str) -> tuple[dict[str, Any] | None, str]:
 
 def _names(names: list[str]) -> str:
     return ", ".join(name for name in names if not name.startswith("deepspeed_")) or "none"
-
-
-def _free_port() -> str:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return str(listener.getsockname()[1])

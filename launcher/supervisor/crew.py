@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,15 +15,22 @@ from launcher.supervisor.watch import Watch
 from lmscale.run.events import events_path
 
 
-def run(station: Station, one: Round, team: Team) -> dict[int, int]:
-    """The round on this node, from its first process to its last; the exit code of each rank."""
+def run(
+    station: Station, one: Round, team: Team, listener: socket.socket | None = None
+) -> dict[int, int]:
+    """The round on this node, from its first process to its last; the exit code of each rank.
+
+    Rank 0 gets the `listener`. Ours is closed then: if it dies, its peers are to see that nobody listens.
+    """
     job, running = station.job, list[RankProcess]()
     log = events_path(job.folder, one.start).stem
     station.output.open_logs(job.folder.logs, log, job.place.ranks)
     try:
         for rank in _who(job, one):
-            running.append(_spawn(station, one, rank))
+            running.append(_spawn(station, one, rank, listener))
             station.guard.add(running[-1].pid)
+        if listener is not None:
+            listener.close()
         return Watch(running, team, station).until_the_end()
     finally:
         for process in running:
@@ -40,7 +48,7 @@ def _who(job: Job, one: Round) -> range:
     return ranks[:1] if job.stage is not None else ranks[:0]
 
 
-def _spawn(station: Station, one: Round, rank: int) -> RankProcess:
+def _spawn(station: Station, one: Round, rank: int, listener: socket.socket | None) -> RankProcess:
     job = station.job
     terminal = station.terminal if rank == 0 else None
     if one.what == "stage":
@@ -48,7 +56,11 @@ def _spawn(station: Station, one: Round, rank: int) -> RankProcess:
         env = {**job.env, "LMSCALE_START": one.start}
         return spawn(job.stage, env, rank=rank, terminal=terminal, shares=False)
     env = job.place.environment(job.env, rank=rank, port=one.port, start=one.start)
-    return spawn(job.command, env, rank=rank, terminal=terminal, shares=job.place.ranked)
+    mine = listener is not None and rank == 0 and job.place.ranked
+    inherits = listener.fileno() if listener is not None and mine else None
+    return spawn(
+        job.command, env, rank=rank, terminal=terminal, shares=job.place.ranked, listener=inherits
+    )
 
 
 def end_strays(*, spare: set[int], within_s: float = 5.0) -> None:

@@ -5,7 +5,6 @@ next free one of eight, the others try them all until somebody answers who is of
 """
 
 import contextlib
-import errno
 import platform
 import resource
 import socket
@@ -21,6 +20,7 @@ from launcher.supervisor.leader import Node
 from launcher.supervisor.loop import Loop
 from launcher.supervisor.team import BEAT_S
 from lmscale.errors import RetryableError
+from lmscale.rendezvous import listen
 
 PORTS = 8
 _ANSWER_S = 3.0  # for a greeting to come, or its answer
@@ -85,7 +85,7 @@ class Lobby:
         self._beat_s = -BEAT_S
         _make_room(job.place.nodes)
         host, port = split(job.place.master)
-        self._listener = _listen(port, job.place.nodes)
+        self._listener = _listen(port)
         self.address = f"{host}:{self._listener.getsockname()[1]}"
         self._listener.setblocking(False)
         loop.watch(self._listener.fileno(), self._accept)
@@ -256,19 +256,13 @@ def _is_welcome(channel: Channel, job: Job, loop: Loop) -> bool:
     return False
 
 
-def _listen(first: int, nodes: int) -> socket.socket:
-    families = [(socket.AF_INET6, True)] if socket.has_dualstack_ipv6() else []
+def _listen(first: int) -> socket.socket:
     error: OSError | None = None
     for port in _ports(first):
-        for family, dual in [*families, (socket.AF_INET, False)]:
-            try:
-                return socket.create_server(
-                    ("", port), family=family, backlog=max(nodes, 16), dualstack_ipv6=dual
-                )
-            except OSError as failed:
-                error = failed
-                if failed.errno == errno.EADDRINUSE:
-                    break  # IPv4 alone may still be free, but whoever dials tries IPv6 first
+        try:
+            return listen(port)
+        except OSError as failed:
+            error = failed
     raise RetryableError(
         f"node 0 could listen on none of the ports {first} to {first + PORTS - 1} ({error}); end what uses "
         "them, or give LMSCALE_MASTER another port"

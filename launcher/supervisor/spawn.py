@@ -5,7 +5,6 @@ import ctypes
 import fcntl
 import os
 import signal
-import socket
 import subprocess
 import termios
 import tty
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.gpus import count_cores
+from lmscale.rendezvous import RENDEZVOUS_FD
 from lmscale.run.pulse import PULSE_FD, STACK_FD, new_descriptors
 
 _PR_SET_PDEATHSIG = 1
@@ -126,15 +126,18 @@ def spawn(
     rank: int,
     terminal: int | None,
     shares: bool = True,
+    listener: int | None = None,
 ) -> RankProcess:
     """Start a rank. Call it from the main thread of a process without other threads.
 
     PR_SET_PDEATHSIG fires when the starting thread ends, and code between fork and exec is safe in a
     process with one thread only. With `terminal` its output goes through a terminal of that one's
-    size. It `shares` memory in which it tells about its progress, unless it is no rank.
+    size. It `shares` memory in which it tells about its progress, unless it is no rank. Rank 0
+    inherits the `listener` at which all meet; ours stays open.
     """
     reading, writing = os.openpty() if terminal is not None else os.pipe()
     shared = new_descriptors() if shares else {}
+    inherits = shared | ({} if listener is None else {RENDEZVOUS_FD: listener})
     try:
         if terminal is not None:
             tty.setraw(writing)  # no translation of line ends
@@ -142,8 +145,8 @@ def spawn(
         parent = os.getpid()
         process = subprocess.Popen(
             command,
-            env={**env, **{name: str(number) for name, number in shared.items()}},
-            pass_fds=list(shared.values()),
+            env={**env, **{name: str(number) for name, number in inherits.items()}},
+            pass_fds=list(inherits.values()),
             stdin=subprocess.DEVNULL,
             stdout=writing,
             stderr=writing,
@@ -166,24 +169,6 @@ def _copy_size(terminal: int, other: int) -> None:
     with contextlib.suppress(OSError):
         size = fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8))
         fcntl.ioctl(other, termios.TIOCSWINSZ, size)
-
-
-def free_port() -> int:
-    """A TCP port that nobody uses right now; somebody may before the ranks do (see port_is_taken)."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
-def port_is_taken(port: int) -> bool:
-    """Whether another process listens there: what made a rendezvous fail before it began."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError:
-            return True
-    return False
 
 
 def _die_with(parent: int) -> None:

@@ -7,6 +7,7 @@ starts outlives it, whichever way it ends.
 import ctypes
 import itertools
 import os
+import socket
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -19,23 +20,21 @@ from launcher.supervisor.job import Job
 from launcher.supervisor.loop import Loop
 from launcher.supervisor.output import Output
 from launcher.supervisor.signals import Signals
-from launcher.supervisor.spawn import free_port, port_is_taken
 from launcher.supervisor.station import Station
 from launcher.supervisor.team import Round, What, parted
 from launcher.supervisor.together import Met, Trouble, meet
 from launcher.supervisor.words import describe
 from lmscale.errors import ExitCode, LmscaleError, RetryableError, decisive
+from lmscale.rendezvous import listen
 from lmscale.run.bad_nodes import BadNode, read_bad_nodes, write_bad_nodes
 from lmscale.run.budget import starts_since_progress
 from lmscale.run.durable import replace_file, storage_errors
-from lmscale.run.events import EventLog, read_events
+from lmscale.run.events import read_events
 from lmscale.run.hold import begin
-from lmscale.run.lines import readable_lines
 
 __all__ = ["Job", "supervise"]
 
 _PR_SET_CHILD_SUBREAPER = 36
-_PORTS_TRIED = 4
 _LONGEST_PAUSE_S = 60.0
 _EXCUSE_S = 60.0  # for other nodes to hear that there is nothing to wait for
 
@@ -143,7 +142,7 @@ class _Starts:
                 trouble = self._trouble() if count == 0 else None
                 if trouble is not None:
                     return self._leave(trouble.code, f"{describe(trouble.code)}: {trouble.words}")
-                code = self._one_start(start, events)
+                code = self._one_start(start)
                 if not self._leader.stop_asked and self._goes_on(code, bad):
                     self._tell("restart", code, describe(code))
                     if self._pause():
@@ -183,33 +182,22 @@ class _Starts:
         )
         return Trouble(ExitCode.RETRY, self._give_up(words))
 
-    def _one_start(self, start: str, events: EventLog) -> int:
-        """Run all ranks once; again with another port where somebody took ours before they met."""
+    def _one_start(self, start: str) -> int:
+        """Stage the data, unless that is done, and run all ranks once."""
         if not self._staged:
-            code = self._round("stage", start, 0)
+            code = self._round("stage", start)
             if code != ExitCode.DONE and not (self._leader.stop_asked and code > 128):
                 return code
             self._staged = True
-        for attempt in range(_PORTS_TRIED):
-            if not self._may_start():  # ranks would die of a signal that comes before Python does
-                return ExitCode.RETRY if self._leader.lost else ExitCode.SAVED
-            port = free_port()
-            code = self._round("ranks", start, port)
-            lost_port = (
-                code == ExitCode.RETRY
-                and not (self._leader.stop_asked or self._leader.lost)
-                and not _has_attempt(events)
-                and port_is_taken(port)
-            )
-            if not lost_port or attempt == _PORTS_TRIED - 1:
-                return code
-            self._output.say(f"another process took port {port}: trying another one")
-        raise AssertionError("unreachable: the loop above always returns")
+        if not self._may_start():  # ranks would die of a signal that comes before Python does
+            return ExitCode.RETRY if self._leader.lost else ExitCode.SAVED
+        with _listening() as listener:
+            return self._round("ranks", start, listener)
 
-    def _round(self, what: What, start: str, port: int) -> int:
-        one = Round(what, start, port)
+    def _round(self, what: What, start: str, listener: socket.socket | None = None) -> int:
+        one = Round(what, start, listener.getsockname()[1] if listener is not None else 0)
         self._leader.go(one)
-        own = crew.run(self._station, one, self._leader)
+        own = crew.run(self._station, one, self._leader, listener)
         self._leader.codes |= own
         code = decisive(self._leader.codes.values())
         return parted(code) if self._leader.lost else code
@@ -282,5 +270,10 @@ class _Starts:
         self._leader.tell(kind, code=int(code), reason=reason, codes=self._leader.codes)
 
 
-def _has_attempt(events: EventLog) -> bool:
-    return any(event["kind"] == "attempt" for event in readable_lines(events.path))
+def _listening() -> socket.socket:
+    try:
+        return listen()
+    except OSError as error:
+        raise RetryableError(
+            f"no port is to be had for the ranks ({error}); see `ss -ltn` and `ulimit -n`"
+        ) from error

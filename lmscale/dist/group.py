@@ -49,11 +49,28 @@ def distributed(
 def _store(world: World, timeout: timedelta) -> dist.Store:
     if world.size == 1:
         return dist.HashStore()
-    # torch's tcp:// rendezvous knows when torchrun's agent already hosts the store on that port.
-    url = f"tcp://{world.master}?rank={world.rank}&world_size={world.size}"
-    store, _, _ = next(dist.rendezvous(url, timeout=timeout))
+    if world.rendezvous_fd is not None:
+        store = _listening(world, world.rendezvous_fd, timeout)
+    else:
+        # torch's tcp:// rendezvous knows when torchrun's agent already hosts the store on that port.
+        url = f"tcp://{world.master}?rank={world.rank}&world_size={world.size}"
+        store, _, _ = next(dist.rendezvous(url, timeout=timeout))
     # A start of its own prefix: otherwise a restarted rank may dial an address of a dead peer.
     return dist.PrefixStore(world.start or "lmscale", store)
+
+
+def _listening(world: World, descriptor: int, timeout: timedelta) -> dist.Store:
+    """Rank 0's, as torch's rendezvous makes it, on a socket that listens already. It owns the descriptor then."""
+    address, _, port = str(world.master).rpartition(":")
+    return dist.TCPStore(
+        address,
+        int(port),
+        world.size,
+        is_master=True,
+        timeout=timeout,
+        multi_tenant=True,
+        master_listen_fd=descriptor,
+    )
 
 
 def choose_device(world: World) -> torch.device:

@@ -9,12 +9,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from ports import free_port
 
 HERE = Path(__file__).parent
 PACKAGES = "slurm-wlm slurm-client munge iproute2"
@@ -265,7 +266,7 @@ class Testbed:
     def _write_config(self) -> None:
         etc, last = self.root / "etc", len(self.nodes)
         values = {"ROOT": self.root, "NET": self.net, "LAST": last, "LAST_ADDRESS": 10 + last}
-        values |= {"CPUS": CPUS, "GPUS": GPUS, "GRACE": self.grace_s, "PORT": _free_port()}
+        values |= {"CPUS": CPUS, "GPUS": GPUS, "GRACE": self.grace_s, "PORT": free_port()}
         text = (HERE / "slurm.conf").read_text()
         for name, value in values.items():
             text = text.replace(f"@{name}@", str(value))
@@ -281,12 +282,6 @@ class Testbed:
         # A name that is not in the hosts file must not wait 10 s for a name server out of reach.
         (etc / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")
         (etc / "resolv.conf").write_text("")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float, what: str) -> None:

@@ -18,7 +18,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -28,6 +27,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from ports import free_port
 
 CASE_DEADLINE_S = 90.0
 GROUP_DEADLINE_S = 45.0  # of collectives: below the case's, so that a hang names its collective
@@ -160,14 +161,6 @@ class Pool:
 
     def _stack_file(self, rank: int) -> Path:
         return self._stacks / f"rank-{rank}.txt"
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _rank_main(

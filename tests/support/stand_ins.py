@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.supervisor.spawn import free_port
+from ports import free_port
+
 from lmscale.run.events import read_events
 from lmscale.run.folder import RunFolder
 

@@ -10,7 +10,7 @@ from launcher.gpus import count_cores, count_gpus
 from launcher.ranks import rank_env
 from launcher.supervisor.output import Output
 from launcher.supervisor.signals import Signals
-from launcher.supervisor.spawn import Place, free_port, port_is_taken
+from launcher.supervisor.spawn import Place
 from lmscale.errors import UsageError
 from lmscale.world import World
 
@@ -117,17 +117,6 @@ def test_a_given_thread_count_stays_and_a_torchrun_around_us_is_left_out() -> No
     got = Place(2).environment(env, rank=1, port=5, start="s")
     assert (got["OMP_NUM_THREADS"], got["HOME"], got["MASTER_PORT"]) == ("3", "/h", "5")
     assert not any(key.startswith("TORCHELASTIC") for key in got)
-
-
-def test_a_free_port_is_free_until_taken() -> None:
-    import socket
-
-    port = free_port()
-    assert not port_is_taken(port)
-    with socket.socket() as other:
-        other.bind(("", port))
-        other.listen()
-        assert port_is_taken(port)
 
 
 def test_repeated_signals_are_dropped_for_two_seconds() -> None:

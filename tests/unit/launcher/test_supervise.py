@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,27 +228,40 @@ def test_a_signal_while_waiting_for_a_restart_ends_it(start: Start) -> None:
     assert start.events()[-1]["kind"] == "exit"
 
 
-def test_a_taken_port_is_replaced_without_costing_a_restart(start: Start) -> None:
-    body = COUNTING + textwrap.dedent(
-        """
-        if len(starts) == 1:
-            mark("port", os.environ["MASTER_PORT"])
-            while not (run / "bound").exists():
-                time.sleep(0.01)
-            sys.exit(75)  # the rendezvous fails
-        mark("other", os.environ["MASTER_PORT"])
-        """
-    )
-    process = start.launch(body, ranks=1)
-    port = int(start.wait_for("port", 1)[0])
-    with socket.socket() as thief:
-        thief.bind(("", port))
-        thief.listen()
-        (start.run / "bound").touch()
-        said, _ = process.communicate(timeout=10)
+def test_nobody_can_take_the_ranks_port_before_they_meet(start: Start) -> None:
+    body = """
+    mark("port", os.environ["MASTER_PORT"])
+    while not (run / "tried").exists():
+        time.sleep(0.01)
+    """
+    process = start.launch(body, ranks=2)
+    port = int(start.wait_for("port", 2)[0])
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with socket.socket(family) as thief, pytest.raises(OSError, match="in use"):
+            thief.bind(("", port))
+    (start.run / "tried").touch()
+    said, _ = process.communicate(timeout=10)
     assert process.returncode == 0, said
-    assert start.marks("other") != start.marks("port")
-    assert start.kinds() == ["start", "exit"]
+
+
+def test_who_dials_a_dead_rank_0_is_told_at_once(start: Start) -> None:
+    body = """
+    import socket
+    if rank == 0:
+        while not (run / "marks" / "there-1").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), 9)
+    there = socket.create_connection(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+    mark("there", 1)
+    try:
+        there.recv(1)
+    except ConnectionResetError:
+        sys.exit(75)
+    """
+    code, said = start.to_the_end(body, ranks=2, max_restarts=0)
+    assert code == 137, said
+    assert not start.events()[-1]["codes"].keys() - {"0", "1"}
+    assert start.events()[-1]["codes"]["1"] == 75, "no signal was needed to end it"
 
 
 def test_two_simultaneous_starts_do_not_both_win(start: Start) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 from stand_ins import Nodes, Start, clean_env, kind, until, watched
 
 import lmscale
 from launcher.supervisor.channel import Channel
 from launcher.supervisor.loop import Loop
 from launcher.supervisor.meeting import PORTS
-from launcher.supervisor.spawn import free_port
 from launcher.supervisor.team import SILENT_S, lost
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from stand_ins import ROOT, Nodes, Start, alive, clean_env, kind, mentioning, until, watched
 
-from launcher.supervisor.spawn import free_port
 from lmscale.run.folder import RunFolder
 
 
@@ -200,24 +200,21 @@ def test_ports_in_use_are_passed_over_and_strangers_are_sent_away(start: Start) 
     assert codes == [0, 0], said
 
 
-def test_a_lost_port_costs_no_restart_across_nodes(start: Start) -> None:
+def test_ranks_of_all_nodes_reach_rank_0_before_it_listens(start: Start) -> None:
     body = """
-    if not (run / "bound").exists():
-        mark("port", os.environ["MASTER_PORT"])
-        while not (run / "bound").exists():
-            time.sleep(0.01)
-        sys.exit(75)  # the rendezvous fails
-    mark("other", os.environ["MASTER_PORT"])
+    import socket
+    port = os.environ["MASTER_PORT"]
+    if rank == 0:
+        time.sleep(0.5)
+        with socket.socket(fileno=int(os.environ["LMSCALE_RENDEZVOUS_FD"])) as here:
+            for _ in range(3):
+                here.accept()[0].close()
+    else:
+        assert "LMSCALE_RENDEZVOUS_FD" not in os.environ
+        assert socket.create_connection(("127.0.0.1", int(port))).recv(1) == b""
     """
-    nodes = Nodes(start, body).launch()
-    port = int(start.wait_for("port", 4)[0])
-    with socket.socket() as thief:
-        thief.bind(("", port))
-        thief.listen()
-        (start.run / "bound").touch()
-        codes, said = nodes.end()
+    codes, said = Nodes(start, body).launch().end()
     assert codes == [0, 0], said
-    assert len(start.marks("other")) == 4 and str(port) not in start.marks("other").values()
     assert start.kinds() == ["start", "exit"]
 
 
