@@ -56,8 +56,7 @@ def _spawn(station: Station, one: Round, rank: int, listener: socket.socket | No
         env = {**job.env, "LMSCALE_START": one.start}
         return spawn(job.stage, env, rank=rank, terminal=terminal, shares=False)
     env = job.place.environment(job.env, rank=rank, port=one.port, start=one.start)
-    mine = listener is not None and rank == 0 and job.place.ranked
-    inherits = listener.fileno() if listener is not None and mine else None
+    inherits = listener if rank == 0 and job.place.ranked else None
     return spawn(
         job.command, env, rank=rank, terminal=terminal, shares=job.place.ranked, listener=inherits
     )

@@ -5,6 +5,7 @@ import ctypes
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import termios
 import tty
@@ -126,7 +127,7 @@ def spawn(
     rank: int,
     terminal: int | None,
     shares: bool = True,
-    listener: int | None = None,
+    listener: socket.socket | None = None,
 ) -> RankProcess:
     """Start a rank. Call it from the main thread of a process without other threads.
 
@@ -137,7 +138,7 @@ def spawn(
     """
     reading, writing = os.openpty() if terminal is not None else os.pipe()
     shared = new_descriptors() if shares else {}
-    inherits = shared | ({} if listener is None else {RENDEZVOUS_FD: listener})
+    inherits = shared | ({} if listener is None else {RENDEZVOUS_FD: listener.fileno()})
     try:
         if terminal is not None:
             tty.setraw(writing)  # no translation of line ends
