@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ports import free_port
 from small_job import LMSCALE, Job, clean_env, processes_of, rank_pids, small_run, wait_until
 
 from launcher.doctor.host import SHM, unused
@@ -28,9 +28,7 @@ class Pair:
     nodes: dict[int, "subprocess.Popen[str]"] = field(default_factory=dict)
 
     def start(self, name: str, *overrides: str, **env: str) -> "Pair":
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            master = f"127.0.0.1:{probe.getsockname()[1]}"
+        master = f"127.0.0.1:{free_port()}"
         for node in (1, 0):
             given = {
                 "LMSCALE_NODES": "2", "LMSCALE_NODE_RANK": str(node), "LMSCALE_MASTER": master,
