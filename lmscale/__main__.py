@@ -10,15 +10,15 @@ import os
 import sys
 import traceback
 
-from lmscale.errors import ExitCode, LmscaleError, UsageError
-from lmscale.run.durable import storage_error
+from lmscale.base.errors import ExitCode, LmscaleError, UsageError
+from lmscale.base.fs import storage_error
 
 VERBS = {
     "train": ("lmscale.train.main", "main"),
-    "eval": ("lmscale.train.eval_command", "main"),
-    "generate": ("lmscale.train.generate_command", "main"),
+    "eval": ("lmscale.train.commands", "main"),
+    "generate": ("lmscale.train.commands", "main"),
     "prepare": ("lmscale.prepare.command", "prepare_main"),
-    "probe": ("lmscale.dist.probe", "main"),
+    "probe": ("lmscale.distributed.probe", "main"),
 }
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     module, function = VERBS[argv[0]]
     if argv[0] != "train":
         return int(getattr(importlib.import_module(module), function)(argv[1:]))
-    from lmscale.train.signals import StopRequest
+    from lmscale.train.stop_request import StopRequest
 
     with StopRequest() as stop:
         return int(getattr(importlib.import_module(module), function)(argv[1:], stop))

@@ -23,16 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from lmscale.batch import Batch, Stream
-from lmscale.config.run import RunConfig
-from lmscale.config.sections import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
-from lmscale.dist.group import choose_device, distributed
-from lmscale.dist.mesh import Mesh, make_mesh
+from lmscale.base.batch import Batch, Stream
+from lmscale.base.world import World
+from lmscale.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
+from lmscale.distributed.mesh import Mesh, make_mesh
+from lmscale.distributed.process_group import choose_device, distributed
 from lmscale.engine.build import build_engine
 from lmscale.model.build import build_model
-from lmscale.optim.build import build_adamw, parameter_groups
+from lmscale.optim.optimizer import build_adamw, parameter_groups
 from lmscale.parallel.shard import ShardPolicy, shard
-from lmscale.world import World
 
 Step = Callable[[], object]
 # Contender -> the loop it is compared with.
@@ -63,9 +62,9 @@ class Bench:
     def __init__(self, args: argparse.Namespace, mesh: Mesh, device: torch.device) -> None:
         self.args, self.mesh, self.device = args, mesh, device
         self.model_config = ModelConfig(
-            layers=args.layers, width=args.width, heads=max(1, args.width // 64)
+            num_layers=args.layers, hidden_size=args.width, num_heads=max(1, args.width // 64)
         )
-        self.optim = OptimConfig(lr=3e-4, clip=1.0)
+        self.optim = OptimConfig(lr=3e-4, max_grad_norm=1.0)
         self.batches = [self._batch(seed) for seed in range(args.accumulation)]
         self.weight = sum(batch.weights_BL.sum().item() for batch in self.batches)
 

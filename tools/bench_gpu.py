@@ -23,16 +23,15 @@ import torch
 import yaml
 from results import ROOT, provenance, table
 
-from lmscale.batch import Batch, Stream
-from lmscale.config.run import RunConfig
-from lmscale.config.sections import EngineConfig, ModelConfig, OptimConfig
-from lmscale.dist.group import distributed
-from lmscale.dist.mesh import make_mesh
+from lmscale.base.batch import Batch, Stream
+from lmscale.base.world import World
+from lmscale.config.schema import EngineConfig, ModelConfig, OptimConfig, RunConfig
+from lmscale.distributed.mesh import make_mesh
+from lmscale.distributed.process_group import distributed
 from lmscale.engine.build import build_engine
 from lmscale.model.build import build_model
-from lmscale.model.flops import flops_per_token
+from lmscale.modelspec.flops import flops_per_token
 from lmscale.train.environment import peak_of
-from lmscale.world import World
 
 _BF16 = {"precision": "bf16"}
 _FSDP = {"kind": "fsdp", **_BF16}

@@ -2,7 +2,7 @@
 
     python tools/bench_memory.py [--only NAME] [--page docs/memory.md] [--json FILE]
 
-Real engines on up to four gloo ranks, memory_probe.py; formulas in launcher/planning. Parameters, gradients and
+Real engines on up to four gloo ranks, memory_probe.py; formulas in lmscale_launcher.planner. Parameters, gradients and
 optimizer state must lie within 5 % of the formula, saved activations within 15 %. Exits with 1 where one does not.
 """
 
@@ -17,14 +17,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dist"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
+from lmscale_launcher.planner.memory_estimate import MeshSizes, held_by
 from memory_probe import LENGTH, MODEL, ROWS, VOCAB, Setting, held
 from pool import CaseFailed, Pool
 from results import facts, provenance, table, write_page
 
-from launcher.planning.activations import Work, activation_bytes, block_bytes, modes_of
-from launcher.planning.held import Mesh, held_by
-from launcher.planning.parameters import parameters
-from lmscale.config.sections import ModelConfig
+from lmscale.config.schema import ModelConfig
+from lmscale.modelspec.activations import Work, activation_bytes, block_bytes, modes_of
+from lmscale.modelspec.parameters import parameters
 
 DEADLINE_S = 600.0
 WITHIN = {"parameters": 0.05, "gradients": 0.05, "optimizer": 0.05, "saved": 0.15}
@@ -37,12 +37,12 @@ class Row:
     setting: Setting
 
     @property
-    def mesh(self) -> Mesh:
+    def mesh(self) -> MeshSizes:
         cfg = self.setting.config()
-        tp, replicate = cfg.parallel.tp, cfg.parallel.replicate
+        tp, replicate = cfg.parallel.tp, cfg.parallel.dp_replicate
         data = self.ranks // tp
         sharded = cfg.engine.kind == "fsdp"
-        return Mesh(replicate, data // replicate, tp) if sharded else Mesh(data, 1, tp)
+        return MeshSizes(replicate, data // replicate, tp) if sharded else MeshSizes(data, 1, tp)
 
 
 def rows() -> Iterator[Row]:
@@ -93,7 +93,7 @@ def saved_by_formula(model: ModelConfig, row: Row) -> int:
     )  # fmt: skip
     modes = modes_of(model, replace(plain, recompute=cfg.engine.activation_checkpointing))
     blocks = sum(count * block_bytes(model, plain, mode) for mode, count in modes.items())
-    rest = activation_bytes(model, plain) / plain.tokens - model.layers * block_bytes(
+    rest = activation_bytes(model, plain) / plain.tokens - model.num_layers * block_bytes(
         model, plain, "none"
     )
     return round(plain.tokens * (blocks + rest))
@@ -155,8 +155,8 @@ def page(found: list[dict[str, Any]]) -> list[str]:
     return [
         "# Memory of a rank",
         "Written by `tools/bench_memory.py`. Kilobytes of the fullest rank in real engines over gloo, and in brackets "
-        "what was measured over what `lmscale plan` says (launcher/planning). Parameters, gradients (when the update "
-        "is made) and optimizer state (with fp32 masters where weights are lower) are storages; saved activations are "
+        "what was measured over what `lmscale plan` says (lmscale_launcher.planner). Parameters, "
+        "gradients (when the update is made) and optimizer state (with fp32 masters where weights are lower) are storages; saved activations are "
         "what the decoder's forward leaves for the backward, by the hooks of saved tensors; the peak is the most that "
         "a whole step has allocated at once, from the profiler's memory events.",
         f"The model: {shape}, vocabulary {VOCAB}; {ROWS} x {LENGTH} tokens a step on each data-parallel rank.",

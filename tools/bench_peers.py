@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from task import Task
 from workers import Worker, busy_s, require_memory, touch_memory
 
-from lmscale.config.sections import ModelConfig
+from lmscale.config.schema import ModelConfig
 from lmscale.model.build import build_model
-from lmscale.model.flops import flops_per_token
+from lmscale.modelspec.flops import flops_per_token
 
 
 def main() -> None:
@@ -131,7 +131,10 @@ def row(worker: Worker, args: argparse.Namespace, task: Task) -> dict[str, Any]:
     contender = worker.contender
     if contender.trains:
         model = ModelConfig(
-            layers=task.layers, width=task.width, heads=task.heads, feed_forward=task.feed_forward
+            num_layers=task.layers,
+            hidden_size=task.width,
+            num_heads=task.heads,
+            ffn_hidden_size=task.feed_forward,
         )
         flops = flops_per_token(model, seq_len=task.length, vocab_size=task.vocab, causal=True)
         flops *= task.rows * task.length

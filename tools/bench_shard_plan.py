@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lmscale.corpus.ahead import Split, chunks_ahead
 from lmscale.corpus.manifest import Manifest, TokenizerEntry, load_part
 from lmscale.corpus.order import Order
-from lmscale.corpus.shard import ShardEntry, shard_name
-from lmscale.corpus.shares import Layout, NodeShares, node_shares
+from lmscale.corpus.schedule import BatchSplit, chunks_ahead
+from lmscale.corpus.shard_format import ShardEntry, shard_name
+from lmscale.corpus.shares import ChunkLayout, NodeShares, node_shares
 
 _CHUNK_TOKENS, _SEQ_LEN, _RANKS = 1 << 18, 4096, 8
 
@@ -46,8 +46,8 @@ def bench(shards: int, chunks_each: int, nodes: int, rounds: int, position: int)
     k, chunks = _CHUNK_TOKENS // _SEQ_LEN, shards * chunks_each
     batch = nodes * _RANKS
     order = Order(chunks * k, k, batch)
-    layout = Layout(np.arange(shards + 1, dtype=np.int64) * chunks_each, 524_290, 524_290)
-    split, steps = Split(batch, nodes, _RANKS), chunks * k // batch
+    layout = ChunkLayout(np.arange(shards + 1, dtype=np.int64) * chunks_each, 524_290, 524_290)
+    split, steps = BatchSplit(batch, nodes, _RANKS), chunks * k // batch
 
     def listed() -> int:
         blocks = chunks_ahead(order, split, node=nodes // 2, position=position, steps=steps)
@@ -73,8 +73,8 @@ def bench_corpus(folder: Path, nodes: int, rounds: int) -> None:
     def plan() -> NodeShares:
         k, batch = manifest.chunk_tokens // seq_len, nodes * _RANKS
         samples = manifest.num_samples(seq_len)
-        order, split = Order(samples, k, batch), Split(batch, nodes, _RANKS)
-        return node_shares(order, Layout.of(manifest), split, steps=max(1, samples // batch))
+        order, split = Order(samples, k, batch), BatchSplit(batch, nodes, _RANKS)
+        return node_shares(order, ChunkLayout.of(manifest), split, steps=max(1, samples // batch))
 
     manifest = load()
     seq_len = math.gcd(manifest.chunk_tokens, _SEQ_LEN)

@@ -35,7 +35,7 @@ CONTROL = "one process, micro-batches of 2"
 # name -> ranks, overrides of the smoke run
 RUNS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one process": (1, ("engine.kind=ddp",)),
-    CONTROL: (1, ("engine.kind=ddp", "train.micro_batch=2")),
+    CONTROL: (1, ("engine.kind=ddp", "train.micro_batch_size=2")),
     "fsdp": (2, ()),
     "zero1": (2, (ZERO, "engine.zero_stage=1")),
     "zero2": (2, (ZERO, "engine.zero_stage=2")),

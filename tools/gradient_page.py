@@ -11,7 +11,7 @@ from gradient_cover import REFUSED, TRIPLE_VALUES
 from gradient_errors import KEYS, TOLERANCE
 from results import Line, facts, provenance, table
 
-from lmscale.config.factors import FACTORS, OPEN, clash
+from lmscale.config.proven import FACTORS, OPEN, clash
 
 _ROWS = ("engine", "tp")
 _USUAL = {

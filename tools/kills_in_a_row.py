@@ -42,7 +42,7 @@ def run_file(corpus: Path, kills: int) -> dict[str, Any]:
     smoke = yaml.safe_load((ROOT / "configs" / "runs" / "smoke.yaml").read_text())
     run = small_run(
         corpus,
-        train={"steps": STEPS, "seq_len": 256, "micro_batch": 4},
+        train={"steps": STEPS, "seq_len": 256, "micro_batch_size": 4},
         data={"trace": False},
         eval={"every_steps": None},
         checkpoint={"every_steps": 10, "keep": 2},

@@ -54,7 +54,7 @@ class Side:
         return small_run(
             corpus,
             engine={**ENGINES[self.engine], "precision": "fp32"},
-            train={"steps": STEPS, "global_batch": BATCH, "micro_batch": micro_batch},
+            train={"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": micro_batch},
             eval={"corpora": []},
             checkpoint={"every_steps": None},
             cluster={"ranks_per_node": self.ranks},

@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from lmscale.batch import Batch, Stream
-from lmscale.config.run import RunConfig
-from lmscale.config.sections import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
-from lmscale.dist.mesh import Mesh, make_mesh
-from lmscale.engine import account
+from lmscale.base.batch import Batch, Stream
+from lmscale.base.world import World
+from lmscale.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
+from lmscale.distributed.mesh import Mesh, make_mesh
+from lmscale.engine import step as account
 from lmscale.engine.build import build_engine
 from lmscale.model.build import build_model
-from lmscale.world import World
 
 VOCAB, ROWS, LENGTH = 512, 1, 128
 # Many small matrices: ZeRO keeps the gradient of one that straddles two ranks whole, which is not in the formula.
-MODEL = {"layers": 12, "width": 128, "heads": 4, "feed_forward": 384}
+MODEL = {"num_layers": 12, "hidden_size": 128, "num_heads": 4, "ffn_hidden_size": 384}
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,12 @@ def everything() -> int:
 def _mesh_of(replicate: int, tp: int) -> Mesh:
     rank, size = dist.get_rank(), dist.get_world_size()
     return make_mesh(
-        ParallelConfig(replicate=replicate, tp=tp), World(rank, rank, size, size), "cpu"
+        ParallelConfig(dp_replicate=replicate, tp=tp), World(rank, rank, size, size), "cpu"
     )
 
 
 def _mesh(sizes: ParallelConfig) -> Mesh:
-    return _mesh_of(sizes.replicate, sizes.tp)
+    return _mesh_of(sizes.dp_replicate, sizes.tp)
 
 
 def _storages(tensors: Iterable[Any]) -> dict[int, int]:

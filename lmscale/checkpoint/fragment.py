@@ -58,7 +58,7 @@ def rectangles(shape: Sequence[int], begin: int, end: int) -> Iterator[Rectangle
     yield from within(last, 0, tail)
 
 
-class Split(NamedTuple):
+class TpShard(NamedTuple):
     """Tensor parallelism of one parameter: this rank holds part `rank` of `size` along `dim`."""
 
     dim: int
@@ -83,7 +83,7 @@ class Fragment(torch.Tensor):
         start: int,
         shape: Sequence[int],
         *,
-        split: Split | None = None,
+        split: TpShard | None = None,
         writes: bool = True,
     ) -> "Fragment":
         stop = start + flat.numel()

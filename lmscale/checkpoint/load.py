@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lmscale.checkpoint.layout import TORCH
 from lmscale.checkpoint.outcome import as_root, one_outcome
-from lmscale.checkpoint.plan import LoadPlanner
-from lmscale.checkpoint.read import FilesReader
-from lmscale.run.manifest import read_manifest
+from lmscale.checkpoint.planners import LoadPlanner
+from lmscale.checkpoint.tensor_format import TORCH
+from lmscale.checkpoint.tensor_io import FilesReader
+from lmscale.run_folder.checkpoints import read_manifest
 
 logger = logging.getLogger(__name__)
 

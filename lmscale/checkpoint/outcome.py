@@ -8,9 +8,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lmscale.dist.peers import collective
-from lmscale.dist.reduce import decisive_error, on_root, portable
-from lmscale.errors import LmscaleError
+from lmscale.base.errors import LmscaleError
+from lmscale.distributed.process_group import collective, decisive_error, on_root, portable
 
 T = TypeVar("T")
 

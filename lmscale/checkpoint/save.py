@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 
+from lmscale.base.errors import DistributedError, LmscaleError, Overtaken
+from lmscale.base.fs import fsync_dir, storage_errors
 from lmscale.checkpoint.outcome import as_root, one_outcome
-from lmscale.checkpoint.plan import SavePlanner
-from lmscale.checkpoint.write import FilesWriter
-from lmscale.errors import DistributedError, LmscaleError, Overtaken
-from lmscale.run.attempts import check_not_overtaken
-from lmscale.run.durable import fsync_dir, storage_errors
-from lmscale.run.folder import RunFolder
-from lmscale.run.manifest import FORMAT, publish, write_manifest
+from lmscale.checkpoint.planners import SavePlanner
+from lmscale.checkpoint.tensor_io import FilesWriter
+from lmscale.run_folder.attempts import check_not_overtaken
+from lmscale.run_folder.checkpoints import FORMAT, publish, write_manifest
+from lmscale.run_folder.paths import RunFolder
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from lmscale.units import parse_bytes, parse_count, parse_percent, parse_seconds
+from lmscale.base.units import parse_bytes, parse_count, parse_percent, parse_seconds
 
 Kind = Literal["identity", "placement"]
 

@@ -1,14 +1,36 @@
-"""What may change when a run goes on and what may not: two kinds of keys, and fingerprints."""
+"""How long a run is, from the run file and, for epochs, the size of its corpus.
+
+What may change when a run goes on and what may not: two kinds of keys, and fingerprints.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from lmscale.config.fields import Kind, key_of, kind_of
-from lmscale.config.run import RunConfig
+from lmscale.config.schema import RunConfig
+
+
+def total_steps(
+    cfg: RunConfig, num_samples: Callable[[], int], *, step: int = 0, position: int = 0
+) -> int:
+    """Optimizer steps of the whole run, rounded up to whole steps.
+
+    `num_samples`: of the training corpus, asked for epochs only. `step` and `position` (samples
+    consumed): where the run stands; they count where train.global_batch_size has changed on the way.
+    """
+    if cfg.train.steps is not None:
+        return cfg.train.steps
+    if cfg.train.tokens is not None:
+        samples: float = -(-cfg.train.tokens // cfg.train.seq_len)
+    else:
+        assert cfg.train.epochs is not None, "the run file was checked to have one of the three"
+        samples = cfg.train.epochs * num_samples()
+    left = max(0, int(-(-(samples - position) // cfg.train.global_batch_size)))
+    return max(1, step + left)
 
 
 def kinds() -> dict[str, Kind]:
@@ -31,7 +53,7 @@ ORDER_KEYS = frozenset(
         "data.corpora",
         "data.tokenizer",
         "data.streams",
-        "data.shuffle_window",
+        "data.shuffle_window_chunks",
         "data.mix_block",
     }
 )

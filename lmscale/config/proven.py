@@ -1,4 +1,11 @@
-"""Is this combination proven to compute the gradients of one process? Asked of the table that the matrix wrote.
+"""The factors of a run: the few words by which the table of proven combinations knows it. Pure, no torch.
+
+The differential matrix (tools/gradient_matrix.py) runs combinations of these words against one process; proven.py
+asks whether the words of a run were among them.
+
+The nearest combination of factors that is proven: a search over a few changes, the mildest first.
+
+Is this combination proven to compute the gradients of one process? Asked of the table that the matrix wrote.
 
 proven.json stands beside this file: the cases that passed, and what is refused with its reason. A run is proven
 when every three of its factors occurred together in a case; what one process computes wrongly only in the company
@@ -6,19 +13,212 @@ of others is then found with two others present. Its open factors (factors.OPEN)
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
-from lmscale.config.factors import FACTORS, KEYS, OPEN, STYLES, clash, factors
-from lmscale.config.nearest import MODEL, nearest
-from lmscale.config.run import RunConfig
-from lmscale.errors import ConfigError, Problem
+from lmscale.base.errors import ConfigError, Problem
+from lmscale.config.schema import ModelConfig, RunConfig
+
+# What a run file decides.
+FACTORS: Mapping[str, tuple[str, ...]] = {
+    "engine": ("ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"),
+    "tp": ("1", "2", "4", "8"),
+    "sequence_parallel": ("off", "on"),
+    "recompute": ("none", "full", "selective", "every", "budget"),
+    "documents": ("separate", "joined"),
+    "precision": ("fp32", "bf16", "fp64", "fp16"),
+    "style": ("llama", "gpt2", "mixed"),
+    "dropout": ("off", "on"),
+    "offload": ("none", "optimizer", "all", "nvme"),
+    "compile": ("off", "on"),
+    "reshard": ("on", "off"),
+}
+# What a run leaves open, because a restart may change it: each value of these must be proven.
+OPEN: Mapping[str, tuple[str, ...]] = {
+    "accumulation": ("1", "3"),  # micro-batches of a step; the last of three is short
+    "targets": ("equal", "unequal"),  # over the data-parallel ranks
+    "world": ("smallest", "largest"),  # legal number of ranks among 1, 2, 4, 8
+}
+# The keys that decide a factor, the first of them the one to name.
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "engine": ("engine.kind", "engine.zero_stage", "parallel.dp_replicate"),
+    "tp": ("parallel.tp",),
+    "sequence_parallel": ("parallel.sequence_parallel",),
+    "recompute": ("engine.activation_checkpointing",),
+    "documents": ("data.documents",),
+    "precision": ("engine.precision",),
+    "style": (
+        *("model.norm", "model.norm_order", "model.positions"),
+        *("model.activation", "model.bias", "model.tie_embeddings"),
+    ),
+    "dropout": ("model.dropout",),
+    "offload": ("engine.offload",),
+    "compile": ("engine.compile",),
+    "reshard": ("engine.reshard_after_forward",),
+}
+STYLES: Mapping[str, Mapping[str, object]] = {
+    "llama": {
+        "norm": "rms",
+        "norm_order": "pre",
+        "positions": "rotary",
+        "activation": "swiglu",
+        "bias": False,
+        "tie_embeddings": False,
+    },
+    "gpt2": {
+        "norm": "layer",
+        "norm_order": "pre",
+        "positions": "learned",
+        "activation": "gelu_tanh",
+        "bias": True,
+        "tie_embeddings": True,
+    },
+}
+_LARGEST_TP = 8
+
+
+def factors(cfg: RunConfig) -> dict[str, str]:
+    """The words of a run: one of FACTORS for each. A tp above the tested sizes counts as the largest of them."""
+    engine, parallel = cfg.engine, cfg.parallel
+    return {
+        "engine": _engine(cfg),
+        "tp": str(min(parallel.tp, _LARGEST_TP)),
+        "sequence_parallel": _on(parallel.sequence_parallel),
+        "recompute": engine.activation_checkpointing.partition(":")[0],
+        "documents": cfg.data.documents,
+        "precision": engine.precision,
+        "style": style(cfg.model),
+        "dropout": _on(cfg.model.dropout > 0),
+        "offload": engine.offload,
+        "compile": _on(engine.compile),
+        "reshard": _on(engine.reshard_after_forward),
+    }
+
+
+def style(model: ModelConfig) -> str:
+    """llama and gpt2 are these models exactly; every other assembly of the parts is mixed."""
+    for name, parts in STYLES.items():
+        if all(getattr(model, key) == value for key, value in parts.items()):
+            return name
+    return "mixed"
+
+
+def clash(words: Mapping[str, str]) -> str | None:
+    """Why no run can have these words together; None where one can. Words that are missing are not looked at."""
+    engine, tp = words.get("engine", ""), words.get("tp")
+    zero = engine.startswith("zero")
+    allowed = _OFFLOADS.get(engine)
+    offload, precision = words.get("offload", "none"), words.get("precision")
+    if tp == "1" and words.get("sequence_parallel") == "on":
+        return "sequence_parallel needs tp above 1"
+    if allowed is not None and offload not in allowed:
+        return f"{engine} cannot offload {offload}"
+    if engine and precision == "fp16" and not zero:
+        return "only deepspeed has fp16"
+    if zero and precision == "fp64":
+        return "deepspeed has no fp64"
+    if words.get("reshard") == "off" and engine not in ("", "fsdp", "hsdp"):
+        return f"{engine} does not read reshard_after_forward"
+    if engine == "zero3" and words.get("compile") == "on":
+        return "zero3 gathers weights inside the blocks, where the compiler would have to break"
+    return None
+
+
+_OFFLOADS: Mapping[str, tuple[str, ...]] = {
+    "ddp": ("none",),
+    "fsdp": ("none", "all"),
+    "hsdp": ("none", "all"),
+    "zero0": ("none",),
+    "zero1": ("none", "optimizer"),
+    "zero2": ("none", "optimizer"),
+    "zero3": ("none", "optimizer", "all", "nvme"),
+}
+
+
+def _engine(cfg: RunConfig) -> str:
+    match cfg.engine.kind:
+        case "deepspeed":
+            return f"zero{cfg.engine.zero_stage}"
+        case "fsdp" if cfg.parallel.dp_replicate > 1:
+            return "hsdp"
+    return cfg.engine.kind
+
+
+def _on(value: bool) -> str:
+    return "on" if value else "off"
+
+
+# What may take the place of a value, the nearest first: no more memory of the accelerator where that is possible,
+# and nothing that a user would have to learn first. tp only falls: a smaller power of two divides what a larger did.
+_TRY: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "recompute": {
+        "none": ("selective", "full", "every"),
+        "full": ("every", "selective", "none"),
+        "selective": ("full", "every", "none"),
+        "every": ("full", "selective", "none"),
+        "budget": ("selective", "full", "every", "none"),
+    },
+    "compile": {"on": ("off",)},
+    "offload": {
+        "optimizer": ("none",),
+        "all": ("optimizer", "none"),
+        "nvme": ("all", "optimizer", "none"),
+    },
+    "reshard": {"off": ("on",)},
+    "sequence_parallel": {"on": ("off",), "off": ("on",)},
+    "tp": {"8": ("4", "2", "1"), "4": ("2", "1"), "2": ("1",)},
+    "engine": {
+        "ddp": ("fsdp", "zero1", "zero2"),
+        "fsdp": ("zero3", "zero2", "ddp"),
+        "hsdp": ("fsdp", "zero3", "zero2"),
+        "zero0": ("zero1", "ddp", "zero2", "fsdp"),
+        "zero1": ("zero2", "zero3", "fsdp"),
+        "zero2": ("zero1", "zero3", "fsdp"),
+        "zero3": ("fsdp", "zero2", "zero1"),
+    },
+    "precision": {
+        "fp32": ("bf16",),
+        "bf16": ("fp32",),
+        "fp64": ("fp32",),
+        "fp16": ("bf16", "fp32"),
+    },
+    "documents": {"joined": ("separate",), "separate": ("joined",)},
+    "dropout": {"on": ("off",)},
+    "style": {"mixed": ("llama", "gpt2"), "gpt2": ("llama",), "llama": ("gpt2",)},
+}
+_HEAVY = ("tp", "engine", "precision")
+MODEL = ("documents", "dropout", "style")  # another run: nobody changes a model to please a table
+_MOST_CHANGES = 3
+
+
+def _weight(names: tuple[str, ...]) -> tuple[int, int, int]:
+    """Of a set of changes: those of the model first, then those of engine, tp and precision, then all."""
+    return sum(n in MODEL for n in names), sum(n in _HEAVY for n in names), len(names)
+
+
+_SETS = sorted(
+    (names for size in range(1, _MOST_CHANGES + 1) for names in combinations(_TRY, size)),
+    key=_weight,
+)
+
+
+def nearest(
+    words: Mapping[str, str], proves: Callable[[Mapping[str, str]], bool]
+) -> dict[str, str] | None:
+    """The fewest and mildest changes that lead to a proven combination: {factor: new value}; None: none near."""
+    for names in _SETS:
+        for values in product(*(_TRY[name].get(words[name], ()) for name in names)):
+            changes = dict(zip(names, values, strict=True))
+            if proves({**words, **changes}):
+                return changes
+    return None
+
 
 PATH = Path(__file__).with_name("proven.json")
-READS = (*(key for keys in KEYS.values() for key in keys), "parallel.shard")
+READS = (*(key for keys in KEYS.values() for key in keys), "parallel.dp_shard")
 
 Words = Mapping[str, str]
 Point = tuple[str, str]  # a factor and its value
@@ -30,7 +230,7 @@ _COUNTS_AS = {("tp", "8"): (("tp", "8"), ("tp", "4"))}
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class UnprovenCombination:
     """A combination that is known not to work."""
 
     factors: Words
@@ -38,7 +238,7 @@ class Refused:
     nearest: str
 
 
-class Table:
+class ProvenTable:
     """The proven cases, each a bit: a combination occurred where the masks of its values share one."""
 
     def __init__(self, document: Mapping[str, Any]) -> None:
@@ -49,12 +249,12 @@ class Table:
                 point = (factor, case[factor])
                 self._masks[point] = self._masks.get(point, 0) | 1 << index
         self._refused = tuple(
-            Refused(entry["factors"], entry["why"], entry["nearest"])
+            UnprovenCombination(entry["factors"], entry["why"], entry["nearest"])
             for entry in document["refused"]
         )
 
     @classmethod
-    def read(cls, path: Path = PATH) -> "Table":
+    def read(cls, path: Path = PATH) -> "ProvenTable":
         """Raises ConfigError where the file is missing or is no such table."""
         try:
             return cls(json.loads(path.read_text(encoding="utf-8")))
@@ -63,7 +263,7 @@ class Table:
             hint = "it is a part of lmscale that this installation lacks: install lmscale again"
             raise ConfigError([Problem("", fact, hint)]) from error
 
-    def refused(self, words: Words) -> list[Refused]:
+    def refused(self, words: Words) -> list[UnprovenCombination]:
         """The entries that this combination matches."""
         return [
             entry
@@ -100,10 +300,10 @@ class Table:
 
 def unproven(cfg: RunConfig) -> Iterator[Problem]:
     """What of this run the table that lmscale comes with does not prove. Raises ConfigError where that is missing."""
-    yield from problems(cfg, Table.read())
+    yield from problems(cfg, ProvenTable.read())
 
 
-def problems(cfg: RunConfig, table: Table) -> Iterator[Problem]:
+def problems(cfg: RunConfig, table: ProvenTable) -> Iterator[Problem]:
     """What of this run is refused or not proven, with the nearest setting that is proven.
 
     Nothing of what cannot be at all (`factors.clash`): other checks say so.
@@ -155,7 +355,7 @@ def _setting(factor: str, value: str, cfg: RunConfig) -> str:
     key = KEYS[factor][0]
     match factor:
         case "engine":
-            return _engine(value, cfg)
+            return _engine_override(value, cfg)
         case "style":
             parts = STYLES[value].items()
             return " ".join(f"model.{k}={_text(v)}" for k, v in parts if getattr(cfg.model, k) != v)
@@ -166,23 +366,23 @@ def _setting(factor: str, value: str, cfg: RunConfig) -> str:
     return f"{key}={_text({'on': True, 'off': False}.get(value, value))}"
 
 
-def _engine(value: str, cfg: RunConfig) -> str:
+def _engine_override(value: str, cfg: RunConfig) -> str:
     """Of keys that only one engine reads, those that are set go back to their defaults."""
     zero = value.startswith("zero")
     wanted = {
         "engine.kind": "deepspeed" if zero else value,
         "engine.zero_stage": int(value[-1]) if zero else 2,
-        "parallel.replicate": 1,
-        "parallel.shard": cfg.parallel.shard if value == "fsdp" else "auto",
+        "parallel.dp_replicate": 1,
+        "parallel.dp_shard": cfg.parallel.dp_shard if value == "fsdp" else "auto",
     }
     now = {
         "engine.kind": cfg.engine.kind,
         "engine.zero_stage": cfg.engine.zero_stage,
-        "parallel.replicate": cfg.parallel.replicate,
-        "parallel.shard": cfg.parallel.shard,
+        "parallel.dp_replicate": cfg.parallel.dp_replicate,
+        "parallel.dp_shard": cfg.parallel.dp_shard,
     }
-    if cfg.parallel.replicate > 1:
-        wanted["parallel.shard"] = "auto"
+    if cfg.parallel.dp_replicate > 1:
+        wanted["parallel.dp_shard"] = "auto"
     return " ".join(f"{key}={new}" for key, new in wanted.items() if new != now[key])
 
 
@@ -220,4 +420,4 @@ def _telling(factor: str, cfg: RunConfig) -> tuple[str, ...]:
         return KEYS[factor]
     if cfg.engine.kind == "deepspeed":
         return kind, stage
-    return (kind, replicate) if cfg.parallel.replicate > 1 else (kind,)
+    return (kind, replicate) if cfg.parallel.dp_replicate > 1 else (kind,)

@@ -1,4 +1,8 @@
-"""Samples by number from a corpus on local disk, every byte checked before it is handed out.
+"""The one place where files of a corpus are read: ranges, each checked block by block before use.
+
+A corpus on disk, chunk by chunk: which shard holds it, where, and its bytes once they are checked.
+
+Samples by number from a corpus on local disk, every byte checked before it is handed out.
 
 Two ways to read, of which the reader takes the first that fits `memory_bytes`:
     held    whole chunks stay in memory until newer ones need the room: each byte is read and checked
@@ -6,25 +10,284 @@ Two ways to read, of which the reader takes the first that fits `memory_bytes`:
     by row  each sample's blocks of 64 KiB are read and checked alone: no memory, up to 64 KiB a row
 """
 
+import errno
+import os
+import random
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscale.corpus.cache import ChunkCache, folder_of
-from lmscale.corpus.chunks import Chunks
-from lmscale.corpus.feistel import Ints
-from lmscale.corpus.files import Files
-from lmscale.corpus.index import START_BYTES
+from lmscale.base.errors import DataError, RetryableError
 from lmscale.corpus.manifest import Manifest
-from lmscale.corpus.shard import DTYPES
+from lmscale.corpus.node_cache import ChunkCache, folder_of
+from lmscale.corpus.order import Ints
+from lmscale.corpus.shard_format import (
+    DTYPES,
+    START_BYTES,
+    ChunkIndex,
+    Extent,
+    Member,
+    chunk_range,
+    parse,
+)
+
+Bytes = NDArray[np.uint8]
+X = TypeVar("X")
+
+_ATTEMPTS = 3
+_TRANSIENT = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ENOTCONN, errno.ECONNRESET, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+}  # fmt: skip
 
 
-class Place(NamedTuple):
+class ByteRange(NamedTuple):
+    """A range of one file, and what to call it in an error."""
+
+    path: Path
+    what: str  # e.g. "chunk 17"
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.what} (bytes {self.start}-{self.stop})"
+
+
+class CheckedFiles:
+    """Range reads with a bounded number of open files.
+
+    A read that the system refuses for a moment, or whose bytes are wrong, is tried again with exponential
+    backoff and full jitter: a cold cache of a network file system has been seen to serve both. What stays
+    wrong is DataError; what stays refused (EIO, ESTALE, a timeout) proves nothing and is RetryableError.
+    """
+
+    def __init__(
+        self, *, max_open: int = 64, backoff_s: float = 0.2, attempts: int = _ATTEMPTS
+    ) -> None:
+        self._max_open = max_open
+        self._attempts = attempts
+        self._backoff_s = backoff_s
+        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._jitter = random.Random()  # of waiting times only, never of data
+
+    def read(self, region: ByteRange) -> Bytes:
+        """The bytes of a region, without any check but their number."""
+        return self._persistently(region, lambda: self._pread(region))
+
+    def parsed(self, region: ByteRange, parse: Callable[[Bytes], X]) -> X:
+        """What `parse` makes of a region; its ValueError is damage and tells the reason."""
+        return self._persistently(region, lambda: parse(self._pread(region)))
+
+    def blocks(
+        self, path: Path, what: str, extent: Extent, *, block_bytes: int, cut: slice | None = None
+    ) -> Bytes:
+        """The bytes [cut.start, cut.stop) of a member, or all, after a check of every block they touch."""
+        cut = cut or slice(0, extent.bytes)
+        if cut.stop > extent.bytes:  # never a shorter piece than was asked for
+            region = ByteRange(path, what, extent.offset + cut.start, extent.offset + cut.stop)
+            raise _final(ValueError(f"it has only {extent.bytes} bytes"), region, 1)
+        if not extent.bytes:
+            return np.empty(0, dtype=np.uint8)
+        first, stop = cut.start // block_bytes, -(-cut.stop // block_bytes)
+        begin, end = first * block_bytes, min(stop * block_bytes, extent.bytes)
+        region = ByteRange(path, what, extent.offset + begin, extent.offset + end)
+
+        def checked(data: Bytes) -> Bytes:
+            _check_blocks(data, extent.crcs[first:stop], region, block_bytes=block_bytes)
+            return data[cut.start - begin : cut.stop - begin]
+
+        return self.parsed(region, checked)
+
+    def close(self) -> None:
+        """Close all files; a later read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _persistently(self, region: ByteRange, read: Callable[[], X]) -> X:
+        for attempt in range(self._attempts):
+            try:
+                return read()
+            except (OSError, ValueError) as error:
+                self._forget(region.path)  # a stale handle stays stale
+                failure: Exception = error
+                if isinstance(error, OSError) and error.errno not in _TRANSIENT:
+                    break
+            if attempt < self._attempts - 1:
+                time.sleep(self._jitter.uniform(0, self._backoff_s * 2**attempt))
+        raise _final(failure, region, self._attempts) from failure
+
+    def _pread(self, region: ByteRange) -> Bytes:
+        descriptor = self._descriptor(region.path)
+        data = np.empty(region.stop - region.start, dtype=np.uint8)
+        view, done = data.data, 0
+        while done < len(view):
+            got = os.preadv(descriptor, [view[done:]], region.start + done)
+            if got == 0:
+                raise ValueError(f"the file ends at byte {region.start + done}")
+            done += got
+        return data
+
+    def _descriptor(self, path: Path) -> int:
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        while len(self._open) >= self._max_open:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[path]
+
+    def _forget(self, path: Path) -> None:
+        descriptor = self._open.pop(path, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _check_blocks(
+    data: Bytes, crcs: NDArray[np.uint32], region: ByteRange, *, block_bytes: int
+) -> None:
+    view = data.data
+    for number, want in enumerate(crcs):
+        start = number * block_bytes
+        block = view[start : start + block_bytes]
+        got = crc32c.crc32c(block)
+        if got != want:
+            at = region.start + start
+            raise ValueError(
+                f"CRC32C {got:08x}, expected {want:08x}, in bytes {at}-{at + len(block)}"
+            )
+
+
+def _final(failure: Exception, region: ByteRange, attempts: int) -> DataError | RetryableError:
+    corpus = region.path.parent
+    if isinstance(failure, OSError):
+        reason = failure.strerror or str(failure)
+        if failure.errno in _TRANSIENT:
+            return RetryableError(
+                f"{region}: {reason}, {attempts} times; mend the file system, then start again"
+            )
+    else:
+        reason = str(failure)
+    return DataError(
+        f"{region}: {reason}. Restore this file from a copy, or make the corpus again with "
+        f"`lmscale prepare`; check the rest with: lmscale verify {corpus}"
+    )
+
+
+_KEPT_INDEXES = 1024  # about 20 KB each at 256 chunks of 512 KiB a shard
+
+
+class ChunkReader:
+    """Reads pieces of chunks, from the node's cache where they are. One thread at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        files: CheckedFiles,
+        *,
+        cache: ChunkCache | None = None,
+    ) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._files = files
+        self._cache = cache
+        self._dtype: np.dtype[Any] = DTYPES[manifest.dtype]
+        self._firsts = manifest.firsts
+        self._indexes: OrderedDict[int, ChunkIndex] = OrderedDict()
+
+    def of_shard(self, shard: int) -> range:
+        """The numbers of a shard's chunks."""
+        return range(int(self._firsts[shard]), int(self._firsts[shard + 1]))
+
+    def shard_of(self, chunk: int) -> int:
+        """The number of the shard that holds a chunk."""
+        assert 0 <= chunk < self._firsts[-1], f"chunk {chunk} of {self._firsts[-1]}"
+        return int(np.searchsorted(self._firsts, chunk, side="right")) - 1
+
+    def stored(self, chunk: int) -> tuple[Path, ChunkIndex]:
+        """The shard that holds a chunk. Reads its index. Raises DataError."""
+        shard = self.shard_of(chunk)
+        return self._folder / self._manifest.shards[shard].name, self._index(shard)
+
+    def size(self, chunk: int) -> int:
+        """Bytes of a chunk's tokens and document starts."""
+        cached = self._cache.index(chunk, seal=self.seal_of(chunk)) if self._cache else None
+        index = cached or self.stored(chunk)[1]
+        starts = index.starts(chunk)
+        return index.tokens(chunk).bytes + (starts.bytes if starts else 0)
+
+    def seal_of(self, chunk: int) -> int:
+        """The CRC32C that ends the index of a chunk's shard, by the manifest."""
+        return self._manifest.shards[self.shard_of(chunk)].index_crc32c
+
+    def tokens(self, chunk: int, piece: slice | None = None) -> NDArray[np.unsignedinteger[Any]]:
+        """A chunk's tokens, or a piece of them, checked. Raises DataError."""
+        width = self._dtype.itemsize
+        cut = slice(piece.start * width, piece.stop * width) if piece else None
+        return self._member(chunk, "tokens", cut).view(self._dtype)
+
+    def starts(self, chunk: int) -> NDArray[np.uint32]:
+        """Where documents start inside a chunk, checked. Raises DataError."""
+        return self._member(chunk, "starts", None).view("<u4")
+
+    def _member(self, chunk: int, member: Member, cut: slice | None) -> Bytes:
+        if self._cache is not None:
+            cached = self._cache.read(chunk, member, cut, seal=self.seal_of(chunk))
+            if cached is not None:
+                return cached
+        path, index = self.stored(chunk)
+        what = f"chunk {chunk}" if member == "tokens" else f"document starts of chunk {chunk}"
+        return self._files.blocks(
+            path, what, index.member(chunk, member), block_bytes=index.block_bytes, cut=cut
+        )
+
+    def _check_tokens(self, shard: int, index: ChunkIndex) -> None:
+        """Only the corpus' last chunk may be shorter: samples are found by that."""
+        manifest = self._manifest
+        for chunk, tokens in zip(self.of_shard(shard), index.rows[:, 1].tolist(), strict=True):
+            first, stop = chunk_range(
+                chunk, tokens=manifest.tokens, chunk_tokens=manifest.chunk_tokens
+            )
+            if tokens != stop - first:
+                raise ValueError(
+                    f"the index says {tokens} tokens in chunk {chunk}, the manifest {stop - first}"
+                )
+
+    def _index(self, shard: int) -> ChunkIndex:
+        if shard in self._indexes:
+            self._indexes.move_to_end(shard)
+            return self._indexes[shard]
+        entry = self._manifest.shards[shard]
+        stop = entry.index_offset + entry.index_bytes
+        region = ByteRange(self._folder / entry.name, "index", entry.index_offset, stop)
+
+        def fitting(data: Bytes) -> ChunkIndex:
+            index = parse(data.data, seal=entry.index_crc32c)
+            found = index.first_chunk, index.num_chunks, index.token_bytes
+            want = int(self._firsts[shard]), entry.chunks, self._dtype.itemsize
+            if found != want:
+                raise ValueError(
+                    "the index says first chunk {}, {} chunks, {} bytes a token; "
+                    "the manifest {}, {}, {}".format(*found, *want)
+                )
+            self._check_tokens(shard, index)
+            return index
+
+        index = self._indexes[shard] = self._files.parsed(region, fitting)
+        if len(self._indexes) > _KEPT_INDEXES:
+            self._indexes.popitem(last=False)
+        return index
+
+
+class SampleLocation(NamedTuple):
     """Where the seq_len + 1 tokens of a sample lie."""
 
     shard: Path
@@ -41,7 +304,7 @@ class _Held(NamedTuple):
         return self.tokens.nbytes + self.starts.nbytes
 
 
-class Reader:
+class CorpusReader:
     """One corpus, cut into samples of seq_len targets. Threads may share it; they take turns."""
 
     def __init__(
@@ -65,9 +328,9 @@ class Reader:
         self.manifest = Manifest.load(path)
         self.num_samples = self.manifest.num_samples(seq_len)
         self.samples_per_chunk = self.manifest.samples_per_chunk(seq_len)
-        self._files = Files(backoff_s=backoff_s)
+        self._files = CheckedFiles(backoff_s=backoff_s)
         self._cache = ChunkCache(folder_of(cache_dir, self.manifest)) if cache_dir else None
-        self._chunks = Chunks(path, self.manifest, self._files, cache=self._cache)
+        self._chunks = ChunkReader(path, self.manifest, self._files, cache=self._cache)
         self._memory_bytes = memory_bytes
         self.holds_chunks = memory_needed(self.manifest, chunks_in_use) <= memory_bytes
         self._held: OrderedDict[int, _Held] = OrderedDict()
@@ -96,14 +359,14 @@ class Reader:
         first, last = np.searchsorted(starts, (begin + 1, stop))
         return tokens.astype(np.int64), starts[first:last].astype(np.int64) - begin
 
-    def locate(self, sample: int) -> Place:
+    def locate(self, sample: int) -> SampleLocation:
         """Where a sample's tokens lie. Reads the shard's index, no tokens. Raises DataError."""
         chunk, begin = self._split(sample)
         with self._lock:
             shard, index = self._chunks.stored(chunk)
         width = self.dtype.itemsize
         offset = index.tokens(chunk).offset + begin * width
-        return Place(shard, offset, (self.seq_len + 1) * width)
+        return SampleLocation(shard, offset, (self.seq_len + 1) * width)
 
     def close(self) -> None:
         """Close the files and drop what is held."""
@@ -114,7 +377,7 @@ class Reader:
             self._held.clear()
             self._held_bytes = 0
 
-    def __enter__(self) -> "Reader":
+    def __enter__(self) -> "CorpusReader":
         return self
 
     def __exit__(

@@ -8,28 +8,27 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscale.corpus.ahead import (
+from lmscale.corpus.manifest import Manifest
+from lmscale.corpus.order import Ints, Order
+from lmscale.corpus.schedule import (
+    BatchSplit,
     Piece,
     Readers,
     Reads,
-    Split,
     piece_reads,
     pieces,
     step_reads,
     stream_readers,
 )
-from lmscale.corpus.feistel import Ints
-from lmscale.corpus.manifest import Manifest
-from lmscale.corpus.order import Order
 
-__all__ = ["Layout", "NodeShares", "Split", "node_shares"]
+__all__ = ["BatchSplit", "ChunkLayout", "NodeShares", "node_shares"]
 
 _MOST_CHUNKS = 3 << 19  # that are looked up one by one: 0.5 to 1 s a million
 _MOST_SAMPLES = 1 << 20  # about 1 s a million
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layout:
+class ChunkLayout:
     """Where a corpus' chunks lie, as far as its manifest tells."""
 
     firsts: Ints  # [shards + 1]: the first chunk of each shard, then the number of chunks
@@ -37,7 +36,7 @@ class Layout:
     last_bytes: int  # of the tokens of the last chunk, which may be shorter
 
     @classmethod
-    def of(cls, manifest: Manifest) -> "Layout":
+    def of(cls, manifest: Manifest) -> "ChunkLayout":
         """The layout of a corpus."""
         stored = manifest.tokens + manifest.num_chunks - 1
         width = manifest.chunk_bytes // (manifest.chunk_tokens + 1)
@@ -87,7 +86,7 @@ class NodeShares:
 
 
 def node_shares(
-    order: Order, layout: Layout, split: Split, *, steps: int, position: int = 0
+    order: Order, layout: ChunkLayout, split: BatchSplit, *, steps: int, position: int = 0
 ) -> NodeShares:
     """The share of each node in the steps from `position` on, at most those that end in the same epoch.
 
@@ -140,7 +139,7 @@ class _Span(NamedTuple):
     """The positions [position, stop) of a run."""
 
     order: Order
-    split: Split
+    split: BatchSplit
     position: int
     stop: int
 
@@ -188,7 +187,7 @@ def _stored(order: Order) -> int:
     return -(-order.num_samples // order.samples_per_chunk)
 
 
-def _counted(span: _Span, blocks: Iterator[Ints], layout: Layout) -> _Counts:
+def _counted(span: _Span, blocks: Iterator[Ints], layout: ChunkLayout) -> _Counts:
     """Exact numbers from every pair of node and chunk."""
     nodes, num_shards = span.split.nodes, len(layout.firsts) - 1
     node, chunk = np.divmod(_different(np.concatenate(list(blocks))), _stored(span.order))
@@ -207,7 +206,7 @@ def _different(values: Ints) -> Ints:
     return values[np.diff(values, prepend=values[:1] - 1) > 0]
 
 
-def _expected(span: _Span, owners: Readers, layout: Layout) -> _Counts:
+def _expected(span: _Span, owners: Readers, layout: ChunkLayout) -> _Counts:
     """Expected numbers: a permutation spreads what a node draws evenly over groups of equal size."""
     order, nodes = span.order, span.split.nodes
     k, rows = order.samples_per_chunk, order.lane_chunks * order.samples_per_chunk

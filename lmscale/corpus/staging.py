@@ -1,4 +1,6 @@
-"""Filling a node's cache: the chunks that it reads next, checked, until the room is used.
+"""A few threads that work through what they are handed, until it is done, one fails, or somebody stops them.
+
+Filling a node's cache: the chunks that it reads next, checked, until the room is used.
 
 Copies appear by rename, whole or not at all; a killed stager leaves at most scratch files, which the next
 one removes. Nothing is synced: after a power cut a copy may be torn, and its block CRCs tell.
@@ -7,22 +9,114 @@ one removes. Nothing is synced: after a power cut a copy may be torn, and its bl
 import errno
 import itertools
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscale.corpus.cache import chunk_path, folder_of, trailer, trailer_bytes
-from lmscale.corpus.chunks import Chunks
-from lmscale.corpus.feistel import Ints
-from lmscale.corpus.files import Files
-from lmscale.corpus.index import START_BYTES
 from lmscale.corpus.manifest import Manifest
-from lmscale.corpus.pool import Pool, Work
-from lmscale.corpus.room import disk_room, put, room_left, sizes, sweep
+from lmscale.corpus.node_cache import (
+    chunk_path,
+    disk_room,
+    folder_of,
+    put,
+    room_left,
+    sizes,
+    sweep,
+    trailer,
+    trailer_bytes,
+)
+from lmscale.corpus.order import Ints
+from lmscale.corpus.reader import CheckedFiles, ChunkReader
+from lmscale.corpus.shard_format import START_BYTES
+
+_POLL_S = 0.1
+_PATIENCE_S = (
+    2.0  # for a thread that hangs in a read of a dead file system: it dies with the process
+)
+
+Work = Callable[[int], bool]  # False: nothing more can be done, without that being an error
+Tick = Callable[[], None]
+
+
+class Pool:
+    """Hand over lists of items; each list is one thread's. Leaving the context ends the threads."""
+
+    def __init__(self, worker: Callable[[], Work], stop: threading.Event, *, threads: int) -> None:
+        """`worker` is called once in each thread, for what must not be shared."""
+        self._worker = worker
+        self._stop = stop
+        self._ended = threading.Event()
+        self._errors: list[BaseException] = []
+        self._queue: queue.Queue[list[int] | None] = queue.Queue(maxsize=2 * threads)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"stage-{number}", daemon=True)
+            for number in range(threads)
+        ]
+
+    def work(self, lists: Iterable[list[int]], tick: Tick) -> None:
+        """All of it, or as far as it goes; `tick` is called often. Raises what a thread raised."""
+        for items in itertools.chain(lists, [None] * len(self._threads)):
+            while not self._over():
+                tick()
+                try:
+                    self._queue.put(items, timeout=_POLL_S)
+                    break
+                except queue.Full:
+                    continue
+            if self._over():
+                break
+        while not self._over() and any(thread.is_alive() for thread in self._threads):
+            tick()
+            for thread in self._threads:
+                thread.join(_POLL_S / len(self._threads))
+        if self._errors:
+            raise self._errors[0]
+        tick()
+
+    def _over(self) -> bool:
+        return self._stop.is_set() or self._ended.is_set()
+
+    def _run(self) -> None:
+        try:
+            work = self._worker()
+            while not self._over():
+                try:
+                    items = self._queue.get(timeout=_POLL_S)
+                except queue.Empty:
+                    continue
+                if items is None:
+                    return
+                for item in items:
+                    if self._over():
+                        return
+                    if not work(item):
+                        self._ended.set()
+        except BaseException as error:  # handed to the caller, who raises it
+            self._errors.append(error)
+            self._ended.set()
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(_PATIENCE_S / len(self._threads))
+
 
 THREADS = 3  # one waits for the shared file system, one checks, one writes
 _BATCH = 512  # chunks handed out together, those of a shard side by side
@@ -117,7 +211,7 @@ class Stager:
 
     def _by_shard(self, missing: Ints) -> Iterator[list[int]]:
         """Chunks in order of first use, roughly: throughput wants those of a shard side by side."""
-        chunks = Chunks(self._corpus, self._manifest, Files())  # shard_of reads nothing
+        chunks = ChunkReader(self._corpus, self._manifest, CheckedFiles())  # shard_of reads nothing
         for begin in range(0, len(missing), _BATCH):
             batch = sorted(missing[begin : begin + _BATCH].tolist())
             for _, shard in itertools.groupby(batch, chunks.shard_of):
@@ -125,8 +219,8 @@ class Stager:
 
     def _copier(self) -> Work:
         """What one thread does with a chunk."""
-        files = Files()
-        chunks = Chunks(self._corpus, self._manifest, files)
+        files = CheckedFiles()
+        chunks = ChunkReader(self._corpus, self._manifest, files)
 
         def copy(chunk: int) -> bool:
             parts = [memoryview(chunks.tokens(chunk).data).cast("B")]

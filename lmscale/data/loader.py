@@ -2,24 +2,27 @@
 
 What a step holds is a pure function of (position, dp_rank, dp_size), so nothing of the loader is in a
 checkpoint; the thread only computes ahead.
+
+The trace: what each rank really trained on, rebuilt from the Batch, to be held against `lmscale plan --data`.
 """
 
 import queue
 import threading
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import crc32c
 import numpy as np
 
-from lmscale.batch import Batch
-from lmscale.corpus.assign import micro_batches, step_positions
-from lmscale.corpus.order import Order
-from lmscale.corpus.reader import Reader
-from lmscale.data.objective import Documents, Ints, Record, causal
+from lmscale.base.batch import Batch
+from lmscale.corpus.order import Order, micro_batches, step_positions
+from lmscale.corpus.reader import CorpusReader
+from lmscale.data.objective import Documents, Ints, Record, causal, record_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankShare:
     """Which part of every step this data-parallel rank computes."""
 
     global_batch: int  # samples of one optimizer step over all ranks
@@ -40,7 +43,13 @@ class Loader:
     """Reads this rank's rows of each step, a few steps ahead."""
 
     def __init__(
-        self, reader: Reader, order: Order, share: Share, *, documents: Documents, prefetch: int = 2
+        self,
+        reader: CorpusReader,
+        order: Order,
+        share: RankShare,
+        *,
+        documents: Documents,
+        prefetch: int = 2,
     ) -> None:
         self._reader = reader
         self._order = order
@@ -139,3 +148,27 @@ class _Ahead:
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
+
+
+def trace_lines(
+    step_batch: StepBatch, *, step: int, attempt: int, order: Order, dtype: np.dtype[Any]
+) -> Iterator[dict[str, int]]:
+    """One line a sample of this rank; fillers are left out.
+
+    crc32c covers the L+1 tokens as the shard stores them (`dtype`), so the line shows that the right
+    bytes, not just the right number, reached the model.
+    """
+    for batch in step_batch.micro_batches:
+        real = np.flatnonzero(batch.rows_B >= 0)
+        epochs, samples = order.at(batch.rows_B[real])
+        for row, epoch, sample in zip(real, epochs, samples, strict=True):
+            raw = record_tokens(batch, int(row)).astype(dtype).tobytes()
+            yield {
+                "step": step,
+                "attempt": attempt,
+                "position": int(batch.rows_B[row]),
+                "corpus": 0,
+                "epoch": int(epoch),
+                "sample": int(sample),
+                "crc32c": crc32c.crc32c(raw),
+            }

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from lmscale.batch import Batch, Stream
+from lmscale.base.batch import Batch, Stream
 
 Documents = Literal["separate", "joined"]
 Ints = npt.NDArray[np.int64]

@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from lmscale.config.run import RunConfig
-from lmscale.dist.mesh import Mesh
-from lmscale.engine.layout import Layout
-from lmscale.engine.protocol import Engine
+from lmscale.config.schema import RunConfig
+from lmscale.distributed.mesh import Mesh
+from lmscale.engine.base import Engine
+from lmscale.engine.layout import TpLayout
 from lmscale.parallel.passes import parallelize
 
 
@@ -26,12 +26,12 @@ def build_engine(cfg: RunConfig, model: nn.Module, mesh: Mesh, device: torch.dev
         case "ddp":
             from lmscale.engine.ddp import DdpEngine as Kind  # type: ignore[assignment]
         case "deepspeed":
-            from lmscale.engine.zero import ZeroEngine as Kind  # type: ignore[assignment]
+            from lmscale.engine.deepspeed.engine import DeepSpeedEngine as Kind  # type: ignore[assignment]
     return Kind(
         model,
         mesh,
         engine=cfg.engine,
         optim=cfg.optim,
-        layout=Layout(mesh, sequence_parallel=cfg.parallel.sequence_parallel),
+        layout=TpLayout(mesh, sequence_parallel=cfg.parallel.sequence_parallel),
         layer_stats=cfg.log.layer_stats,
     )

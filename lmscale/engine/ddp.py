@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lmscale.batch import Batch, Stream, Sums
-from lmscale.config.sections import EngineConfig, OptimConfig
-from lmscale.dist.mesh import Mesh
-from lmscale.engine.layout import Layout
-from lmscale.engine.native import NativeEngine
-from lmscale.parallel.lowered import Lowered
+from lmscale.base.batch import Batch, Stream, Sums
+from lmscale.config.schema import EngineConfig, OptimConfig
+from lmscale.distributed.mesh import Mesh
+from lmscale.engine.layout import TpLayout
+from lmscale.engine.torch_engine import TorchEngine
+from lmscale.parallel.low_precision import LowPrecision
 
 
-class DdpEngine(NativeEngine):
+class DdpEngine(TorchEngine):
     """See Engine. bf16: forward and backward see bf16 copies, weights, gradients and moments are fp32."""
 
     def __init__(
@@ -26,12 +26,12 @@ class DdpEngine(NativeEngine):
         *,
         engine: EngineConfig,
         optim: OptimConfig,
-        layout: Layout,
+        layout: TpLayout,
         layer_stats: bool,
     ) -> None:
         self._lowered: Callable[[], Any] = nullcontext
         if engine.precision == "bf16":
-            self._lowered = Lowered(model, torch.bfloat16)
+            self._lowered = LowPrecision(model, torch.bfloat16)
         self._wrapper = _wrap(model, mesh)
         forward = self._wrapper or model
         super().__init__(model, forward, mesh, optim, layout, layer_stats=layer_stats)

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from lmscale.config.sections import EngineConfig, OptimConfig
-from lmscale.dist.mesh import Mesh
-from lmscale.engine.layout import Layout
-from lmscale.engine.native import NativeEngine
+from lmscale.config.schema import EngineConfig, OptimConfig
+from lmscale.distributed.mesh import Mesh
+from lmscale.engine.layout import TpLayout
+from lmscale.engine.torch_engine import TorchEngine
 from lmscale.parallel.shard import ShardPolicy, rows_before, shard
 
 
-class FsdpEngine(NativeEngine):
+class FsdpEngine(TorchEngine):
     """See Engine. bf16: gathered weights are bf16, shards, gradients and moments fp32."""
 
     def __init__(
@@ -26,7 +26,7 @@ class FsdpEngine(NativeEngine):
         *,
         engine: EngineConfig,
         optim: OptimConfig,
-        layout: Layout,
+        layout: TpLayout,
         layer_stats: bool,
     ) -> None:
         policy = ShardPolicy(

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lmscale.checkpoint.fragment import Fragment, Split
-from lmscale.dist.mesh import Mesh
-from lmscale.model.plan import cut_dim, sums_over_tokens
+from lmscale.checkpoint.fragment import Fragment, TpShard
+from lmscale.distributed.mesh import Mesh
+from lmscale.model.tp_plan import cut_dim, sums_over_tokens
 
 
-class Layout:
+class TpLayout:
     """What books and checkpoints must know of a model that parallel/tensor.py has cut.
 
     Over tp a parameter is an ordinary tensor that is smaller, under every engine: no DTensor, so one
@@ -20,10 +20,10 @@ class Layout:
         self._mesh = mesh
         self._sequence_parallel = sequence_parallel and mesh.tp_size > 1
 
-    def split(self, name: str) -> Split | None:
+    def split(self, name: str) -> TpShard | None:
         """Which part of the global tensor this tp rank has; None: all of it."""
         dim = cut_dim(name) if self._mesh.tp_size > 1 else None
-        return None if dim is None else Split(dim, self._mesh.tp_rank, self._mesh.tp_size)
+        return None if dim is None else TpShard(dim, self._mesh.tp_rank, self._mesh.tp_size)
 
     def tp_copies(self, name: str) -> int:
         """Tp ranks that hold the same elements of it."""

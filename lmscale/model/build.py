@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lmscale.errors import ConfigError, Problem
-from lmscale.model.architecture import Architecture
+from lmscale.base.errors import ConfigError, Problem
 from lmscale.model.init import initialise
-from lmscale.model.language import LanguageModel
+from lmscale.model.transformer import LanguageModel
+from lmscale.modelspec.spec import Architecture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lmscale.config.sections import ModelConfig
+    from lmscale.config.schema import ModelConfig
 
 
 def build_model(

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lmscale.batch import Stream
-from lmscale.errors import UsageError
-from lmscale.model.language import LanguageModel
+from lmscale.base.batch import Stream
+from lmscale.base.errors import UsageError
+from lmscale.model.transformer import LanguageModel
 
 
 @torch.no_grad()

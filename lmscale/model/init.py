@@ -11,8 +11,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from lmscale.model.architecture import Architecture
-from lmscale.model.language import LanguageModel
+from lmscale.model.transformer import LanguageModel
+from lmscale.modelspec.spec import Architecture
 
 # The two matrices that write into the residual stream: scaled by 1/sqrt(2 * layers), so that its
 # variance does not grow with depth (GPT-2, section 2.3).
@@ -30,7 +30,7 @@ def initial_value(name: str, shape: tuple[int, ...], *, arch: Architecture, seed
         return torch.ones(shape)
     std = arch.init_std
     if name.endswith(_RESIDUAL):
-        std /= sqrt(2 * arch.layers)
+        std /= sqrt(2 * arch.num_layers)
     value = torch.randn(shape, generator=_generator(seed, name)).mul_(std)
     if name in ("decoder.embedding.weight", "heads.lm.weight"):
         value[arch.vocab_size :] = 0  # the padding of the vocabulary: no gradient ever reaches it

@@ -14,7 +14,7 @@ lr |   ____________
 from decimal import Decimal
 from math import ceil, cos, pi
 
-from lmscale.config.sections import OptimConfig
+from lmscale.config.schema import OptimConfig
 
 
 def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:

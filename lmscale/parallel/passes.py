@@ -8,10 +8,10 @@ and is the engine's (shard.py), so that one all-gather serves one block.
 import torch
 from torch import nn
 
-from lmscale.config.sections import EngineConfig, ParallelConfig
-from lmscale.dist.mesh import Mesh
-from lmscale.parallel.compiled import compile_blocks
-from lmscale.parallel.recompute import checkpoint_activations
+from lmscale.config.schema import EngineConfig, ParallelConfig
+from lmscale.distributed.mesh import Mesh
+from lmscale.parallel.activation_checkpointing import checkpoint_activations
+from lmscale.parallel.compile import compile_blocks
 from lmscale.parallel.tensor import split_tensors
 
 _COMPUTE = {

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
-from lmscale.dist.mesh import Mesh
+from lmscale.distributed.mesh import Mesh
 from lmscale.parallel.blocks import blocks
 
 

@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from lmscale.errors import ExitCode, LmscaleError, UsageError
+from lmscale.base.errors import ExitCode, LmscaleError, UsageError
+from lmscale.base.units import parse_count, parse_percent, show_bytes, show_count, show_seconds
 from lmscale.prepare.cuts import HELDOUT, TRAIN
 from lmscale.prepare.options import PrepareOptions
-from lmscale.prepare.run import Summary, prepare
-from lmscale.prepare.stage import Progress
-from lmscale.units import parse_count, parse_percent, show_bytes, show_count, show_seconds
+from lmscale.prepare.run import PrepareProgress, Summary, prepare
 
 
 def prepare_main(argv: Sequence[str]) -> int:
@@ -120,7 +119,7 @@ def _share(text: str) -> float:
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[Progress], None]]:
+def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
     """A bar a stage on standard error; on what is no terminal, a line at the end of each stage."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<16}"), BarColumn(), DownloadColumn(True),
@@ -128,7 +127,7 @@ def _bar() -> Iterator[Callable[[Progress], None]]:
     with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
-        def show(progress: Progress) -> None:
+        def show(progress: PrepareProgress) -> None:
             if progress.stage not in tasks:
                 tasks[progress.stage] = bar.add_task(progress.stage, total=progress.total)
                 if not console.is_terminal:

@@ -1,14 +1,23 @@
-"""Which files are read, in which order, and in which slices workers share them."""
+"""Which files are read, in which order, and in which slices workers share them.
 
+Compressed input as a stream of bytes that never ends early in silence.
+"""
+
+import gzip
+import io
 import os
 import stat
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from lmscale.errors import DataError, UsageError
+import zstandard
+
+from lmscale.base.errors import DataError, RetryableError, UsageError
 
 MIN_SLICE_BYTES = 4 << 20
 MAX_SLICES = 4096  # about; so a terabyte has slices of 256 MiB and few files in the scratch folder
@@ -20,7 +29,7 @@ _LINES = {".jsonl", ".ndjson"}
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class InputFile:
     """One input file as it was when the work was planned."""
 
     path: str  # absolute
@@ -34,7 +43,7 @@ class Source:
 class Span:
     """Bytes [start, stop) of a source; of JSON Lines, the lines that begin there."""
 
-    source: Source
+    source: InputFile
     start: int
     stop: int
 
@@ -59,19 +68,20 @@ class Slice:
     def from_json(cls, value: dict[str, Any]) -> "Slice":
         """The inverse of `as_json`."""
         spans = (
-            Span(Source(**span["source"]), span["start"], span["stop"]) for span in value["spans"]
+            Span(InputFile(**span["source"]), span["start"], span["stop"])
+            for span in value["spans"]
         )
         return cls(value["number"], tuple(spans))
 
 
-def discover(inputs: Sequence[Path], out: Path) -> list[Source]:
+def discover(inputs: Sequence[Path], out: Path) -> list[InputFile]:
     """All files of the inputs: arguments in their order, folders by path; names with a leading dot are left out.
 
     Raises UsageError for an input that is missing or contains OUT, DataError for what cannot be read.
     """
     if not inputs:
         raise UsageError("no input: name at least one text file, JSON Lines file or folder")
-    sources: list[Source] = []
+    sources: list[InputFile] = []
     for given in inputs:
         path = given.absolute()
         if not path.exists():
@@ -104,7 +114,7 @@ def discover(inputs: Sequence[Path], out: Path) -> list[Source]:
     return sources
 
 
-def slices(sources: Sequence[Source]) -> list[Slice]:
+def slices(sources: Sequence[InputFile]) -> list[Slice]:
     """Cut the input into slices of similar size; depends on the sources alone.
 
     Plain JSON Lines are cut inside; a compressed file or a document is read by one worker from end to end.
@@ -139,7 +149,7 @@ def slices(sources: Sequence[Source]) -> list[Slice]:
     return result
 
 
-def open_source(source: Source) -> BinaryIO:
+def open_source(source: InputFile) -> BinaryIO:
     """The raw bytes of a source, refused where it is no longer the file that was planned."""
     try:
         file = open(source.path, "rb")  # noqa: SIM115 - the caller closes it
@@ -149,7 +159,7 @@ def open_source(source: Source) -> BinaryIO:
     return file
 
 
-def check_unchanged(source: Source, file: BinaryIO) -> None:
+def check_unchanged(source: InputFile, file: BinaryIO) -> None:
     """Raise DataError if the open file is not as it was when the work was planned."""
     now = os.fstat(file.fileno())
     if (now.st_size, now.st_mtime_ns) != (source.size, source.mtime_ns):
@@ -172,7 +182,7 @@ def _files(folder: Path) -> Iterator[Path]:
     return map(Path, sorted(found, key=lambda path: os.fsencode(path).split(b"/")))
 
 
-def _source(path: Path) -> Source:
+def _source(path: Path) -> InputFile:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in _REFUSED:
         raise DataError(
@@ -187,4 +197,87 @@ def _source(path: Path) -> Source:
     if not stat.S_ISREG(facts.st_mode):
         raise DataError(f"input {path}: not a regular file; write it to a file first")
     kind = "lines" if inner and inner[-1] in _LINES else "text"
-    return Source(str(path), kind, compression, facts.st_size, facts.st_mtime_ns)
+    return InputFile(str(path), kind, compression, facts.st_size, facts.st_mtime_ns)
+
+
+# Compressed bytes given to zstd at a time: bounds the output of one call, 130 KiB for ordinary text.
+_ZSTD_BLOCK = 1 << 15
+
+
+class _ZstdFile(io.RawIOBase):
+    """Frames of zstd, one after the other. zstandard's own stream_reader ends at a cut without a word."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._inside = False  # a frame has begun and not ended
+        self._held = memoryview(b"")
+        self._unused = b""  # read, but behind the end of its frame
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        """Fill the buffer; 0 at the end of the last frame. Raises EOFError inside a frame."""
+        view = memoryview(cast(bytearray, buffer)).cast("B")
+        while not self._held:
+            block = self._unused or self._file.read(_ZSTD_BLOCK)
+            self._unused = b""
+            if not block and self._inside:
+                raise EOFError("the file ends inside a zstd frame")
+            if not block:
+                return 0
+            self._inside = True
+            self._held = memoryview(self._frame.decompress(block))
+            if self._frame.eof:
+                self._unused = self._frame.unused_data
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._inside = False
+        count = min(len(view), len(self._held))
+        view[:count] = self._held[:count]
+        self._held = self._held[count:]
+        return count
+
+
+def decompressed(source: InputFile, file: BinaryIO) -> BinaryIO:
+    """The text of an open source as bytes."""
+    if source.compression == "gzip":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+    if source.compression == "zstd":
+        return cast(BinaryIO, io.BufferedReader(_ZstdFile(file), 1 << 20))
+    return file
+
+
+@contextmanager
+def explained(source: InputFile, stream: BinaryIO) -> Iterator[None]:
+    """Turn what the libraries raise while reading a source into words.
+
+    Damage inside a compressed file often shows as strange text first: its checksum comes last. So
+    before a complaint about the text goes out, the rest is read, and damage found there is what is told.
+    """
+    with _libraries(source):
+        try:
+            yield
+        except DataError:
+            while source.compression and stream.read(1 << 20):
+                pass
+            raise
+
+
+@contextmanager
+def _libraries(source: InputFile) -> Iterator[None]:
+    try:
+        yield
+    except EOFError as error:
+        raise DataError(
+            f"input {source.path}: truncated, the {source.compression} stream has no end; fetch it anew"
+        ) from error
+    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(
+            f"input {source.path}: not sound {source.compression} data: {error}; fetch it anew"
+        ) from error
+    except OSError as error:
+        raise RetryableError(
+            f"input {source.path}: reading failed: {error.strerror or error}; "
+            "run the same command again, it goes on where it stopped"
+        ) from error

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmscale.errors import UsageError
-from lmscale.text.train import MIN_BPE_SIZE
+from lmscale.base.errors import UsageError
+from lmscale.tokenizer.training import MIN_BPE_SIZE
 
 FORMAT = 1  # raised when the same input and options give other bytes
 

@@ -1,4 +1,6 @@
-"""`prepare`: raw text in, corpora out. The order of the passes.
+"""One stage of a run: jobs of known size, done by workers, told to whoever watches.
+
+`prepare`: raw text in, corpora out. The order of the passes.
 
     input -> slices -> [workers: raw ids in scratch] -> cuts -> [workers: shards] -> manifests
 
@@ -7,25 +9,102 @@ Slices follow from the input, cuts from the ids, shards from the cuts: never fro
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmscale.base.errors import ConfigError, DataError, UsageError
 from lmscale.corpus.manifest import MANIFEST_NAME, Collection, Manifest
-from lmscale.corpus.shard import DTYPES, dtype_for
-from lmscale.errors import ConfigError, DataError, UsageError
-from lmscale.prepare.claim import check_same, claim, combined, scratch_of
+from lmscale.corpus.shard_format import DTYPES, dtype_for
 from lmscale.prepare.cuts import cut
-from lmscale.prepare.inputs import discover, slices
+from lmscale.prepare.documents import sample
+from lmscale.prepare.inputs import Slice, discover, slices
 from lmscale.prepare.options import PrepareOptions
-from lmscale.prepare.part import write_part
-from lmscale.prepare.sample import sample
-from lmscale.prepare.scratch import SCRATCH_NAME, disk
-from lmscale.prepare.stage import Progress, ProgressCallback, Run
-from lmscale.prepare.tokenize import SliceResult, finished_slice
-from lmscale.text.tokenizer import Tokenizer
-from lmscale.text.train import bytes_tokenizer, train_bpe
+from lmscale.prepare.scratch import (
+    SCRATCH_NAME,
+    Scratch,
+    check_same,
+    claim,
+    combined,
+    disk,
+    scratch_of,
+)
+from lmscale.prepare.tokenize import SliceResult, finished_slice, write_part
+from lmscale.prepare.workers import Job, run_all
+from lmscale.tokenizer.tokenizer import Tokenizer
+from lmscale.tokenizer.training import bytes_tokenizer, train_bpe
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareProgress:
+    """Where a run stands, what earlier runs did included."""
+
+    stage: str  # "check input" | "train tokenizer" | "tokenize" | "write train" | "write heldout"
+    done: int  # bytes of this stage
+    total: int
+
+
+ProgressCallback = Callable[[PrepareProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareRun:
+    """What all stages of one run share."""
+
+    out: Path
+    scratch: Scratch
+    options: PrepareOptions
+    work: list[Slice]
+    progress: ProgressCallback
+    lock: int  # descriptor; workers hold it too, so that no later run meets an orphan
+
+    @property
+    def input_bytes(self) -> int:
+        """Size of the input on disk."""
+        return sum(each.size for each in self.work)
+
+    def stage(
+        self, name: str, jobs: Sequence[tuple[Job, int]], *, total: int
+    ) -> Iterator[tuple[int, Any]]:
+        """Do jobs given with their bytes; yields (number, result). `total` counts earlier runs' jobs too."""
+        return stage(
+            name,
+            jobs,
+            total=total,
+            workers=self.options.num_workers,
+            progress=self.progress,
+            keep_open=(self.lock,),
+        )
+
+
+def stage(
+    name: str,
+    jobs: Sequence[tuple[Job, int]],
+    *,
+    total: int,
+    workers: int,
+    progress: ProgressCallback,
+    keep_open: Sequence[int] = (),
+) -> Iterator[tuple[int, Any]]:
+    """Do jobs given with their bytes, yielding (number, result) in any order."""
+    done = total - sum(size for _, size in jobs)
+    running: dict[int, int] = {}
+
+    def tell() -> None:
+        progress(PrepareProgress(name, min(total, done + sum(running.values())), total))
+
+    def report(number: int, consumed: int) -> None:
+        running[number] = min(consumed, jobs[number][1])
+        tell()
+
+    tell()
+    plain = [job for job, _ in jobs]
+    for number, result in run_all(plain, workers=workers, report=report, keep_open=keep_open):
+        running.pop(number, None)
+        done += jobs[number][1]
+        tell()
+        yield number, result
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +142,13 @@ def prepare(
             scratch = scratch_of(out)
             with scratch.locked() as lock:
                 claim(scratch, sources, made_from)
-                _build(Run(out, scratch, options, work, progress, lock), fixed, made_from)
+                _build(PrepareRun(out, scratch, options, work, progress, lock), fixed, made_from)
         shutil.rmtree(out / SCRATCH_NAME, ignore_errors=already)
     parts = {name: Manifest.load(out / name) for name in sorted(Collection.load(out).parts)}
     return Summary(parts, time.monotonic() - begin, already)
 
 
-def _build(run: Run, fixed: Tokenizer | None, made_from: dict[str, Any]) -> None:
+def _build(run: PrepareRun, fixed: Tokenizer | None, made_from: dict[str, Any]) -> None:
     tokenizer = _tokenizer(run, fixed)
     results = _tokenize(run, tokenizer)
     segments = [segment for result in results for segment in result.segments]
@@ -100,7 +179,7 @@ def _given_tokenizer(options: PrepareOptions) -> Tokenizer | None:
     return tokenizer
 
 
-def _tokenizer(run: Run, fixed: Tokenizer | None) -> Tokenizer:
+def _tokenizer(run: PrepareRun, fixed: Tokenizer | None) -> Tokenizer:
     """The tokenizer of this run; one that an earlier run trained is in the scratch folder."""
     path = run.scratch.tokenizer
     if path.exists():
@@ -112,7 +191,7 @@ def _tokenizer(run: Run, fixed: Tokenizer | None) -> Tokenizer:
     else:
 
         def consumed(done: int) -> None:
-            run.progress(Progress("train tokenizer", done, run.input_bytes))
+            run.progress(PrepareProgress("train tokenizer", done, run.input_bytes))
 
         consumed(0)
         texts = sample(run.work, run.options.text_key, consumed)
@@ -121,7 +200,7 @@ def _tokenizer(run: Run, fixed: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-def _tokenize(run: Run, tokenizer: Tokenizer) -> list[SliceResult]:
+def _tokenize(run: PrepareRun, tokenizer: Tokenizer) -> list[SliceResult]:
     """First pass over all slices that no earlier run has finished."""
     itemsize = DTYPES[dtype_for(tokenizer.vocab_size)].itemsize
     results = {each.number: finished_slice(each.number, run.scratch, itemsize) for each in run.work}

@@ -13,8 +13,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from lmscale.errors import LmscaleError
-from lmscale.prepare.work import do
+from lmscale.base.errors import LmscaleError
+from lmscale.prepare.workers import do
 
 _REPORT_S = 0.2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h

@@ -4,22 +4,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmscale.config.run import RunConfig
-from lmscale.corpus.assign import window_chunks
+from lmscale.base.errors import ConfigError, Problem
+from lmscale.config.schema import RunConfig
 from lmscale.corpus.manifest import Manifest, resolve, tokenizer_path
-from lmscale.corpus.order import Order
-from lmscale.corpus.reader import Reader
-from lmscale.errors import ConfigError, Problem
-from lmscale.text.special import Special
-from lmscale.text.tokenizer import Tokenizer
+from lmscale.corpus.order import Order, window_chunks
+from lmscale.corpus.reader import CorpusReader
+from lmscale.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 
 @dataclass(frozen=True)
 class Corpora:
     """What a run reads: one training corpus, any number of held-out ones, one tokenizer."""
 
-    train: Reader
-    held_out: dict[str, Reader]  # by the path the user gave
+    train: CorpusReader
+    held_out: dict[str, CorpusReader]  # by the path the user gave
     tokenizer: Tokenizer
 
     @property
@@ -38,12 +36,12 @@ def open_corpora(cfg: RunConfig, *, world_size: int) -> Corpora:
     if missing:
         raise ConfigError(missing)
     in_use = window_chunks(
-        streams=cfg.data.streams or cfg.train.global_batch,
+        streams=cfg.data.streams or cfg.train.global_batch_size,
         dp_size=world_size // cfg.parallel.tp,
-        window=cfg.data.shuffle_window,
+        window=cfg.data.shuffle_window_chunks,
     )
     seq_len, memory = cfg.train.seq_len, cfg.data.window_memory
-    train = Reader(
+    train = CorpusReader(
         resolve(Path(cfg.data.corpora[0].path), "train"),
         seq_len=seq_len,
         memory_bytes=memory,
@@ -51,7 +49,7 @@ def open_corpora(cfg: RunConfig, *, world_size: int) -> Corpora:
         cache_dir=Path(cfg.data.cache_dir) if cfg.data.cache_dir else None,
     )
     held_out = {
-        path: Reader(
+        path: CorpusReader(
             resolve(Path(path), "heldout"), seq_len=seq_len, memory_bytes=memory, chunks_in_use=1
         )
         for path in cfg.eval.corpora
@@ -62,19 +60,19 @@ def open_corpora(cfg: RunConfig, *, world_size: int) -> Corpora:
     return corpora
 
 
-def corpus_tokenizer(reader: Reader) -> Tokenizer:
+def corpus_tokenizer(reader: CorpusReader) -> Tokenizer:
     """The tokenizer that stands beside the corpus."""
-    special = Special(**reader.manifest.tokenizer.special)  # roles are not in tokenizer.json
+    special = SpecialTokens(**reader.manifest.tokenizer.special)  # roles are not in tokenizer.json
     return Tokenizer.load(tokenizer_path(reader.path, reader.manifest), special)
 
 
-def build_order(cfg: RunConfig, reader: Reader, *, streams: int) -> Order:
+def build_order(cfg: RunConfig, reader: CorpusReader, *, streams: int) -> Order:
     """The order in which the run reads its corpus."""
     return Order(
         reader.num_samples,
         reader.samples_per_chunk,
         streams,
-        window=cfg.data.shuffle_window,
+        window=cfg.data.shuffle_window_chunks,
         seed=cfg.train.seed,
     )
 
@@ -90,12 +88,12 @@ def _paths(cfg: RunConfig) -> Iterator[tuple[str, str]]:
 
 def _problems(cfg: RunConfig, corpora: Corpora) -> Iterator[Problem]:
     manifest = corpora.manifest
-    batch, samples = cfg.train.global_batch, corpora.train.num_samples
+    batch, samples = cfg.train.global_batch_size, corpora.train.num_samples
     if samples < batch:
         yield Problem(
-            "train.global_batch",
+            "train.global_batch_size",
             f"{batch} samples a step, but the corpus has only {samples} samples of {cfg.train.seq_len} tokens",
-            f"use train.global_batch <= {samples}, a shorter train.seq_len, or a larger corpus",
+            f"use train.global_batch_size <= {samples}, a shorter train.seq_len, or a larger corpus",
         )
     if cfg.model.vocab_size is not None and cfg.model.vocab_size < manifest.tokenizer.vocab_size:
         yield Problem(

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 import lmscale
-from lmscale.config.run import RunConfig
-from lmscale.dist.mesh import Mesh
-from lmscale.world import World
+from lmscale.base.world import World
+from lmscale.config.schema import RunConfig
+from lmscale.distributed.mesh import Mesh
 
 # Dense peaks in FLOP/s by the makers' data sheets: (bf16 tensor cores, fp32 with TF32 off).
 _GPU_PEAKS = {

@@ -1,17 +1,67 @@
-"""The end of a run: last validation, counted baselines, sampled text, last checkpoint, report, parting words."""
+"""Text from a model in training, to look at: drawn through the engine, so sharded models need no gathering.
+
+The end of a run: last validation, counted baselines, sampled text, last checkpoint, report, parting words.
+"""
 
 import logging
 from collections.abc import Sequence
 
+import numpy as np
+import torch
+
+from lmscale.base.batch import Batch
+from lmscale.base.errors import ExitCode
 from lmscale.data.held_out import held_out
 from lmscale.data.loader import Loader
-from lmscale.errors import ExitCode
-from lmscale.run.attempts import mark_finished
+from lmscale.data.objective import Record, causal
+from lmscale.distributed.process_group import to_device
+from lmscale.engine.base import Engine
+from lmscale.run_folder.attempts import mark_finished
+from lmscale.train.callbacks import Line
 from lmscale.train.corpora import Corpora
-from lmscale.train.loop import Loop
-from lmscale.train.record import Line
+from lmscale.train.loop import TrainLoop
 from lmscale.train.report.page import write_report
-from lmscale.train.sample import continuations
+
+
+def continuations(
+    engine: Engine,
+    device: torch.device,
+    prompts: list[list[int]],
+    *,
+    max_new: int,
+    seq_len: int,
+    temperature: float,
+    seed: int,
+) -> list[list[int]]:
+    """New tokens for each prompt. Collective: all ranks compute the same, every token costs one forward.
+
+    The forward has one fixed shape (prompts, seq_len), which suits compiled models.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    texts = [list(prompt[-(seq_len - 1) :]) or [0] for prompt in prompts]
+    starts = [len(text) for text in texts]
+    for _ in range(min(max_new, seq_len - max(starts))):
+        logits_BLV = engine.logits(to_device(_batch(texts, seq_len), device))
+        last_BV = torch.stack([logits_BLV[row, len(text) - 1] for row, text in enumerate(texts)])
+        probabilities_BV = torch.softmax(last_BV.double().cpu() / temperature, dim=-1)
+        for text, token in zip(
+            texts, torch.multinomial(probabilities_BV, 1, generator=generator), strict=True
+        ):
+            text.append(int(token))
+    return [text[start:] for text, start in zip(texts, starts, strict=True)]
+
+
+def _batch(texts: list[list[int]], seq_len: int) -> Batch[np.ndarray]:
+    records = []
+    for text in texts:
+        tokens = np.zeros(seq_len + 1, np.int64)
+        tokens[: len(text)] = text
+        records.append(Record(tokens, np.empty(0, np.int64)))
+    positions = np.arange(len(texts), dtype=np.int64)
+    return causal(
+        records, rows=len(texts), positions=positions, seq_len=seq_len, documents="joined"
+    )
+
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +71,7 @@ _NEW_TOKENS = 96
 _TEMPERATURE = 0.8
 
 
-def finish(loop: Loop, corpora: Corpora, *, counted: Loader) -> ExitCode:
+def finish(loop: TrainLoop, corpora: Corpora, *, counted: Loader) -> ExitCode:
     """Close a run that has done its last step. Collective. RETRY when the last checkpoint could not be saved."""
     loop.evaluate()
     rank, step = loop.rank, loop.state.step
@@ -43,7 +93,7 @@ def finish(loop: Loop, corpora: Corpora, *, counted: Loader) -> ExitCode:
     return ExitCode.DONE
 
 
-def farewell(loop: Loop, code: ExitCode) -> None:
+def farewell(loop: TrainLoop, code: ExitCode) -> None:
     """Say how the start ended and how to go on, and draw the report. No collective."""
     rank, state = loop.rank, loop.state
     if not rank.is_root:
@@ -73,7 +123,7 @@ def farewell(loop: Loop, code: ExitCode) -> None:
         log.warning("%s could not be drawn", rank.folder.report, exc_info=True)
 
 
-def _sample(loop: Loop, corpora: Corpora) -> None:
+def _sample(loop: TrainLoop, corpora: Corpora) -> None:
     """Continue the beginnings of held-out samples, to look at. Collective."""
     if not corpora.held_out:
         return

@@ -10,27 +10,23 @@ from typing import Any
 
 import numpy as np
 
+from lmscale.base.errors import ExitCode
+from lmscale.base.records import LineFile
 from lmscale.corpus.order import Order
-from lmscale.data.loader import Loader, StepBatch
-from lmscale.data.trace import trace_lines
-from lmscale.dist.device import to_device
-from lmscale.dist.reduce import agree
-from lmscale.dist.seeds import seed_step
-from lmscale.engine.protocol import Engine
-from lmscale.errors import ExitCode
+from lmscale.data.loader import Loader, StepBatch, trace_lines
+from lmscale.distributed.process_group import agree, to_device
+from lmscale.distributed.seeds import seed_step
+from lmscale.engine.base import Engine
 from lmscale.optim.schedule import lr_at
-from lmscale.run.lines import LineFile
-from lmscale.train.evaluate import Validation
-from lmscale.train.layers import LayerStats
-from lmscale.train.listen import Listeners
+from lmscale.train.callbacks import Callbacks, Line, Recorder
+from lmscale.train.checkpointing import Saver
+from lmscale.train.context import RunContext
+from lmscale.train.evaluation import Validation
+from lmscale.train.layer_stats import LayerStats, LossScaleRecorder
 from lmscale.train.profile import Profile
-from lmscale.train.rank import Rank
-from lmscale.train.record import Line, Recorder
 from lmscale.train.replicas import Replicas
-from lmscale.train.save import Saver
-from lmscale.train.scale import LossScale
-from lmscale.train.signals import StopRequest
-from lmscale.train.state import TrainState
+from lmscale.train.restore import TrainState
+from lmscale.train.stop_request import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -53,22 +49,22 @@ class Trace:
 
 
 @dataclass
-class Loop:
+class TrainLoop:
     """One attempt of a run, from its state to its end. Methods are collective: every rank calls each."""
 
-    rank: Rank
+    rank: RunContext
     engine: Engine
     loader: Loader
     state: TrainState
     total_steps: int
     recorder: Recorder
     layers: LayerStats
-    scale: LossScale
+    scale: LossScaleRecorder
     replicas: Replicas
     validation: Validation
     saver: Saver
     stop: StopRequest
-    ears: Listeners
+    ears: Callbacks
     trace: Trace | None
     profile: Profile
     scores: list[Line] = field(default_factory=list)  # of the last validation
@@ -112,7 +108,7 @@ class Loop:
         if self.trace is not None:
             self.trace.write(batch, step=step)
         self.state.step = step
-        self.state.position = batch.position + self.rank.cfg.train.global_batch
+        self.state.position = batch.position + self.rank.cfg.train.global_batch_size
         self.recorder.note(step=step, position=self.state.position, lr=lr, result=result)
         self.layers.note(step=step, result=result)
         self.scale.after_step(step)

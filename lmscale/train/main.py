@@ -7,18 +7,18 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from lmscale import log as logs
-from lmscale.config import checks
-from lmscale.config.load import dump, load
-from lmscale.config.run import RunConfig
-from lmscale.dist.mpi import meet
-from lmscale.errors import ConfigError, ExitCode, LmscaleError
-from lmscale.run.events import EventLog, start_name
-from lmscale.run.folder import RunFolder
-from lmscale.run.hold import begin
-from lmscale.run.pulse import Pulse
-from lmscale.train.signals import StopRequest
-from lmscale.world import World
+from lmscale.base import log as logs
+from lmscale.base.errors import ConfigError, ExitCode, LmscaleError
+from lmscale.base.world import World
+from lmscale.config import rules as checks
+from lmscale.config.run_file import dump, load
+from lmscale.config.schema import RunConfig
+from lmscale.distributed.mpi_rendezvous import meet
+from lmscale.run_folder.events import EventLog, start_name
+from lmscale.run_folder.liveness import begin
+from lmscale.run_folder.paths import RunFolder
+from lmscale.run_folder.rank_progress import RankProgress
+from lmscale.train.stop_request import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def main(argv: list[str], stop: StopRequest) -> ExitCode:
     parser.add_argument("run")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args(argv)
-    pulse = Pulse.inherited(os.environ)
+    pulse = RankProgress.inherited(os.environ)
     pulse.tick("start")
     os.environ |= meet(os.environ)
     world = World.from_env(os.environ)
@@ -41,7 +41,7 @@ def main(argv: list[str], stop: StopRequest) -> ExitCode:
     with recorded(folder, world, os.environ) as events:
         # cuBLAS is deterministic only with this set before CUDA starts (docs of use_deterministic_algorithms).
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        from lmscale.train.assemble import train
+        from lmscale.train.build import train
 
         code = train(cfg, world, stop, folder=folder, events=events, pulse=pulse)
         _tell_end(events, code, code.name.lower())

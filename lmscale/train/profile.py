@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lmscale.train.rank import Rank
+from lmscale.train.context import RunContext
 
 
-def profile_of(rank: Rank) -> "Profile":
+def profile_of(rank: RunContext) -> "Profile":
     """The profile that log.profile asks for, on rank 0; elsewhere one that records nothing."""
     wanted = rank.cfg.log.profile
     first, last = 0, 0

@@ -1,19 +1,111 @@
-"""A trained model from a checkpoint, for verbs that use it and do not train."""
+"""Everything that must survive a crash, besides the tensors.
 
+What stands in a checkpoint, and in an attempt, besides tensors: identity, placement, provenance, order.
+
+A trained model from a checkpoint, for verbs that use it and do not train.
+
+How a start becomes the run's newest attempt, and from which checkpoint it goes on.
+
+choose   rank 0 lists checkpoints; identity and `finished` are judged before anything is touched
+claim    attempts/k.json with from: null ends older attempts at their next publish
+load     all ranks; a checkpoint proven damaged is left out, loudly, and the next one is tried
+settle   from = the loaded step fences what older attempts publish late; list once more
+cut      metrics, eval and trace lines after that step go, by copy and rename
+"""
+
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmscale.checkpoint.load import read_body
-from lmscale.config.run import RunConfig
-from lmscale.errors import CheckpointError, ConfigError, Problem, UsageError
-from lmscale.run.checkpoints import newest_valid
-from lmscale.run.folder import RunFolder
+from lmscale.base.errors import CheckpointError, ConfigError, Problem, RetryableError, UsageError
+from lmscale.checkpoint.load import load, read_body
+from lmscale.checkpoint.planners import Mismatch
+from lmscale.config.identity import ORDER_KEYS, differing, fingerprint, identity, placement
+from lmscale.config.schema import RunConfig
+from lmscale.engine.base import Engine
+from lmscale.run_folder import attempts
+from lmscale.run_folder.checkpoints import MANIFEST, newest_valid, reason_to_reload
+from lmscale.run_folder.paths import RunFolder, parse_checkpoint_name
+from lmscale.train.context import RunContext
+from lmscale.train.corpora import Corpora
+from lmscale.train.environment import provenance
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Where a run stands. Stored as JSON in the checkpoint's manifest."""
+
+    step: int = 0  # optimizer steps done, skipped ones included
+    position: int = 0  # samples consumed, globally: the whole data cursor
+    updates: int = 0  # updates that the optimizer applied (Adam's step count)
+    skipped: int = 0  # steps skipped in a row for a gradient norm that was not finite
+    streams: int = 0  # virtual streams of the order: resolved once, at the run's first start
+    journal: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # changes of identity keys on the way (train.allow_change): position, step, key, before, now
+
+    def as_json(self) -> dict[str, Any]:
+        """For the checkpoint's manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "TrainState":
+        """From a checkpoint's manifest."""
+        return cls(**body)
+
+
+def run_identity(cfg: RunConfig, corpora: Corpora, *, streams: int) -> dict[str, Any]:
+    """The run's identity, with the fingerprints of what it reads."""
+    manifest = corpora.manifest
+    found = identity(
+        cfg,
+        corpora=[manifest.fingerprint],
+        tokenizer=manifest.tokenizer.fingerprint,
+        streams=streams,
+    )
+    return dict(found)
+
+
+def placement_facts(rank: RunContext) -> dict[str, Any]:
+    """How this start is laid out, for attempts/k.json."""
+    mesh, cfg = rank.mesh, rank.cfg
+    return {
+        "world_size": mesh.world.size,
+        "engine": cfg.engine.kind,
+        "zero_stage": cfg.engine.zero_stage if cfg.engine.kind == "deepspeed" else None,
+        "replicate": mesh.replicate_size if cfg.engine.kind == "fsdp" else mesh.dp_size,
+        "shard": mesh.shard_size if cfg.engine.kind == "fsdp" else 1,
+        "tp": mesh.tp_size,
+        "sequence_parallel": cfg.parallel.sequence_parallel,
+        "micro_batch": cfg.train.micro_batch_size,
+    }
+
+
+def checkpoint_body(rank: RunContext, same: Mapping[str, Any], state: TrainState) -> dict[str, Any]:
+    """What stands in every checkpoint of this attempt besides tensors and the moving state."""
+    cfg = rank.cfg
+    config = cfg.model_dump(mode="json", by_alias=True)
+    order = {
+        "version": 1,
+        "seq_len": cfg.train.seq_len,
+        "streams": state.streams,
+        "shuffle_window": cfg.data.shuffle_window_chunks,
+        "mix_block": cfg.data.mix_block,
+    }
+    return {
+        "identity": dict(same),
+        "fingerprints": {"identity": fingerprint(same), "placement": fingerprint(placement(cfg))},
+        "config": config,
+        "provenance": provenance(config, rank.mesh.world),
+        "state": {"seed": cfg.train.seed, "order": order},
+    }
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A checkpoint, the run file it was trained with, and its manifest's body."""
 
     path: Path
@@ -27,7 +119,7 @@ class Trained:
         return self.path.parent.parent
 
 
-def check_tokenizer(trained: Trained, fingerprint: str) -> None:
+def check_tokenizer(trained: TrainedModel, fingerprint: str) -> None:
     """Raise ConfigError where a tokenizer is not the one of the checkpoint: its ids would mean other texts."""
     wanted = trained.body.get("identity", {}).get("data.tokenizer", fingerprint)
     if fingerprint != wanted:
@@ -39,7 +131,7 @@ def check_tokenizer(trained: Trained, fingerprint: str) -> None:
         raise ConfigError([Problem("data.tokenizer", fact, f"restore the corpus {corpus}")])
 
 
-def find_trained(path: Path) -> Trained:
+def find_trained(path: Path) -> TrainedModel:
     """A checkpoint folder, or the newest valid checkpoint of a run folder. Raises UsageError, CheckpointError."""
     if not path.is_dir():
         raise UsageError(
@@ -53,4 +145,199 @@ def find_trained(path: Path) -> Trained:
             )
         path = found.path
     body = read_body(path)
-    return Trained(path, int(body["step"]), RunConfig.model_validate(body["config"]), body)
+    return TrainedModel(path, int(body["step"]), RunConfig.model_validate(body["config"]), body)
+
+
+log = logging.getLogger(__name__)
+
+_RELOADS = 2  # a newer checkpoint may be published while we load; then load anew, this often
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """A checkpoint to go on from."""
+
+    path: Path
+    step: int
+    body: Mapping[str, Any]
+    foreign: bool = False  # of another run (train.resume: PATH)
+
+
+def choose(rank: RunContext, *, damaged: frozenset[Path] = frozenset()) -> ResumePoint | None:
+    """The checkpoint to go on from; None: the run has none yet. Called on rank 0.
+
+    The newest valid one of the run folder, else the one that train.resume names. Raises CheckpointError
+    when the folder's, or the one named, are all damaged (`damaged` adds those that a load has proven so),
+    ConfigError when train.resume forbids to go on or names no checkpoint.
+    """
+    folder, resume = rank.folder, rank.cfg.train.resume
+    found = newest_valid(folder, damaged=damaged)
+    if found is None:
+        return None if resume in ("auto", "never") else _foreign(Path(resume), damaged)
+    if resume == "never":
+        raise ConfigError(
+            [
+                Problem(
+                    "train.resume",
+                    f"never, but {folder.path} holds checkpoints",
+                    "choose another train.run_dir, or train.resume: auto",
+                )
+            ]
+        )
+    return source_of(found.path)
+
+
+def _foreign(path: Path, damaged: frozenset[Path]) -> ResumePoint:
+    """The checkpoint of another run, which nothing replaces where it is damaged."""
+    named = parse_checkpoint_name(path.name) is not None  # then a missing manifest is damage
+    if not path.is_dir() or not (named or (path / MANIFEST).is_file()):
+        fact = f"{path} is no checkpoint, and neither auto nor never"
+        hint = "name a folder RUN/checkpoints/step-*, or leave the key out"
+        raise ConfigError([Problem("train.resume", fact, hint)])
+    if path in damaged:
+        raise CheckpointError(
+            f"{path} (train.resume) is damaged; restore it, or name another checkpoint of its run"
+        )
+    return source_of(path, foreign=True)
+
+
+def report_damage(rank: RunContext, path: Path, error: Exception) -> None:
+    """Say loudly that a checkpoint is damaged and left out."""
+    if rank.is_root:
+        log.warning("checkpoint %s is damaged and left out: %s", path, error)
+    rank.write_event("damage", path=str(path), reason=str(error))
+
+
+def check_identity(cfg: RunConfig, body: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys that differ and are allowed to. Raises ConfigError naming those that are not."""
+    before = body["identity"]
+    changed = differing(before, now)
+    refused = [key for key in changed if key not in cfg.train.allow_change]
+    if refused:
+        raise ConfigError(
+            Problem(
+                key,
+                f"{now.get(key)!r}, but the checkpoint was trained with {before.get(key)!r}",
+                "set it back, or choose another train.run_dir"
+                if key in ORDER_KEYS
+                else f"set it back, or allow it with train.allow_change: [{key}], or choose another train.run_dir",
+            )
+            for key in refused
+        )
+    return changed
+
+
+class AttemptStart:
+    """This start's number, and the moves that make it the run's newest."""
+
+    def __init__(self, rank: RunContext) -> None:
+        self.number = 0
+        self._rank = rank
+        self._damaged: frozenset[Path] = frozenset()
+        self._same: Mapping[str, Any] = {}
+
+    def begin(
+        self,
+        engine: Engine,
+        source: ResumePoint | None,
+        *,
+        placement: Mapping[str, Any],
+        same: Mapping[str, Any],
+    ) -> ResumePoint | None:
+        """Claim, load and settle. Collective. The checkpoint that was loaded; None for a fresh run.
+
+        `same`: this start's identity, which `source` has been held against; another one will be too.
+        """
+        rank, self._same = self._rank, same
+        self.number = rank.on_root(lambda: attempts.claim(rank.folder, dict(placement)))
+        for _ in range(_RELOADS + 1):
+            source = self._load(engine, source)
+            overtaking = rank.on_root(partial(self._settle, source))
+            if not overtaking:
+                return source
+            if rank.is_root:
+                log.warning("loading anew: %s", overtaking)
+            source = self._choose_anew()
+        raise RetryableError(
+            f"{rank.folder.path}: checkpoints kept appearing or vanishing while loading; another start of "
+            "this run is still publishing. Start again when it has ended"
+        )
+
+    def _load(self, engine: Engine, source: ResumePoint | None) -> ResumePoint | None:
+        """Load `source` or, where it is proven damaged, the next one down that is not."""
+        while source is not None:
+            damage = self._try_load(engine, source)
+            if damage is None:
+                break
+            report_damage(self._rank, source.path, damage)
+            self._damaged |= {source.path}
+            source = self._choose_anew()
+        return source
+
+    def _choose_anew(self) -> ResumePoint:
+        """Another checkpoint may be of before a change that train.allow_change had to allow."""
+        source = self._rank.on_root(partial(choose, self._rank, damaged=self._damaged))
+        if source is None:  # the engine may hold what it loaded: that is no fresh run
+            raise RetryableError(
+                f"{self._rank.folder.path}: the checkpoint vanished while it was loaded, and no other is "
+                "left; start again"
+            )
+        check_identity(self._rank.cfg, source.body, self._same)
+        return source
+
+    def _try_load(self, engine: Engine, source: ResumePoint) -> CheckpointError | None:
+        """None when all ranks loaded; else the damage, the same on all ranks. Collective."""
+        try:
+            load(source.path, engine.state(loading=True))
+        except Mismatch:  # sound, but of another model: an older one would not fit either
+            raise
+        except CheckpointError as error:
+            return error
+        state = source.body["state"]
+        engine.loaded(optim_step=int(state["train"]["updates"]), loss_scale=state.get("loss_scale"))
+        return None
+
+    def _settle(self, source: ResumePoint | None) -> str:
+        """Set `from`; where that came too late, take it back and say why."""
+        folder = self._rank.folder
+        foreign = str(source.path) if source and source.foreign else None
+        attempts.settle(folder, self.number, source.step if source else 0, source=foreign)
+        own = source.path if source and not source.foreign else None
+        why = reason_to_reload(folder, self.number, loaded=own, damaged=self._damaged)
+        if why:
+            attempts.settle(folder, self.number, None)
+        return why
+
+
+def source_of(path: Path, *, foreign: bool = False) -> ResumePoint:
+    """A checkpoint as a place to go on from. Raises CheckpointError where its manifest is damaged."""
+    body = read_body(path)
+    return ResumePoint(path, int(body["step"]), body, foreign)
+
+
+def resumed_state(source: ResumePoint | None, cfg: RunConfig) -> TrainState:
+    """The state to go on with."""
+    if source is None:
+        return TrainState(streams=cfg.data.streams or cfg.train.global_batch_size)
+    state = TrainState.from_json(source.body["state"]["train"])
+    if cfg.data.streams is not None:  # another number than before is a change of identity
+        state.streams = cfg.data.streams
+    return state
+
+
+def note_changes(state: TrainState, source: ResumePoint | None, now: Mapping[str, Any]) -> None:
+    """Enter in the journal which identity keys change where this start goes on."""
+    before = source.body["identity"] if source else now
+    state.journal = [
+        *state.journal,
+        *(
+            {
+                "position": state.position,
+                "step": state.step,
+                "key": key,
+                "before": before.get(key),
+                "now": now.get(key),
+            }
+            for key in differing(before, now)
+        ),
+    ]

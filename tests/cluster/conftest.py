@@ -19,7 +19,7 @@ from testbed import Testbed, wait_for, why_not
 
 LMSCALE = Path(os.sys.executable).with_name("lmscale")
 # Slow enough (about 50 ms a step on two idle cores) that Slurm, which takes seconds, can be followed by step.
-MODEL = {"layers": 4, "width": 128, "heads": 4, "feed_forward": 512}
+MODEL = {"num_layers": 4, "hidden_size": 128, "num_heads": 4, "ffn_hidden_size": 512}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

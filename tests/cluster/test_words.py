@@ -24,7 +24,7 @@ REFUSED = {
         [f"{ON}.partition=short", "cluster.nodes=3", "cluster.min_nodes=2", "cluster.time_limit=4m"],
         "cluster.nodes: 3", "allows 2",
     ),
-    "nodes": (["cluster.nodes=5", "train.global_batch=16"], "cluster.nodes: 5 nodes", "has 4"),
+    "nodes": (["cluster.nodes=5", "train.global_batch_size=16"], "cluster.nodes: 5 nodes", "has 4"),
     "gpus": (["cluster.gpus_per_node=5"], "cluster.gpus_per_node: 5 GPUs a node", "at most 4"),
     "gpu_type": (["cluster.gpus_per_node=1", f"{ON}.gpu_type=a100"], f"{ON}.gpu_type: 1 a100", "have none"),
     "cores": ([f"{ON}.cpus_per_task=9"], f"{ON}.cpus_per_task: 9 cores a node", "at most 8"),

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from lmscale.checkpoint.fragment import Fragment, Split
+from lmscale.checkpoint.fragment import Fragment, TpShard
 from lmscale.checkpoint.load import load
 from lmscale.checkpoint.save import save
-from lmscale.errors import LmscaleError
-from lmscale.run.folder import RunFolder
+from lmscale.base.errors import LmscaleError
+from lmscale.run_folder.paths import RunFolder
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embedding.weight": (130, 10_007),  # more than one 4 MiB block, no power of two anywhere
@@ -84,7 +84,7 @@ def _tp_fragments(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in values.items():
         if not tensor.is_floating_point():
             continue
-        split = Split(1, tp_rank, 2) if tensor.dim() == 2 and tensor.shape[1] % 2 == 0 else None
+        split = TpShard(1, tp_rank, 2) if tensor.dim() == 2 and tensor.shape[1] % 2 == 0 else None
         local = tensor.chunk(2, dim=1)[tp_rank] if split else tensor
         count = local.numel()
         first, last = count * dp_rank // dp_size, count * (dp_rank + 1) // dp_size

@@ -10,22 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from lmscale.batch import Batch, Stream
-from lmscale.config.run import RunConfig
-from lmscale.config.sections import (
-    EngineConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-)
-from lmscale.dist.mesh import Mesh, make_mesh
+from lmscale.base.batch import Batch, Stream
+from lmscale.config.schema import RunConfig
+from lmscale.config.schema import EngineConfig, LogConfig, ModelConfig, OptimConfig, ParallelConfig
+from lmscale.distributed.mesh import Mesh, make_mesh
 from lmscale.engine.build import build_engine
-from lmscale.engine.protocol import Engine, StepResult
+from lmscale.engine.base import Engine, StepResult
 from lmscale.model.build import build_model
-from lmscale.model.language import LanguageModel
-from lmscale.optim.build import parameter_groups
-from lmscale.world import World
+from lmscale.model.transformer import LanguageModel
+from lmscale.optim.optimizer import parameter_groups
+from lmscale.base.world import World
 
 VOCAB, LENGTH, ROWS = 61, 12, 12
 FILLERS = 3  # the last rows of every step: the last rank has a micro-batch without any target
@@ -50,12 +44,12 @@ class Case:
     layer_stats: bool = False
 
     def config(self) -> RunConfig:
-        sizes = {"layers": 3, "width": 40, "heads": 4, "kv_heads": 2, "feed_forward": 56}
+        sizes = {"num_layers": 3, "hidden_size": 40, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 56}
         return RunConfig.model_construct(
             model=ModelConfig(**{**sizes, "init_std": 0.2, **self.model}),
             engine=EngineConfig(kind=self.kind, precision=self.precision, **self.engine),
             # eps: where a gradient vanishes, Adam must not turn rounding into full-size steps
-            optim=OptimConfig(lr=LR, eps=1e-3, clip=self.clip, weight_decay=0.1),
+            optim=OptimConfig(lr=LR, eps=1e-3, max_grad_norm=self.clip, weight_decay=0.1),
             parallel=ParallelConfig(**self.parallel),
             log=LogConfig(layer_stats=self.layer_stats),
         )
@@ -66,16 +60,16 @@ def model_of(case: Case) -> LanguageModel:
 
 
 @cache
-def mesh_of(*, replicate: int = 1, tp: int = 1, device_type: str = "cpu") -> Mesh:
+def mesh_of(*, dp_replicate: int = 1, tp: int = 1, device_type: str = "cpu") -> Mesh:
     """Collective; the groups stay for the pool's life."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    sizes = ParallelConfig(replicate=replicate, tp=tp)
+    sizes = ParallelConfig(dp_replicate=replicate, tp=tp)
     return make_mesh(sizes, World(rank, rank, size, size), device_type)
 
 
 def mesh_for(case: Case) -> Mesh:
     sizes = case.config().parallel
-    return mesh_of(replicate=sizes.replicate, tp=sizes.tp)
+    return mesh_of(replicate=sizes.dp_replicate, tp=sizes.tp)
 
 
 def engine_of(case: Case) -> Engine:

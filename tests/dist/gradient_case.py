@@ -1,6 +1,6 @@
 """The cases of the gradient matrix: words, what they mean as a run, and the rows that every case trains on.
 
-A case is one value of each factor: those of a run and those that a restart may change (lmscale/config/factors.py), and
+A case is one value of each factor: those of a run and those that a restart may change (lmscale/config/proven.py), and
 `clip`. Its name is its words, so a case can be typed: `fsdp tp2 sequence full fp64 separate llama accumulated largest`.
 
 Shapes: B rows, L tokens a row.
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmscale.batch import Batch, Stream
-from lmscale.config.corpora import DataConfig
-from lmscale.config.factors import clash
-from lmscale.config.run import RunConfig
-from lmscale.config.sections import (
+from lmscale.base.batch import Batch, Stream
+from lmscale.config.schema import DataConfig
+from lmscale.config.proven import clash
+from lmscale.config.schema import RunConfig
+from lmscale.config.schema import (
     EngineConfig,
     LogConfig,
     ModelConfig,
@@ -26,7 +26,7 @@ from lmscale.config.sections import (
     TrainConfig,
 )
 from lmscale.model.build import build_model
-from lmscale.model.language import LanguageModel
+from lmscale.model.transformer import LanguageModel
 
 # 40 rows deal out evenly over 1, 2, 4 and 8 ranks, and each share makes three micro-batches of which the last is short.
 ROWS, LENGTH, STEPS = 40, 16, 3
@@ -36,29 +36,29 @@ LR = 1e-2
 # Adam divides by a root: where a gradient vanishes, a smaller eps would turn rounding into full-size steps.
 EPS = 1e-4
 
-_WIDE = {"width": 64, "heads": 8, "layers": 2, "init_std": 0.1}
+_WIDE = {"hidden_size": 64, "num_heads": 8, "num_layers": 2, "init_std": 0.1}
 _STYLES: Mapping[str, dict[str, Any]] = {
-    "llama": {**_WIDE, "kv_heads": 4, "feed_forward": 48},
+    "llama": {**_WIDE, "num_kv_heads": 4, "ffn_hidden_size": 48},
     "gpt2": {
         **_WIDE,
         "norm": "layer",
         "positions": "learned",
         "activation": "gelu_tanh",
-        "biases": True,
-        "tied": True,
-        "feed_forward": 96,
+        "bias": True,
+        "tie_embeddings": True,
+        "ffn_hidden_size": 96,
     },
     # What neither has: norms after the branches, heads wider than width / heads, an untied head behind biases.
     "mixed": {
         **_WIDE,
-        "width": 48,
+        "hidden_size": 48,
         "head_dim": 8,
-        "kv_heads": 4,
-        "norm_place": "post",
+        "num_kv_heads": 4,
+        "norm_order": "post",
         "rope_theta": 10.0,  # over 16 tokens the usual angles hardly turn, and a key's bias would have no gradient
         "activation": "gelu",
-        "biases": True,
-        "feed_forward": 88,
+        "bias": True,
+        "ffn_hidden_size": 88,
     },
 }
 # Of 256 stored rows: with tp 4 the last rank has some padding, or (mixed) nothing else.
@@ -99,7 +99,7 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "accumulation": ("1", "3"),
     "targets": ("equal", "unequal"),
     "world": ("smallest", "largest"),
-    "clip": ("off", "on"),
+    "max_grad_norm": ("off", "on"),
 }
 
 
@@ -175,7 +175,7 @@ class GradientCase:
             reshard_after_forward=self.reshard == "on",
         )
         parallel = ParallelConfig(
-            replicate=2 if self.engine == "hsdp" else 1,
+            dp_replicate=2 if self.engine == "hsdp" else 1,
             tp=int(self.tp),
             sequence_parallel=self.sequence_parallel == "on",
         )
@@ -184,9 +184,9 @@ class GradientCase:
             data=DataConfig(corpora=("none",), documents=self.documents),
             parallel=parallel,
             engine=engine,
-            optim=OptimConfig(lr=LR, eps=EPS, weight_decay=0.1, clip=self.largest_norm),
+            optim=OptimConfig(lr=LR, eps=EPS, weight_decay=0.1, max_grad_norm=self.largest_norm),
             train=TrainConfig(
-                seq_len=LENGTH, global_batch=ROWS, steps=STEPS, deterministic=self.dropout == "on"
+                seq_len=LENGTH, global_batch_size=ROWS, steps=STEPS, deterministic=self.dropout == "on"
             ),
             log=LogConfig(),
         )
@@ -199,7 +199,7 @@ class GradientCase:
     def model(self) -> ModelConfig:
         sizes = dict(_STYLES[self.style])
         if self.tp == "8":
-            sizes["kv_heads"] = 8
+            sizes["num_kv_heads"] = 8
         return ModelConfig(**sizes, dropout=0.0 if self.dropout == "off" else 0.2)
 
 

@@ -19,9 +19,16 @@ from gradient_errors import compared
 from gradient_plants import Plant, all_of, in_loss, replaced, replaced_method
 from gradient_run import NARROW, Outcome, on_ranks, one_process
 
-from lmscale.engine import account, ddp, fsdp, layout, native, zero
+from lmscale.engine import step as account, ddp, fsdp, layout, torch_engine as native
+from lmscale.engine.deepspeed import engine as zero
 from lmscale.model import attention
-from lmscale.parallel import collectives, recompute, shard, tensor, vocabulary
+from lmscale.parallel import (
+    collectives,
+    activation_checkpointing as recompute,
+    shard,
+    tensor,
+    tensor as vocabulary,
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ BUGS: Mapping[str, Bug] = {
     ),
     "clipping before the division by the tokens": Bug(
         replaced(account, "clip", plants.later_clip),
-        where={"clip": "on"},
+        where={"max_grad_norm": "on"},
         case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "tokens go to the next rank": Bug(

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmscale.engine import zero_start
-from lmscale.model import language
-from lmscale.parallel import vocabulary
+from lmscale.engine.deepspeed import setup as zero_start
+from lmscale.model import transformer as language
+from lmscale.parallel import tensor as vocabulary
 from lmscale.parallel.blocks import set_forward
 
 Plant = Callable[[], AbstractContextManager[Any]]

@@ -187,8 +187,8 @@ def _rank_main(
 def _serve(pipe: Connection, rank: int, size: int, master: str, bare: bool) -> None:
     import torch
 
-    from lmscale.dist.group import distributed
-    from lmscale.world import World
+    from lmscale.distributed.process_group import distributed
+    from lmscale.base.world import World
 
     def world(master: str, start: str) -> World:
         return World(rank, rank, size, size, master if size > 1 else None, start)

@@ -7,9 +7,9 @@ import pytest
 from checkpoint_case import SHAPES, differences, load_as, present, save_as, save_equal, whole
 
 from lmscale.checkpoint.load import load, load_weights_one_process
-from lmscale.run.attempts import claim
-from lmscale.run.folder import RunFolder
-from lmscale.run.manifest import damage, read_manifest
+from lmscale.run_folder.attempts import claim
+from lmscale.run_folder.paths import RunFolder
+from lmscale.run_folder.checkpoints import damage, read_manifest
 
 SAVERS = [
     (1, "plain"),

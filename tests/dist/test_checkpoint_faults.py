@@ -17,10 +17,10 @@ from checkpoint_case import (
 )
 from pool import Died
 
-from lmscale.run.attempts import claim
-from lmscale.run.checkpoints import newest_valid
-from lmscale.run.folder import RunFolder
-from lmscale.run.manifest import damage
+from lmscale.run_folder.attempts import claim
+from lmscale.run_folder.checkpoints import newest_valid
+from lmscale.run_folder.paths import RunFolder
+from lmscale.run_folder.checkpoints import damage
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from engine_case import LR, Case, engine_of, mesh_of, micro_batches, model_of, p
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmscale.parallel.compiled import compile_blocks
-from lmscale.parallel.recompute import checkpoint_activations
+from lmscale.parallel.compile import compile_blocks
+from lmscale.parallel.activation_checkpointing import checkpoint_activations
 from lmscale.parallel.tensor import split_tensors
 
-MODEL = {"layers": 4, "dropout": 0.2}
+MODEL = {"num_layers": 4, "dropout": 0.2}
 # Everything of the compiler but its C++, which takes ten seconds a graph.
 CHEAP = partial(torch.compile, backend="aot_eager_decomp_partition")
 ENGINES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

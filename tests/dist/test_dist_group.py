@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from pool import Died
 
-from lmscale.dist.group import distributed
-from lmscale.dist.mesh import make_mesh
-from lmscale.dist.reduce import (
+from lmscale.distributed.process_group import distributed
+from lmscale.distributed.mesh import make_mesh
+from lmscale.distributed.process_group import (
     agree,
     broadcast_object,
     gather_objects,
@@ -19,8 +19,8 @@ from lmscale.dist.reduce import (
     sum_over,
     together,
 )
-from lmscale.errors import CheckpointError, DistributedError, RetryableError
-from lmscale.world import World
+from lmscale.base.errors import CheckpointError, DistributedError, RetryableError
+from lmscale.base.world import World
 
 CPU = torch.device("cpu")
 FULL = "reading or writing /disk: No space left on device; free some space and start again"
@@ -126,7 +126,7 @@ def test_axes_and_their_groups(ranks):
     got = ranks(4)(place, Sizes(replicate=2, shard=1, tp=2))
     assert [rank["dp"] for rank in got] == [(0, 2, 5.0), (0, 2, 10.0), (1, 2, 5.0), (1, 2, 10.0)]
     assert [rank["tp"] for rank in got] == [(0, 2), (1, 2), (0, 2), (1, 2)]
-    assert got[3]["sums"] == {"replicate": 10.0, "shard": 8.0, "tp": 12.0}
+    assert got[3]["sums"] == {"dp_replicate": 10.0, "shard": 8.0, "tp": 12.0}
     assert got[3]["sub"] == [1, 3]
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from pool import CaseFailed, Died, Pool
 
-from lmscale.dist.peers import lost_peer
+from lmscale.distributed.process_group import lost_peer
 
 
 def where() -> tuple[int, int, int]:

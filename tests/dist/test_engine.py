@@ -21,8 +21,8 @@ from engine_case import (
     train,
 )
 
-from lmscale.batch import Batch
-from lmscale.errors import DataError
+from lmscale.base.batch import Batch
+from lmscale.base.errors import DataError
 
 KINDS = ["fsdp", "ddp", "deepspeed"]
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -47,7 +47,7 @@ def test_steps_equal_one_process(ranks, kind, precision):
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_tied_and_unclipped_equal_one_process(ranks, kind):
     """The one case that clips nothing: a wrong scale of the gradient shows in both moments."""
-    model = {"tied": True, "trainable": ["*attention*", "*embedding*"]}
+    model = {"tie_embeddings": True, "trainable": ["*attention*", "*embedding*"]}
     case = Case(kind, accumulation=3, clip=None, model=model)
     results, states = reference(case, torch.float32)
     found, after = ranks(2)(train, case)[0]
@@ -73,7 +73,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(ranks, kind, precision):
 
 def test_ddp_on_three_ranks_resumes_bitwise(ranks):
     """Where sums of three depend on their order, and the order on how DDP has grouped gradients."""
-    case = Case("ddp", model={"width": 320, "heads": 8, "feed_forward": 640})
+    case = Case("ddp", model={"hidden_size": 320, "num_heads": 8, "ffn_hidden_size": 640})
     results, _ = ranks(3)(train, case, range(3))[0]
     _, resumed, _, _ = ranks(3)(interrupted, case, case, 2, 1)[0]
     assert resumed == results[2:]

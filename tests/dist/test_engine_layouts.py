@@ -26,17 +26,17 @@ from engine_case import (
 )
 from torch import Tensor
 
-from lmscale.engine import account
+from lmscale.engine import step as account
 from lmscale.engine.layout import part_of
 
 TP = {"tp": 2, "sequence_parallel": True}
 # 54: a tp rank has 27 rows of a matrix, which two ranks cannot share evenly
 GPT2 = {
-    "norm": "layer", "positions": "learned", "activation": "gelu_tanh", "biases": True, "tied": True,
-    "feed_forward": 54,
+    "norm": "layer", "positions": "learned", "activation": "gelu_tanh", "bias": True, "tie_embeddings": True,
+    "ffn_hidden_size": 54,
 }  # fmt: skip
 LAYOUTS = {
-    "hsdp": Case("fsdp", "fp64", 3, parallel={"replicate": 2}, layer_stats=True),
+    "hsdp": Case("fsdp", "fp64", 3, parallel={"dp_replicate": 2}, layer_stats=True),
     "ddp-tp": Case("ddp", "fp64", 3, model=GPT2, parallel=TP, layer_stats=True),
     "fsdp-tp": Case("fsdp", "fp64", 3, model=GPT2, parallel=TP, layer_stats=True),
 }
@@ -121,7 +121,7 @@ def _assert_pieces_make_the_model(seen: list[Seen], model: torch.nn.Module) -> N
     ("first", "second"),
     [
         (Case("ddp", parallel=TP), Case("fsdp", seed=7)),
-        (Case("fsdp", parallel={"replicate": 2}), Case("fsdp", seed=7, parallel=TP)),
+        (Case("fsdp", parallel={"dp_replicate": 2}), Case("fsdp", seed=7, parallel=TP)),
     ],
     ids=["ddp-tp-to-fsdp", "hsdp-to-fsdp-tp"],
 )
@@ -136,11 +136,11 @@ def test_layouts_go_on_from_each_other(ranks, first, second):
 
 
 @pytest.mark.parametrize(
-    ("kind", "parallel"), [("fsdp", {"replicate": 2}), ("ddp", TP)], ids=["hsdp", "ddp-tp"]
+    ("kind", "parallel"), [("fsdp", {"dp_replicate": 2}), ("ddp", TP)], ids=["hsdp", "ddp-tp"]
 )
 def test_a_resumed_layout_is_bitwise_the_uninterrupted_one(ranks, kind, parallel):
     """In bf16 with a tied embedding: copies in low precision of what a tp rank holds."""
-    case = Case(kind, "bf16", 3, parallel=parallel, model={"tied": True})
+    case = Case(kind, "bf16", 3, parallel=parallel, model={"tie_embeddings": True})
     results, states = ranks(4)(train, case, range(3))[0]
     same, resumed, state, _ = ranks(4)(interrupted, case, case, 2, 1)[0]
     assert same
@@ -170,7 +170,7 @@ def _planted(case: Case) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "parallel"), [("ddp", TP), ("fsdp", {**TP, "replicate": 2})], ids=["ddp", "hsdp"]
+    ("kind", "parallel"), [("ddp", TP), ("fsdp", {**TP, "dp_replicate": 2})], ids=["ddp", "hsdp"]
 )
 def test_inf_on_one_tp_rank_skips_the_step_everywhere(ranks, kind, parallel):
     case = Case(kind, accumulation=3, parallel=parallel)
@@ -193,7 +193,7 @@ def test_where_weights_wait_changes_nothing(ranks, engine):
 def test_bf16_gradients_are_added_up_and_reduced_in_fp32(ranks):
     """Both engines compute the same gradients in bf16; a sum in bf16 would be off by 4e-3."""
     _, states = ranks(4)(train, Case("ddp", "bf16", 3), range(1))[0]
-    _, after = ranks(4)(train, Case("fsdp", "bf16", 3, parallel={"replicate": 2}), range(1))[0]
+    _, after = ranks(4)(train, Case("fsdp", "bf16", 3, parallel={"dp_replicate": 2}), range(1))[0]
     assert_close(after[0], states[0], 1e-5)
 
 
@@ -227,7 +227,7 @@ def _kept(case: Case) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("case", "share"),
     [
-        (Case("fsdp", accumulation=3, parallel={"replicate": 2}), 1),
+        (Case("fsdp", accumulation=3, parallel={"dp_replicate": 2}), 1),
         (Case("fsdp", "bf16", accumulation=3), 1),
         (Case("ddp", accumulation=3), 0),  # they are added up in the buckets, which stand anyway
     ],

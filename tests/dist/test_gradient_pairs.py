@@ -17,8 +17,8 @@ from gradient_errors import verdict
 from gradient_page import proven
 from gradient_run import on_ranks, one_process
 
-from lmscale.config.factors import FACTORS, OPEN, factors
-from lmscale.config.proven import PATH, Table
+from lmscale.config.proven import FACTORS, OPEN, factors
+from lmscale.config.proven import PATH, ProvenTable
 
 
 @pytest.mark.parametrize("case", by_world(pairs()), ids=lambda case: case.name)
@@ -54,7 +54,7 @@ def test_a_combination_of_which_a_case_failed_is_refused_though_every_three_of_i
     cases = [case for case in triples() if case.dropout != "drawn" and case.tp != "8"]
     passed = [{"name": case.name, "verdict": "passed"} for case in cases]
     victim, other = cases[3], cases[4]
-    table = Table(proven([*passed, {"name": victim.name, "verdict": "failed"}]))
+    table = ProvenTable(proven([*passed, {"name": victim.name, "verdict": "failed"}]))
     assert not table.proves({factor: victim.words[factor] for factor in FACTORS})
     assert table.proves({factor: other.words[factor] for factor in FACTORS})
 

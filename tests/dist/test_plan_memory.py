@@ -16,18 +16,18 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launcher.planning.activations import Work, activation_bytes, block_bytes, modes_of
-from launcher.planning.held import Mesh, held_by
-from launcher.planning.memory import Memory, memory_of
-from launcher.planning.parameters import parameters
-from lmscale.batch import Batch, Stream
-from lmscale.engine import account
+from lmscale.modelspec.activations import Work, activation_bytes, block_bytes, modes_of
+from lmscale_launcher.planner.memory_estimate import MeshSizes, held_by
+from lmscale_launcher.planner.memory_estimate import Memory, memory_of
+from lmscale.modelspec.parameters import parameters
+from lmscale.base.batch import Batch, Stream
+from lmscale.engine import step as account
 from lmscale.engine.build import build_engine
 from lmscale.parallel.passes import parallelize
 
 ROWS, LENGTH = 4, 192
 # Activations and weights of about the same size, so that neither hides the other's mistake.
-MODEL = {"layers": 6, "width": 96, "heads": 4, "kv_heads": 2, "feed_forward": 250}
+MODEL = {"num_layers": 6, "hidden_size": 96, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 250}
 
 
 def batch() -> Batch[Tensor]:
@@ -110,12 +110,12 @@ def everything() -> int:
     return storage_bytes(o for o in gc.get_objects() if isinstance(o, Tensor))
 
 
-def planned_mesh(case: Case, size: int) -> Mesh:
+def planned_mesh(case: Case, size: int) -> MeshSizes:
     parallel = case.config().parallel
     dp = size // parallel.tp
     if case.kind == "ddp":
-        return Mesh(dp, 1, parallel.tp)
-    return Mesh(parallel.replicate, dp // parallel.replicate, parallel.tp)
+        return MeshSizes(dp, 1, parallel.tp)
+    return MeshSizes(parallel.dp_replicate, dp // parallel.dp_replicate, parallel.tp)
 
 
 def work_of(case: Case) -> Work:
@@ -144,7 +144,7 @@ CASES = {
     "fsdp": Case(kind="fsdp"),
     "fsdp-bf16": Case(kind="fsdp", precision="bf16"),
     "fsdp-fp64": Case(kind="fsdp", precision="fp64"),
-    "hsdp": Case(kind="fsdp", parallel={"replicate": 2}),
+    "hsdp": Case(kind="fsdp", parallel={"dp_replicate": 2}),
     "ddp": Case(kind="ddp"),
     "ddp-bf16": Case(kind="ddp", precision="bf16"),
     "zero0": zero(0),
@@ -158,8 +158,8 @@ CASES = {
     "gpt2": Case(
         model={
             "norm": "layer",
-            "biases": True,
-            "tied": True,
+            "bias": True,
+            "tie_embeddings": True,
             "positions": "learned",
             "max_positions": LENGTH,
         }
@@ -183,7 +183,7 @@ def test_weights_gradients_and_optimizer_state_are_exact(
     case = CASES[name]
     # Odd: rows cannot be dealt evenly.
     hidden = 56 if case.config().parallel.tp > 1 else 55
-    case = replace(case, model={**case.model, "feed_forward": hidden})
+    case = replace(case, model={**case.model, "ffn_hidden_size": hidden})
     real = ranks(size)(held, case)[0]
     cfg = case.config()
     found = parameters(cfg.model, vocab_size=VOCAB, max_positions=LENGTH)
@@ -265,7 +265,7 @@ def test_activations_of_tensor_parallel_ranks(
     cfg, work = case.config(), work_of(case)
     plain = replace(work, recompute="none")
     once = activation_bytes(cfg.model, plain)
-    once -= work.tokens * cfg.model.layers * block_bytes(cfg.model, work, "none")
+    once -= work.tokens * cfg.model.num_layers * block_bytes(cfg.model, work, "none")
     blocks = sum(
         n * block_bytes(cfg.model, work, mode) for mode, n in modes_of(cfg.model, work).items()
     )

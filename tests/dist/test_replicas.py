@@ -13,28 +13,28 @@ import torch.distributed as dist
 from engine_case import LR, Case, engine_of, mesh_for, micro_batches, model_of
 from small_job import Job, prepare_corpus, small_run
 
-from lmscale.config.load import load
+from lmscale.config.run_file import load
 from lmscale.engine.layout import part_of
-from lmscale.engine.protocol import Engine, StepResult
-from lmscale.errors import ExitCode
-from lmscale.run.events import EventLog, read_events
-from lmscale.run.folder import RunFolder
-from lmscale.run.pulse import Pulse
-from lmscale.train import assemble
-from lmscale.train.layers import LayerStats
-from lmscale.train.rank import Rank
+from lmscale.engine.base import Engine, StepResult
+from lmscale.base.errors import ExitCode
+from lmscale.run_folder.events import EventLog, read_events
+from lmscale.run_folder.paths import RunFolder
+from lmscale.run_folder.rank_progress import RankProgress
+from lmscale.train import build as assemble
+from lmscale.train.layer_stats import LayerStats
+from lmscale.train.context import RunContext
 from lmscale.train.replicas import Drifted, Replicas
-from lmscale.train.signals import StopRequest
-from lmscale.world import World
+from lmscale.train.stop_request import StopRequest
+from lmscale.base.world import World
 
 NORM = "decoder.norm.weight"
 
 
-def rank_of(case: Case, folder: Path, *overrides: str) -> Rank:
+def rank_of(case: Case, folder: Path, *overrides: str) -> RunContext:
     cfg = load("smoke", [f"train.run_dir={folder}", *overrides])
     run = RunFolder(folder)
     events = EventLog(run, "test") if dist.get_rank() == 0 else None
-    return Rank(cfg, mesh_for(case), torch.device("cpu"), run, events)
+    return RunContext(cfg, mesh_for(case), torch.device("cpu"), run, events)
 
 
 def flip_lowest_bit(engine: Engine, name: str) -> None:
@@ -50,7 +50,7 @@ def train_and_flip(case: Case, folder: Path, odd: int, every: int = 1) -> tuple[
 
 def _train_and_flip(case: Case, folder: Path, odd: int, every: int) -> tuple[int, str]:
     engine = engine_of(case)
-    rank = rank_of(case, folder, f"train.check_replicas_every={every}")
+    rank = rank_of(case, folder, f"train.replica_check_every_steps={every}")
     replicas = Replicas(rank, engine)
     for step in (1, 2, 3):
         engine.step(micro_batches(case, step), lr=LR)
@@ -71,7 +71,7 @@ def _train_and_flip(case: Case, folder: Path, odd: int, every: int) -> tuple[int
     "case",
     [
         pytest.param(Case("ddp"), id="ddp"),
-        pytest.param(Case("fsdp", parallel={"replicate": 2}), id="hsdp"),
+        pytest.param(Case("fsdp", parallel={"dp_replicate": 2}), id="hsdp"),
         pytest.param(Case("fsdp", parallel={"tp": 2}), id="tp"),
         pytest.param(Case("deepspeed", engine={"zero_stage": 1}), id="zero1"),
     ],
@@ -167,7 +167,7 @@ def start(world: World, run_file: Path, run_dir: Path, flip_at: int) -> ExitCode
     with patch.object(assemble, "build_engine", flipping):
         try:
             return assemble.train(
-                cfg, world, StopRequest(), folder=folder, events=events, pulse=Pulse()
+                cfg, world, StopRequest(), folder=folder, events=events, pulse=RankProgress()
             )
         except Drifted as drift:
             return drift.exit_code
@@ -177,7 +177,7 @@ def test_a_run_ends_at_the_drift_and_goes_on_from_before_it(ranks: Any, tmp_path
     run = small_run(
         prepare_corpus(tmp_path),
         engine={"kind": "ddp", "precision": "fp32"},
-        train={"steps": 9, "check_replicas_every": 3, "deterministic": False},
+        train={"steps": 9, "replica_check_every_steps": 3, "deterministic": False},
         data={"trace": False},
         eval={"corpora": [], "every_steps": None},
         checkpoint={"every_steps": 2},

@@ -10,22 +10,22 @@ import torch.distributed as dist
 from engine_case import rows_of
 from torch import Tensor
 
-from lmscale.config.sections import ModelConfig, ParallelConfig
-from lmscale.dist.mesh import Mesh, make_mesh
-from lmscale.dist.reduce import sum_over
+from lmscale.config.schema import ModelConfig, ParallelConfig
+from lmscale.distributed.mesh import Mesh, make_mesh
+from lmscale.distributed.process_group import sum_over
 from lmscale.model.build import build_model
-from lmscale.model.language import LanguageModel
-from lmscale.model.plan import cut_dim, sums_over_tokens
+from lmscale.model.transformer import LanguageModel
+from lmscale.model.tp_plan import cut_dim, sums_over_tokens
 from lmscale.parallel.tensor import split_tensors
-from lmscale.world import World
+from lmscale.base.world import World
 
 VOCAB, LENGTH = 61, 12
-LLAMA = {"layers": 2, "width": 24, "heads": 8, "kv_heads": 4, "head_dim": 6, "feed_forward": 40}
+LLAMA = {"num_layers": 2, "hidden_size": 24, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "ffn_hidden_size": 40}
 GPT2 = {
-    "layers": 2, "width": 32, "heads": 4, "norm": "layer", "positions": "learned",
-    "activation": "gelu_tanh", "biases": True, "tied": True,
+    "num_layers": 2, "hidden_size": 32, "num_heads": 4, "norm": "layer", "positions": "learned",
+    "activation": "gelu_tanh", "bias": True, "tie_embeddings": True,
 }  # fmt: skip
-STYLES = {"llama": LLAMA, "gpt2": GPT2, "post": {**GPT2, "norm_place": "post", "tied": False}}
+STYLES = {"llama": LLAMA, "gpt2": GPT2, "post": {**GPT2, "norm_order": "post", "tie_embeddings": False}}
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from engine_case import (
 from lmscale.engine.build import build_engine
 
 # What a head, a norm or a bias could hide: the head is the embedding, and hooks stand around biases too.
-TIED = {"tied": True, "biases": True, "norm": "layer", "positions": "learned", "activation": "gelu"}
-FROZEN = {"tied": True, "trainable": ["*attention*", "*embedding*"]}
+TIED = {"tie_embeddings": True, "bias": True, "norm": "layer", "positions": "learned", "activation": "gelu"}
+FROZEN = {"tie_embeddings": True, "trainable": ["*attention*", "*embedding*"]}
 
 
 def zero(stage: int, precision: str = "fp32", **case: Any) -> Case:
@@ -117,7 +117,7 @@ def test_stage_3_holds_on_to_norms_and_nothing_else(ranks):
 
 def test_stage_3_deals_out_what_does_not_divide(ranks):
     """Over three ranks every parameter has a padded last part, and some ranks nothing of a small one."""
-    case = zero(3, accumulation=1, model={**TIED, "width": 4, "heads": 2, "feed_forward": 5})
+    case = zero(3, accumulation=1, model={**TIED, "hidden_size": 4, "num_heads": 2, "ffn_hidden_size": 5})
     results, states = reference(case, torch.float32)
     found, after = ranks(3)(train, case)[0]
     for step in range(3):

@@ -22,13 +22,13 @@ def refused(job: Job, *overrides: str, code: int, words: list[str]) -> str:
 
 def test_unknown_repeated_and_mistyped_keys_are_reported_together(job: Job, corpus: Path) -> None:
     (job.folder / "run.yaml").write_text(
-        "model: {layers: two, width: 32, heads: 2}\n"
+        "model: {num_layers: two, hidden_size: 32, num_heads: 2}\n"
         f"data: {{corpora: [{{path: {corpus}}}]}}\n"
         "optim: {lr: 1e-3, warmup_step: 5}\n"
-        "train: {steps: 10, steps: 20, global_batch: 8, seq_len: 32}\n"
+        "train: {steps: 10, steps: 20, global_batch_size: 8, seq_len: 32}\n"
     )
     refused(
-        job, code=78, words=["model.layers", "optim.warmup_step", "warmup_steps", "train.steps"]
+        job, code=78, words=["model.num_layers", "optim.warmup_step", "warmup_steps", "train.steps"]
     )
     assert not (job.folder / "runs").exists()
 
@@ -97,17 +97,22 @@ def test_a_corpus_of_another_tokenizer_is_refused(job: Job, corpus: Path) -> Non
 
 def test_fewer_samples_than_one_batch(job: Job, corpus: Path) -> None:
     job.write(small_run(corpus))
-    refused(job, "train.global_batch=1000000", code=78, words=["train.global_batch", "samples"])
+    refused(
+        job,
+        "train.global_batch_size=1000000",
+        code=78,
+        words=["train.global_batch_size", "samples"],
+    )
 
 
 def test_fewer_samples_in_a_batch_than_ranks(job: Job, corpus: Path) -> None:
     job.write(small_run(corpus))
-    refused(job, "train.global_batch=1", code=78, words=["train.global_batch", "2"])
+    refused(job, "train.global_batch_size=1", code=78, words=["train.global_batch_size", "2"])
 
 
 def test_an_indivisible_batch_trains_and_the_waste_is_printed(job: Job, corpus: Path) -> None:
     job.write(small_run(corpus))
-    done = job.train("train.global_batch=7", "train.steps=4", "eval.corpora=[]")
+    done = job.train("train.global_batch_size=7", "train.steps=4", "eval.corpora=[]")
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "12.5 %" in said or "12.5%" in said, said  # 7 rows on 2 ranks x 2 micro-batches of 2
@@ -126,9 +131,9 @@ def test_another_identity_is_refused_and_nothing_is_touched(job: Job, corpus: Pa
     refused(
         job,
         "optim.lr=0.1",
-        "model.layers=3",
+        "model.num_layers=3",
         code=78,
-        words=["optim.lr", "model.layers", "allow_change"],
+        words=["optim.lr", "model.num_layers", "allow_change"],
     )
     after = sorted(
         path
@@ -200,7 +205,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(
     run_dir = small_disk / "run"
     job.write(
         small_run(
-            corpus, model={"width": 64}, train={"run_dir": str(run_dir)}, log={"trackers": []}
+            corpus, model={"hidden_size": 64}, train={"run_dir": str(run_dir)}, log={"trackers": []}
         )
     )
     done = job.train("eval.corpora=[]")
@@ -217,7 +222,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(
 def test_out_of_memory_names_the_levers(job: Job, corpus: Path) -> None:
     job.write(small_run(corpus))
     said = refused(
-        job, "model.width=200000", "model.heads=2", "model.feed_forward=4000000", code=78,
-        words=["out of memory", "train.micro_batch"],
+        job, "model.hidden_size=200000", "model.num_heads=2", "model.ffn_hidden_size=4000000", code=78,
+        words=["out of memory", "train.micro_batch_size"],
     )  # fmt: skip
     assert "engine.activation_checkpointing" in said

@@ -13,7 +13,7 @@ def test_another_runs_checkpoint_is_gone_on_from_and_its_damage_ends_the_start(
     job: Job, corpus: Path
 ) -> None:
     job.write(small_run(corpus))
-    assert job.train("train.stop_at=7", "parallel.shard=2").returncode == 0
+    assert job.train("train.stop_at=7", "parallel.dp_shard=2").returncode == 0
     scored = lmscale("eval", job.run_dir, "--max-samples", "4", cwd=job.folder)
     assert scored.returncode == 0, "on one rank, whatever was trained on"
     (name,) = job.checkpoints()

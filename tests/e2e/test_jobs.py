@@ -50,7 +50,7 @@ def test_from_submit_to_the_end_with_a_stop_and_a_resume(
 ) -> None:
     job_file(job, corpus)
     dry = verb(job, "submit", "run.yaml", "--dry-run")
-    assert "launcher.cli train" in dry["preview"]
+    assert "lmscale_launcher.cli train" in dry["preview"]
     assert not job.run_dir.exists()
     (begun,) = [verb(job, "submit", "run.yaml")]
     assert (begun["state"], begun["number"], begun["kind"]) == ("running", 1, "local")
@@ -122,6 +122,6 @@ def test_what_fails_at_once_is_said_with_its_code_and_leaves_a_log(job: Job, cor
 
 def test_a_broken_run_file_creates_nothing(job: Job, corpus: Path) -> None:
     job_file(job, corpus)
-    for override in ("optim.lrr=1", "data.corpora=nowhere", "parallel.shard=5"):
+    for override in ("optim.lrr=1", "data.corpora=nowhere", "parallel.dp_shard=5"):
         assert lmscale("submit", "run.yaml", override, cwd=job.folder).returncode == 78
     assert not (job.folder / "runs").exists()

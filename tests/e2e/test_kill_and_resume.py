@@ -106,7 +106,10 @@ def test_going_on_with_other_ranks_and_micro_batch_keeps_every_sample(
     job.write(run)
     for ranks, micro_batch, stop_at in ((2, 2, 20), (3, 1, 40), (1, 4, STEPS)):
         done = job.train(
-            "--nproc", str(ranks), f"train.micro_batch={micro_batch}", f"train.stop_at={stop_at}"
+            "--nproc",
+            str(ranks),
+            f"train.micro_batch_size={micro_batch}",
+            f"train.stop_at={stop_at}",
         )
         assert done.returncode == 0, done.stdout + done.stderr
     alone = Job(job.folder, "alone")

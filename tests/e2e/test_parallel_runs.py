@@ -19,7 +19,7 @@ def run_file(corpus: Path, **engine: Any) -> dict[str, Any]:
     return small_run(
         corpus,
         engine={"kind": "ddp", **engine},
-        train={"steps": STEPS, "check_replicas_every": 4},
+        train={"steps": STEPS, "replica_check_every_steps": 4},
         optim={"lr": 1e-3},
         eval={"every_steps": STEPS, "max_samples": 8},
         checkpoint={"every_steps": 3, "keep": 9},

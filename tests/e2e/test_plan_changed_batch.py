@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from small_job import Job, lmscale, small_run
 
-ALLOW = "train.allow_change=[train.global_batch]"
+ALLOW = "train.allow_change=[train.global_batch_size]"
 
 
 def planned(job: Job, *argv: str) -> list[dict[str, int]]:
@@ -22,7 +22,7 @@ def test_a_changed_batch_is_listed_before_and_after_each_change(job: Job, corpus
     last = 5 * len(batches)
     job.write(small_run(corpus, train={"steps": last}, eval={"every_steps": None}))
     for index, batch in enumerate(batches):
-        given = (f"train.global_batch={batch}", ALLOW)
+        given = (f"train.global_batch_size={batch}", ALLOW)
         done = job.train(f"train.stop_at={5 * (index + 1)}", *given)
         assert done.returncode == 0, done.stdout + done.stderr
         rows = planned(job, *given)

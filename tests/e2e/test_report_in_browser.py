@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lmscale.run.folder import RunFolder
+from lmscale.run_folder.paths import RunFolder
 from lmscale.train.report.page import write_report
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = RunFolder(tmp_path_factory.mktemp("run") / "tales")
     folder.events.mkdir(parents=True)
     folder.config.write_text(
-        "model: {layers: 2, width: 128}\ntrain: {steps: 400}\n# the last line\n"
+        "model: {num_layers: 2, hidden_size: 128}\ntrain: {steps: 400}\n# the last line\n"
     )
     metrics = [
         {"step": s, "loss": 2 + 4 / math.sqrt(s), "tokens": s * 512, "lr": 1e-3, "grad_norm": 1 / s}

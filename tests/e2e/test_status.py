@@ -158,7 +158,7 @@ def test_stopped_failed_and_killed_are_told_apart(job: Job, corpus: Path) -> Non
     process.communicate(timeout=60)
     assert status(stopped, "stopped")["words"] == "stopped: by lmscale stop"
 
-    done = failed.train("optim.lr=1e30", "optim.max_skips=0", "optim.warmup_steps=0")
+    done = failed.train("optim.lr=1e30", "optim.max_nonfinite_steps=0", "optim.warmup_steps=0")
     assert done.returncode == 86, done.stderr
     assert status(failed, "failed")["words"].startswith("failed: diverged, 86: step ")
 

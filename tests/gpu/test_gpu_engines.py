@@ -17,10 +17,10 @@ from gradient_errors import compared
 from gradient_run import on_ranks, one_process
 from torch.nn.attention.flex_attention import BlockMask
 
-from lmscale.dist.group import distributed
-from lmscale.model import one_graph
+from lmscale.base.world import World
+from lmscale.distributed.process_group import distributed
+from lmscale.model import attention as one_graph
 from lmscale.model.attention import causal_mask, on_device
-from lmscale.world import World
 
 pytestmark = [
     pytest.mark.gpu,
@@ -57,9 +57,9 @@ NAMES = (
 # Heads of 16 and rows of more than FlexAttention's block of 128: below, other kernels take their place.
 LENGTH = 160
 HEADS = {
-    "llama": {"heads": 4, "kv_heads": 2},
-    "gpt2": {"heads": 4},
-    "mixed": {"heads": 8, "head_dim": 16},
+    "llama": {"num_heads": 4, "num_kv_heads": 2},
+    "gpt2": {"num_heads": 4},
+    "mixed": {"num_heads": 8, "head_dim": 16},
 }
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmscale.batch import Batch, Stream
-from lmscale.config.sections import ModelConfig, OptimConfig
+from lmscale.base.batch import Batch, Stream
+from lmscale.config.schema import ModelConfig, OptimConfig
 from lmscale.model.build import build_model
-from lmscale.model.language import LanguageModel
-from lmscale.optim.build import build_adamw, parameter_groups
+from lmscale.model.transformer import LanguageModel
+from lmscale.optim.optimizer import build_adamw, parameter_groups
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,14 @@ def _exact_products():
 
 
 def build(device: str, dtype: torch.dtype = torch.float32, **changes: object) -> LanguageModel:
-    sizes = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "init_std": 0.1, **changes}
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "init_std": 0.1,
+        **changes,
+    }
     return build_model(
         ModelConfig(**sizes), vocab_size=VOCAB, max_positions=LENGTH, dtype=dtype, device=device
     )

@@ -86,12 +86,12 @@ def prepare_corpus(folder: Path) -> Path:
 def small_run(corpus: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """A run file of a model that takes milliseconds a step."""
     run: dict[str, Any] = {
-        "model": {"layers": 2, "width": 32, "heads": 2, "feed_forward": 64},
+        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "ffn_hidden_size": 64},
         "data": {"corpora": [{"path": str(corpus)}], "trace": True},
         "engine": {"kind": "fsdp"},
         "optim": {"lr": 3e-3, "warmup_steps": "5%"},
         "train": {
-            "steps": 40, "global_batch": 8, "micro_batch": 2, "seq_len": 32, "deterministic": True,
+            "steps": 40, "global_batch_size": 8, "micro_batch_size": 2, "seq_len": 32, "deterministic": True,
         },
         "eval": {"corpora": [str(corpus)], "every_steps": 20},
         "checkpoint": {"every_steps": 7},

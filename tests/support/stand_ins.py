@@ -13,8 +13,8 @@ from typing import Any
 
 from ports import free_port
 
-from lmscale.run.events import read_events
-from lmscale.run.folder import RunFolder
+from lmscale.run_folder.events import read_events
+from lmscale.run_folder.paths import RunFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,11 +24,11 @@ import os, signal, sys, json
 from pathlib import Path
 import lmscale
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who started the tests may have had it ignored (nohup)
-from launcher.supervisor.spawn import Place
-from launcher.supervisor.stall import Patience
-from launcher.supervisor.supervise import Job, supervise
-from lmscale.run.folder import RunFolder
-from lmscale.errors import LmscaleError
+from lmscale_launcher.supervisor.rank_process import Place
+from lmscale_launcher.supervisor.watchdog import Patience
+from lmscale_launcher.supervisor.supervisor import Job, supervise
+from lmscale.run_folder.paths import RunFolder
+from lmscale.base.errors import LmscaleError
 options = json.loads(sys.argv[1])
 nodes = options.pop("nodes", {})
 options["patience"] = Patience(*options.pop("patience", ()))

@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from lmscale.rendezvous import RENDEZVOUS_FD, inherited, listen
-from lmscale.world import World
+from lmscale.base.listener import RENDEZVOUS_FD, inherited, listen
+from lmscale.base.world import World
 
 
 def test_one_listens_for_both_families_and_nobody_else_may() -> None:

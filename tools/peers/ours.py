@@ -4,24 +4,23 @@ import torch
 from task import Pace, Task
 from torch import Tensor
 
-from lmscale.batch import Batch, Stream
-from lmscale.config.run import RunConfig
-from lmscale.config.sections import EngineConfig, ModelConfig, OptimConfig
-from lmscale.dist.group import distributed
-from lmscale.dist.mesh import make_mesh
+from lmscale.base.batch import Batch, Stream
+from lmscale.base.world import World
+from lmscale.config.schema import EngineConfig, ModelConfig, OptimConfig, RunConfig
+from lmscale.distributed.mesh import make_mesh
+from lmscale.distributed.process_group import distributed
 from lmscale.engine.build import build_engine
 from lmscale.model.build import build_model
-from lmscale.world import World
 
 
 def config_of(task: Task) -> RunConfig:
     """options: keys of the run file's engine section."""
     return RunConfig.model_construct(
         model=ModelConfig(
-            layers=task.layers,
-            width=task.width,
-            heads=task.heads,
-            feed_forward=task.feed_forward,
+            num_layers=task.layers,
+            hidden_size=task.width,
+            num_heads=task.heads,
+            ffn_hidden_size=task.feed_forward,
             norm_eps=task.norm_eps,
             rope_theta=task.rope_theta,
         ),
@@ -31,7 +30,7 @@ def config_of(task: Task) -> RunConfig:
             betas=task.betas,
             eps=task.eps,
             weight_decay=task.weight_decay,
-            clip=task.clip,
+            max_grad_norm=task.clip,
         ),
     )
 

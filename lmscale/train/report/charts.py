@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lmscale.base.units import show_count
 from lmscale.train.report.shape import limits, sample, smooth, spread, thin
-from lmscale.units import show_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

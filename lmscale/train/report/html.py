@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 
-from lmscale.train.report.read import Evaluation, Event, Record
+from lmscale.base.units import show_count, show_seconds
+from lmscale.train.report.read import Evaluation, Event, RunHistory
 from lmscale.train.report.words import (
     Status,
     Tile,
@@ -15,7 +16,6 @@ from lmscale.train.report.words import (
     how_it_ended,
     short_corpus,
 )
-from lmscale.units import show_count, show_seconds
 
 _MOST_ROWS = 20  # of validation results
 _MOST_EVENTS = 200
@@ -44,7 +44,7 @@ def tile_list(tiles: Iterable[Tile]) -> str:
     )
 
 
-def samples(record: Record) -> str:
+def samples(record: RunHistory) -> str:
     """The newest text of each prompt."""
     newest: dict[str, Event] = {}
     for event in record.of_kind("sample"):
@@ -58,7 +58,7 @@ def samples(record: Record) -> str:
     )
 
 
-def validation_table(record: Record) -> str:
+def validation_table(record: RunHistory) -> str:
     """Results by corpus and step, thinned where there are many."""
     if not record.evaluations:
         return ""
@@ -88,7 +88,7 @@ def validation_table(record: Record) -> str:
     return f'<section class="long"><h2>Validation results</h2>{note}{_table(head, rows)}</section>'
 
 
-def environment(record: Record) -> str:
+def environment(record: RunHistory) -> str:
     """The newest facts about machine and software."""
     found = record.of_kind("environment")
     if not found:
@@ -101,7 +101,7 @@ def environment(record: Record) -> str:
     return f'<section class="long"><h2>Environment</h2><dl class="facts">{facts}</dl></section>'
 
 
-def attempts(record: Record) -> str:
+def attempts(record: RunHistory) -> str:
     """One row an attempt: where it began, how long it ran, how it ended."""
     found = record.of_kind("attempt")
     if not found:
@@ -133,7 +133,7 @@ def from_step(event: Event) -> int | None:
     return None if step is None else int(step)
 
 
-def config(record: Record) -> str:
+def config(record: RunHistory) -> str:
     """The resolved run file."""
     if not record.config_text:
         return ""
@@ -142,7 +142,7 @@ def config(record: Record) -> str:
     return f'<details class="first">{summary}<pre>{text}</pre></details>'
 
 
-def events(record: Record) -> str:
+def events(record: RunHistory) -> str:
     """What happened, in order; samples and the environment are shown elsewhere."""
     found = [e for e in record.events if e.kind not in ("sample", "environment")]
     if not found:
@@ -168,7 +168,7 @@ def events(record: Record) -> str:
     return f"<details><summary>Events{count}</summary>{_table(head, rows)}</details>"
 
 
-def footer(record: Record) -> str:
+def footer(record: RunHistory) -> str:
     """Where the numbers come from."""
     times = [e.time for e in record.events if e.time is not None]
     until = f" Last event: {_clock(times[-1])} UTC." if times else ""

@@ -13,12 +13,12 @@ from string import Template
 
 import numpy as np
 
-from lmscale.run.folder import RunFolder
+from lmscale.base.units import show_count
+from lmscale.run_folder.paths import RunFolder
 from lmscale.train.report import charts, html, words
 from lmscale.train.report.charts import Drawn, Frame, Marks, Series
-from lmscale.train.report.read import Event, Record, read_record
+from lmscale.train.report.read import Event, RunHistory, read_record
 from lmscale.train.report.shape import smooth, wants_log_x
-from lmscale.units import show_count
 
 _MOST_CORPORA = 6  # with a chart of their own
 
@@ -70,7 +70,7 @@ def write_report(folder: RunFolder) -> Path:
     return folder.report
 
 
-def render(record: Record) -> str:
+def render(record: RunHistory) -> str:
     """The page as HTML."""
     template = files("lmscale.train.report").joinpath("report.html.in").read_text("utf-8")
     return Template(template).substitute(
@@ -91,7 +91,7 @@ def render(record: Record) -> str:
     )
 
 
-def marks(record: Record) -> Marks:
+def marks(record: RunHistory) -> Marks:
     """Steps of saves and restarts; a restart is an attempt that goes on from a step of its run."""
     saves = {int(s) for e in record.of_kind("save") if (s := e.number("step")) is not None}
     restarts = {_restart_step(e) for e in record.of_kind("attempt", "restart")}
@@ -102,29 +102,29 @@ def _restart_step(event: Event) -> int:
     return html.from_step(event) or 0
 
 
-def _about(record: Record) -> str:
+def _about(record: RunHistory) -> str:
     shape = [
         f"{value:,} {what}"
-        for key, what in (("model.layers", "layers"), ("model.heads", "heads"))
+        for key, what in (("model.num_layers", "layers"), ("model.num_heads", "heads"))
         if isinstance(value := record.config(key), int)
     ]
-    width = record.config("model.width")
+    width = record.config("model.hidden_size")
     shape += [f"width {width:,}"] if isinstance(width, int) else []
-    batch, length = record.config("train.global_batch"), record.config("train.seq_len")
+    batch, length = record.config("train.global_batch_size"), record.config("train.seq_len")
     sizes = f"{batch:,} × {length:,} tokens a step" if _whole(batch) and _whole(length) else ""
     engine = [record.config("engine.kind"), record.config("engine.precision")]
     parts = [", ".join(shape), sizes, " ".join(str(x) for x in engine if x)]
     return " · ".join(part for part in parts if part)
 
 
-def _charts(record: Record) -> str:
+def _charts(record: RunHistory) -> str:
     steps, loss = record.steps, record.columns["loss"]
     even = Frame(first=int(steps[0]), last=int(steps[-1]), log_x=False, marks=marks(record))
     of_loss = replace(even, log_x=wants_log_x(steps, smooth(loss)))
     return "".join((_loss(record, of_loss), _bits(record, even), _small_charts(record, even)))
 
 
-def _loss(record: Record, frame: Frame) -> str:
+def _loss(record: RunHistory, frame: Frame) -> str:
     points = [
         (e.step, e.values["loss"]) for e in words.of_first_corpus(record) if "loss" in e.values
     ]
@@ -135,7 +135,7 @@ def _loss(record: Record, frame: Frame) -> str:
     return _section("Loss", "nats per token", drawn, keys=keys, note=scale)
 
 
-def _bits(record: Record, frame: Frame) -> str:
+def _bits(record: RunHistory, frame: Frame) -> str:
     out = []
     for corpus in record.corpora[:_MOST_CORPORA]:
         points = [
@@ -156,7 +156,7 @@ def _bits(record: Record, frame: Frame) -> str:
     return "".join(out)
 
 
-def _small_charts(record: Record, frame: Frame) -> str:
+def _small_charts(record: RunHistory, frame: Frame) -> str:
     def series(title: str, column: str, show: charts.Show) -> Series:
         return Series(f"{title} over steps", record.steps, record.columns[column], show)
 

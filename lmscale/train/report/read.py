@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lmscale.run.folder import RunFolder
-from lmscale.run.lines import readable_lines
+from lmscale.base.records import readable_lines
+from lmscale.run_folder.paths import RunFolder
 
 COLUMNS = ("loss", "tokens", "lr", "grad_norm", "tokens_per_s", "mfu")
 
@@ -45,7 +45,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class RunHistory:
     """A run as its folder tells it. Columns are NaN where a line has null, NaN or nothing."""
 
     name: str
@@ -74,14 +74,14 @@ class Record:
         return [event for event in self.events if event.kind in kinds]
 
 
-def read_record(folder: RunFolder) -> Record:
+def read_record(folder: RunFolder) -> RunHistory:
     """Read all that a report shows; a missing file is an empty one."""
     steps, columns = _metrics(folder.metrics)
     evaluations, baselines = _evaluations(folder.eval)
     events = [e for path in sorted(folder.events.glob("*.jsonl")) for e in _events(path)]
     events.sort(key=lambda event: event.time or 0.0)  # stable: a file's own order within a time
     text = folder.config.read_text("utf-8", "replace") if folder.config.is_file() else ""
-    return Record(
+    return RunHistory(
         name=folder.report.resolve().parent.name,
         steps=steps,
         columns=columns,

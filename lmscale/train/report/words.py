@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmscale.errors import ExitCode
-from lmscale.train.report.read import Evaluation, Event, Record
+from lmscale.base.errors import ExitCode
+from lmscale.base.units import show_count, show_seconds
+from lmscale.train.report.read import Evaluation, Event, RunHistory
 from lmscale.train.report.shape import half_width, smooth
-from lmscale.units import show_count, show_seconds
 
 _ENDS = {
     ExitCode.DONE: "done",
@@ -41,7 +41,7 @@ class Tile:
     below: str = ""
 
 
-def status(record: Record) -> Status:
+def status(record: RunHistory) -> Status:
     """Finished, stopped, failed or going on: by the steps done and the newest start's events."""
     last = int(record.steps[-1]) if len(record.steps) else 0
     total = total_steps(record)
@@ -71,7 +71,7 @@ def exit_code(event: Event) -> int | None:
     return None if code is None else int(code)
 
 
-def total_steps(record: Record) -> int | None:
+def total_steps(record: RunHistory) -> int | None:
     """How many steps the run is meant to take, where the run file or an event says so."""
     told = [e.number("total_steps") for e in record.of_kind("attempt", "start")]
     for value in [record.config("train.steps"), *reversed(told)]:
@@ -80,14 +80,14 @@ def total_steps(record: Record) -> int | None:
     return None
 
 
-def verdict(record: Record) -> list[str]:
+def verdict(record: RunHistory) -> list[str]:
     """Sentences; text between asterisks is for emphasis."""
     if not len(record.steps):
         return ["No step has finished yet."]
     return [_training(record), *_not_finite(record), *_validation(record)]
 
 
-def tiles(record: Record) -> list[Tile]:
+def tiles(record: RunHistory) -> list[Tile]:
     """Steps, tokens, wall time, speed, size and best validation."""
     steps = int(record.steps[-1]) if len(record.steps) else 0
     total, tokens = total_steps(record), tokens_seen(record)
@@ -117,7 +117,7 @@ def tiles(record: Record) -> list[Tile]:
     ]
 
 
-def tokens_seen(record: Record) -> float:
+def tokens_seen(record: RunHistory) -> float:
     """Tokens after the last step."""
     known = record.columns["tokens"][np.isfinite(record.columns["tokens"])]
     return float(known[-1]) if len(known) else 0.0
@@ -129,13 +129,13 @@ def median(values: np.ndarray) -> float | None:
     return float(np.median(known)) if len(known) else None
 
 
-def parameter_count(record: Record) -> float | None:
+def parameter_count(record: RunHistory) -> float | None:
     """Where an event tells it, as `parameters`."""
     told = [e.number("parameters") for e in record.of_kind("environment", "start", "attempt")]
     return next((value for value in reversed(told) if value is not None), None)
 
 
-def wall_seconds(record: Record) -> float | None:
+def wall_seconds(record: RunHistory) -> float | None:
     """First to last event of each start, added up: waiting in a queue is not counted."""
     by_start: dict[str, list[float]] = {}
     for event in record.events:
@@ -145,7 +145,7 @@ def wall_seconds(record: Record) -> float | None:
     return sum(spans) if any(span > 0 for span in spans) else None
 
 
-def best_evaluation(record: Record) -> tuple[Evaluation, str] | None:
+def best_evaluation(record: RunHistory) -> tuple[Evaluation, str] | None:
     """The lowest bits per byte of the first corpus (else the lowest loss), and which of the two."""
     for metric in ("bits_per_byte", "loss"):
         known = [
@@ -156,7 +156,7 @@ def best_evaluation(record: Record) -> tuple[Evaluation, str] | None:
     return None
 
 
-def of_first_corpus(record: Record) -> list[Evaluation]:
+def of_first_corpus(record: RunHistory) -> list[Evaluation]:
     """The evaluations the verdict speaks of."""
     corpora = record.corpora
     return [e for e in record.evaluations if e.corpus == corpora[0]] if corpora else []
@@ -167,7 +167,7 @@ def short_corpus(corpus: str) -> str:
     return "/".join(corpus.replace("\\", "/").rstrip("/").split("/")[-2:]) or "corpus"
 
 
-def _training(record: Record) -> str:
+def _training(record: RunHistory) -> str:
     steps, count = int(record.steps[-1]), len(record.steps)
     loss = float(smooth(record.columns["loss"])[-1])
     behind = half_width(count) + 1
@@ -178,12 +178,12 @@ def _training(record: Record) -> str:
     return f"After {steps:,} {plural} and {tokens} tokens the training loss is {value}."
 
 
-def _not_finite(record: Record) -> list[str]:
+def _not_finite(record: RunHistory) -> list[str]:
     count = int((~np.isfinite(record.columns["loss"])).sum())
     return [f"The loss was not finite at {count:,} of the steps."] if count else []
 
 
-def _validation(record: Record) -> list[str]:
+def _validation(record: RunHistory) -> list[str]:
     evaluations, best = of_first_corpus(record), best_evaluation(record)
     if not evaluations or best is None:
         return ["No validation was measured."]
@@ -227,21 +227,21 @@ def _best_tile(best: tuple[Evaluation, str] | None) -> Tile:
     )
 
 
-def _per_step(record: Record) -> str:
+def _per_step(record: RunHistory) -> str:
     known = record.columns["tokens"][np.isfinite(record.columns["tokens"])]
     if len(known) < 2 or known[-1] <= known[-2]:
         return ""
     return f"{show_count(float(known[-1] - known[-2]))} a step"
 
 
-def _seconds_in_steps(record: Record) -> float | None:
+def _seconds_in_steps(record: RunHistory) -> float | None:
     tokens, speed = record.columns["tokens"], record.columns["tokens_per_s"]
     seconds = np.diff(tokens, prepend=0.0) / np.where(speed > 0, speed, np.nan)
     known = seconds[np.isfinite(seconds)]
     return float(known.sum()) if len(known) else None
 
 
-def _since_newest_start(record: Record) -> list[Event]:
+def _since_newest_start(record: RunHistory) -> list[Event]:
     newest = record.of_kind("start", "attempt")
     return [e for e in record.events if not newest or e.start == newest[-1].start]
 

@@ -61,7 +61,7 @@ command=(
     /opt/bin/python
     -P
     -m
-    launcher.cli
+    lmscale_launcher.cli
     train
     /shared/runs/seven/jobs/1.yaml
     --nproc

@@ -48,7 +48,7 @@ command=(
     /opt/venv/bin/python
     -P
     -m
-    launcher.cli
+    lmscale_launcher.cli
     train
     /shared/runs/seven/jobs/1.yaml
     --nproc

@@ -64,7 +64,7 @@ command=(
     /opt/venv/bin/python
     -P
     -m
-    launcher.cli
+    lmscale_launcher.cli
     train
     /shared/runs/seven/jobs/3.yaml
     --nproc

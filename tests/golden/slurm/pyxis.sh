@@ -50,7 +50,7 @@ command=(
     python3
     -P
     -m
-    launcher.cli
+    lmscale_launcher.cli
     train
     /shared/runs/seven/jobs/1.yaml
     --nproc

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from lmscale.base.errors import CheckpointError, LmscaleError, Overtaken, RetryableError
 from lmscale.checkpoint import save as saving
 from lmscale.checkpoint.load import load, load_weights_one_process, read_body
-from lmscale.checkpoint.plan import Mismatch
-from lmscale.checkpoint.retain import retain
+from lmscale.checkpoint.planners import Mismatch
+from lmscale.checkpoint.retention import retain
 from lmscale.checkpoint.save import save
-from lmscale.errors import CheckpointError, LmscaleError, Overtaken, RetryableError
-from lmscale.run.attempts import claim
-from lmscale.run.checkpoints import listing
-from lmscale.run.folder import RunFolder
-from lmscale.run.manifest import damage
+from lmscale.run_folder.attempts import claim
+from lmscale.run_folder.checkpoints import damage, listing
+from lmscale.run_folder.paths import RunFolder
 
 BODY = {"state": {"position": 7}, "identity": {"seed": 1}, "config": {}, "provenance": {"x": None}}
 

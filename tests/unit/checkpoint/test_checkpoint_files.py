@@ -8,18 +8,23 @@ from safetensors import safe_open
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from lmscale.checkpoint import read
-from lmscale.checkpoint.layout import Part, header, raw_bytes
-from lmscale.checkpoint.read import Blocks, fill
-from lmscale.checkpoint.table import Place, from_table, to_table
-from lmscale.checkpoint.write import write_blocks, write_tensors
-from lmscale.errors import CheckpointError, RetryableError
-from lmscale.run.manifest import describe_file
+from lmscale.base.errors import CheckpointError, RetryableError
+from lmscale.checkpoint import tensor_io as read
+from lmscale.checkpoint.tensor_format import (
+    TensorBox,
+    TensorLocation,
+    from_table,
+    header,
+    raw_bytes,
+    to_table,
+)
+from lmscale.checkpoint.tensor_io import Blocks, fill, write_blocks, write_tensors
+from lmscale.run_folder.checkpoints import describe_file
 
 
-def whole(name: str, tensor: torch.Tensor) -> Part:
+def whole(name: str, tensor: torch.Tensor) -> TensorBox:
     shape = tuple(tensor.shape)
-    return Part(name, tensor.dtype, shape, (0,) * len(shape), shape)
+    return TensorBox(name, tensor.dtype, shape, (0,) * len(shape), shape)
 
 
 def write(path, tensors):
@@ -73,7 +78,7 @@ def test_checksums_of_blocks_do_not_depend_on_the_pieces(tmp_path_factory, piece
 
 
 def test_a_part_is_named_by_its_place(tmp_path):
-    part = Part("w", torch.float32, (4, 6), (2, 3), (2, 3))
+    part = TensorBox("w", torch.float32, (4, 6), (2, 3), (2, 3))
     assert part.key == "w[2:4,3:6]"
     text, (begin,) = header([part])
     assert begin == len(text) and begin % 64 == 0
@@ -81,7 +86,7 @@ def test_a_part_is_named_by_its_place(tmp_path):
 
 
 def test_strided_tensors_are_copied_a_window_at_a_time(monkeypatch):
-    monkeypatch.setattr("lmscale.checkpoint.layout._WINDOW_BYTES", 64)
+    monkeypatch.setattr("lmscale.checkpoint.tensor_format._WINDOW_BYTES", 64)
     tensor = torch.randn(3, 10, 5).permute(1, 2, 0)
     pieces = list(raw_bytes(tensor))
     assert b"".join(pieces) == tensor.contiguous().numpy().tobytes()
@@ -90,15 +95,15 @@ def test_strided_tensors_are_copied_a_window_at_a_time(monkeypatch):
 
 def test_the_table_names_every_part_and_survives_json():
     parts = [
-        (Part("w", torch.float32, (4, 2), (2, 0), (2, 2)), "b", 64),
-        (Part("w", torch.float32, (4, 2), (0, 0), (2, 2)), "a", 128),
-        (Part("s", torch.int64, (), (), ()), "a", 64),
+        (TensorBox("w", torch.float32, (4, 2), (2, 0), (2, 2)), "b", 64),
+        (TensorBox("w", torch.float32, (4, 2), (0, 0), (2, 2)), "a", 128),
+        (TensorBox("s", torch.int64, (), (), ()), "a", 64),
     ]
     table = json.loads(json.dumps(to_table(parts)))
     metadata, places = from_table(table)
     assert metadata.state_dict_metadata["w"].size == (4, 2)
-    assert places[MetadataIndex("w", (2, 0))] == Place("b", 64, (2, 2), torch.float32)
-    assert places[MetadataIndex("s", ())] == Place("a", 64, (), torch.int64)
+    assert places[MetadataIndex("w", (2, 0))] == TensorLocation("b", 64, (2, 2), torch.float32)
+    assert places[MetadataIndex("s", ())] == TensorLocation("a", 64, (), torch.int64)
     with pytest.raises(AssertionError, match="w: 4 elements"):
         to_table(parts[:1])
 
@@ -120,7 +125,7 @@ def test_any_box_of_a_part_is_read_whatever_the_window(tmp_path_factory, case, w
     stored = torch.randn(sizes)
     path = tmp_path_factory.mktemp("box") / "f"
     entry = write_blocks(path, [b"x" * 12, *raw_bytes(stored)], block_bytes=block_bytes)
-    place = Place("f", 12, sizes, torch.float32)
+    place = TensorLocation("f", 12, sizes, torch.float32)
     index = MetadataIndex("w", offsets)
     item = ReadItem(LoadItemType.TENSOR, index, offsets, index, offsets, lengths)
     target = torch.zeros([2 * n for n in lengths])[tuple(slice(n) for n in lengths)]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from lmscale.checkpoint.fragment import Fragment, Split, rectangles
+from lmscale.checkpoint.fragment import Fragment, TpShard, rectangles
 
 shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 
@@ -44,7 +44,7 @@ def test_there_are_few_rectangles(case):
 
 def test_a_fragment_shows_live_memory_under_the_global_shape():
     flat = torch.arange(100.0, 107.0)  # elements 3..9 of a 3 x 4 local part
-    fragment = Fragment(flat, 3, (3, 4), split=Split(dim=1, rank=1, size=2))
+    fragment = Fragment(flat, 3, (3, 4), split=TpShard(dim=1, rank=1, size=2))
     assert fragment.shape == (3, 8)
     chunks = {tuple(c.offsets): tuple(c.sizes) for c in fragment.__create_chunk_list__()}
     assert chunks == {(0, 7): (1, 1), (1, 4): (1, 4), (2, 4): (1, 2)}

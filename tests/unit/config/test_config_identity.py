@@ -10,14 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.config import schema
+from lmscale.config import json_schema as schema
 from lmscale.config.fields import kind_of
 from lmscale.config.identity import differing, fingerprint, identity, kinds, placement
-from lmscale.config.load import dump, load
-from lmscale.config.places import configs_dir
-from lmscale.config.run import SECTIONS, RunConfig
-from lmscale.config.words import fields_of, section_at
-from lmscale.config.yaml_core import parse
+from lmscale.config.run_file import configs_dir, dump, load
+from lmscale.config.schema import SECTIONS, RunConfig
+from lmscale.config.validation_messages import fields_of, section_at
+from lmscale.config.yaml import parse
 
 NESTED = [("data", "corpora"), ("log", "profile")]
 IDENTITY_OF_TRAIN = {"seq_len", "global_batch", "steps", "tokens", "epochs", "seed", "init_from"}
@@ -58,7 +57,7 @@ def test_the_two_kinds_cover_all_keys() -> None:
     assert mine.keys() & where.keys() == {"data.corpora", "data.tokenizer"}
     assert mine["data.corpora"] == [["c0ffee", 1]]
     assert mine["data.streams"] == 16
-    assert mine["model.width"] == 128
+    assert mine["model.hidden_size"] == 128
     assert where["checkpoint.async"] is False
     assert json.loads(json.dumps(mine)) == mine
 
@@ -72,11 +71,11 @@ def fingerprints(*overrides: str) -> tuple[str, str]:
 def test_fingerprints_follow_their_kind_only() -> None:
     same, where = fingerprints()
     assert fingerprints() == (same, where)
-    for override in ("data.corpora=elsewhere", "train.micro_batch=3", "engine.kind=ddp"):
+    for override in ("data.corpora=elsewhere", "train.micro_batch_size=3", "engine.kind=ddp"):
         mine, other = fingerprints(override)
         assert mine == same
         assert other != where
-    for override in ("optim.lr=1e-4", "train.seed=1", "model.heads=2"):
+    for override in ("optim.lr=1e-4", "train.seed=1", "model.num_heads=2"):
         mine, other = fingerprints(override)
         assert mine != same
         assert other == where
@@ -84,7 +83,10 @@ def test_fingerprints_follow_their_kind_only() -> None:
 
 def test_spelling_does_not_change_the_identity() -> None:
     same, _ = fingerprints()
-    assert fingerprints("train.steps='500'", "model.kv_heads=null", "optim.clip=1")[0] == same
+    assert (
+        fingerprints("train.steps='500'", "model.num_kv_heads=null", "optim.max_grad_norm=1")[0]
+        == same
+    )
 
 
 def test_the_fingerprint_is_known() -> None:
@@ -108,7 +110,7 @@ def test_fingerprints_differ_where_keys_differ(
 
 
 def test_the_shipped_schema_is_true() -> None:
-    """Renew it with: python -m lmscale.config.schema > configs/schema.json."""
+    """Renew it with: python -m lmscale.config.json_schema > configs/schema.json."""
     assert (configs_dir() / "schema.json").read_text() == schema.text()
 
 
@@ -132,8 +134,8 @@ def test_a_config_error_costs_neither_numpy_nor_torch(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("optim: {lrr: 1}\n")
     code = (
         "import sys\n"
-        "from lmscale.config.load import load\n"
-        "from lmscale.errors import ConfigError\n"
+        "from lmscale.config.run_file import load\n"
+        "from lmscale.base.errors import ConfigError\n"
         "try:\n    load(sys.argv[1])\n"
         "except ConfigError as error:\n    assert 'lrr' in str(error)\n"
         "else:\n    raise SystemExit('no error')\n"

@@ -9,17 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lmscale.config.load import dump, load
-from lmscale.config.places import configs_dir
-from lmscale.config.run import SECTIONS
-from lmscale.config.words import fields_of, section_at
-from lmscale.errors import ConfigError, ExitCode
+from lmscale.base.errors import ConfigError, ExitCode
+from lmscale.config.run_file import configs_dir, dump, load
+from lmscale.config.schema import SECTIONS
+from lmscale.config.validation_messages import fields_of, section_at
 
 RUN = """
-model: {layers: 2, width: 64, heads: 4}
+model: {num_layers: 2, hidden_size: 64, num_heads: 4}
 data: {corpora: corpus}
 optim: {lr: 1e-3}
-train: {seq_len: 32, global_batch: 8, steps: 10}
+train: {seq_len: 32, global_batch_size: 8, steps: 10}
 """
 
 
@@ -61,9 +60,10 @@ def test_shipped_sections_load_by_name(run: Path, section: str, file: Path) -> N
 def test_smoke_is_legal_for_up_to_eight_ranks_and_any_length() -> None:
     cfg = load("smoke.yaml", ["train.steps=2"])
     assert all(
-        size % 4 == 0 for size in (cfg.model.heads, cfg.model.kv_heads, cfg.model.feed_forward)
+        size % 4 == 0
+        for size in (cfg.model.num_heads, cfg.model.num_kv_heads, cfg.model.ffn_hidden_size)
     )
-    assert cfg.train.global_batch % 8 == 0
+    assert cfg.train.global_batch_size % 8 == 0
     assert cfg.model.dropout == 0
     assert not cfg.engine.compile
     assert cfg.optim.warmup_steps == "5%"
@@ -71,11 +71,11 @@ def test_smoke_is_legal_for_up_to_eight_ranks_and_any_length() -> None:
 
 def test_defaults_follow_from_other_keys(run: Path) -> None:
     model = load(run).model
-    assert (model.kv_heads, model.head_dim, model.feed_forward) == (4, 16, 192)
+    assert (model.num_kv_heads, model.head_dim, model.ffn_hidden_size) == (4, 16, 192)
     model = load(
-        run, ["model.activation=gelu", "model.kv_heads=null", "model.positions=learned"]
+        run, ["model.activation=gelu", "model.num_kv_heads=null", "model.positions=learned"]
     ).model
-    assert (model.kv_heads, model.feed_forward, model.max_positions) == (4, 256, 32)
+    assert (model.num_kv_heads, model.ffn_hidden_size, model.max_positions) == (4, 256, 32)
 
 
 def test_paths_are_absolute_against_the_current_folder(run: Path, tmp_path: Path) -> None:
@@ -101,7 +101,12 @@ def test_later_overrides_win_and_values_are_yaml(run: Path) -> None:
         run,
         [
             *("optim.lr=1e-4", "optim.lr=2e-4", "optim.betas=[0.8, 0.9]", "log.profile.steps=2:3"),
-            *("data.corpora=[{path: a}]", "data.corpora.0.path=b", "optim.clip=", "train.steps=2K"),
+            *(
+                "data.corpora=[{path: a}]",
+                "data.corpora.0.path=b",
+                "optim.max_grad_norm=",
+                "train.steps=2K",
+            ),
         ],
     )
     assert cfg.optim.lr == 2e-4
@@ -109,7 +114,7 @@ def test_later_overrides_win_and_values_are_yaml(run: Path) -> None:
     assert cfg.log.profile is not None
     assert cfg.log.profile.steps == "2:3"
     assert cfg.data.corpora[0].path.endswith("/b")
-    assert cfg.optim.clip is None
+    assert cfg.optim.max_grad_norm is None
     assert cfg.train.steps == 2000
 
 
@@ -143,14 +148,14 @@ def test_a_list_entry_that_is_not_there_cannot_be_set(run: Path) -> None:
 
 
 def test_text_sections_are_found_beside_the_run_file_and_then_by_name(tmp_path: Path) -> None:
-    text = RUN.replace("{layers: 2, width: 64, heads: 4}", "llama-1b")
+    text = RUN.replace("{num_layers: 2, hidden_size: 64, num_heads: 4}", "llama-1b")
     (tmp_path / "r.yaml").write_text(text)
-    assert load(tmp_path / "r.yaml").model.layers == 16
+    assert load(tmp_path / "r.yaml").model.num_layers == 16
     (tmp_path / "llama-1b.yaml").write_text("layers: 3\nwidth: 64\nheads: 4\n")
-    assert load(tmp_path / "r.yaml", ["model.heads=2"]).model.layers == 3
+    assert load(tmp_path / "r.yaml", ["model.num_heads=2"]).model.num_layers == 3
     (tmp_path / "llama-1b.yaml").write_text("layers: x\nwidht: 64\n")
     found = problems(tmp_path / "r.yaml", cwd=tmp_path)
-    assert found["model.layers"].startswith(
+    assert found["model.num_layers"].startswith(
         "expected a whole number, got the text 'x' (llama-1b.yaml:1)"
     )
     assert "did you mean 'width'?" in found["model.widht"]
@@ -158,9 +163,9 @@ def test_text_sections_are_found_beside_the_run_file_and_then_by_name(tmp_path: 
 
 def test_a_run_file_is_never_taken_for_a_section(tmp_path: Path) -> None:
     """A run may have the name of its model and lie in the same folder."""
-    text = RUN.replace("{layers: 2, width: 64, heads: 4}", "llama-1b")
+    text = RUN.replace("{num_layers: 2, hidden_size: 64, num_heads: 4}", "llama-1b")
     (tmp_path / "llama-1b.yaml").write_text(text)
-    assert load(tmp_path / "llama-1b.yaml").model.layers == 16
+    assert load(tmp_path / "llama-1b.yaml").model.num_layers == 16
     keys = {key for section in SECTIONS for key, _ in fields_of(section_at((section,)))}
     assert not keys & set(SECTIONS)
 
@@ -176,8 +181,8 @@ def test_an_overriding_section_file_may_lie_in_the_current_folder(
 ) -> None:
     cwd = tmp_path / "elsewhere"
     (cwd / "my").mkdir(parents=True)
-    (cwd / "my" / "model.yaml").write_text("{layers: 5, width: 64, heads: 4}")
-    assert load(run, ["model=my/model.yaml"], cwd=cwd).model.layers == 5
+    (cwd / "my" / "model.yaml").write_text("{num_layers: 5, hidden_size: 64, num_heads: 4}")
+    assert load(run, ["model=my/model.yaml"], cwd=cwd).model.num_layers == 5
     assert "model" in problems(run, "model=my/model.yaml", cwd=tmp_path)
 
 
@@ -203,8 +208,8 @@ def test_an_empty_file_lists_what_must_be_chosen(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
     found = problems(tmp_path / "empty.yaml")
     assert set(found) == {
-        *("model.layers", "model.width", "model.heads", "data.corpora", "optim.lr"),
-        *("train.seq_len", "train.global_batch", "train.steps"),
+        *("model.num_layers", "model.hidden_size", "model.num_heads", "data.corpora", "optim.lr"),
+        *("train.seq_len", "train.global_batch_size", "train.steps"),
     }
 
 
@@ -223,7 +228,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data.window_memory": st.integers(0, 2**50) | st.sampled_from(["1 GiB", "1.5 MB"]),
     "train.run_dir": st.text("ab é'\"#:[]{}-~1", min_size=1),
     "model.trainable": st.lists(st.text("abc.*[]{}", min_size=1)),
-    "parallel.shard": st.just("auto") | st.integers(1, 9),
+    "parallel.dp_shard": st.just("auto") | st.integers(1, 9),
     "cluster.max_restarts": st.integers(0, 9),
     "train.allow_change": st.just([]) | st.just(["train.steps", "optim.lr"]),
 }

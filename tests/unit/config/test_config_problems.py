@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.config.checks import CHECKS, shard_size, world_problems
+from lmscale.base.errors import ConfigError, Problem
 from lmscale.config.fields import key_of
-from lmscale.config.load import load
-from lmscale.config.run import RunConfig
-from lmscale.config.words import fields_of, section_at
-from lmscale.config.yaml_core import render
-from lmscale.errors import ConfigError, Problem
+from lmscale.config.rules import CHECKS, shard_size, world_problems
+from lmscale.config.run_file import load
+from lmscale.config.schema import RunConfig
+from lmscale.config.validation_messages import fields_of, section_at
+from lmscale.config.yaml import render
 
 JARGON = re.compile(
     r"Input should|pydantic|valid |_type\b|Tuple|dict\b|bool\b|int\b|\bstr\b|None\b|Value error|Config\b"
@@ -24,10 +24,10 @@ JARGON = re.compile(
 
 def tree() -> dict[str, Any]:
     return {
-        "model": {"layers": 2, "width": 64, "heads": 4},
+        "model": {"num_layers": 2, "hidden_size": 64, "num_heads": 4},
         "data": {"corpora": "corpus"},
         "optim": {"lr": 1e-3},
-        "train": {"seq_len": 32, "global_batch": 8, "steps": 10},
+        "train": {"seq_len": 32, "global_batch_size": 8, "steps": 10},
     }
 
 
@@ -48,20 +48,38 @@ def found(path: Path, *overrides: str) -> list[Problem]:
 
 def test_every_problem_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
-        "model: {layers: 0, width: 64, heads: 5, heads: 4}\n"
+        "model: {num_layers: 0, hidden_size: 64, num_heads: 5, num_heads: 4}\n"
         "data: {corpora: []}\n"
-        "optim: {lrr: 1e-3, clip: on, betas: [0.9]}\n"
+        "optim: {lrr: 1e-3, max_grad_norm: on, betas: [0.9]}\n"
         "parallel: {tp: 2}\n"
         "engine: {kind: deepsped, compile: yes, zero_stage: 5}\n"
-        "train: {steps: 20 apples, tokens: 5B, seq_len: 1e3, global_batch: '8', check_replicas_every: 0}\n"
+        "train: {steps: 20 apples, tokens: 5B, seq_len: 1e3, global_batch_size: '8', replica_check_every_steps: 0}\n"
         "checkpoint: {async: true, keep: 0}\n"
         "evl: {}\n"
     )
-    problems = found(tmp_path / "r.yaml", "data.prefetch=-1")
+    problems = found(tmp_path / "r.yaml", "data.prefetch_steps=-1")
     assert {problem.path for problem in problems} == {
-        *("model.layers", "model.heads", "data.corpora", "data.prefetch", "optim.lrr", "optim.lr"),
-        *("optim.clip", "optim.betas.1", "engine.kind", "engine.compile", "engine.zero_stage"),
-        *("train.steps", "train.seq_len", "train.global_batch", "train.check_replicas_every"),
+        *(
+            "model.num_layers",
+            "model.num_heads",
+            "data.corpora",
+            "data.prefetch_steps",
+            "optim.lrr",
+            "optim.lr",
+        ),
+        *(
+            "optim.max_grad_norm",
+            "optim.betas.1",
+            "engine.kind",
+            "engine.compile",
+            "engine.zero_stage",
+        ),
+        *(
+            "train.steps",
+            "train.seq_len",
+            "train.global_batch_size",
+            "train.replica_check_every_steps",
+        ),
         *("checkpoint.async", "checkpoint.keep", "evl"),
     }
 
@@ -71,15 +89,19 @@ def test_every_problem_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
     [
         ("engine.compile=yes", "expected true or false, got the text 'yes'", "write true"),
         ("engine.compile=off", "expected true or false, got the text 'off'", "write false"),
-        ("model.layers=2.0", "expected a whole number, got 2.0", "write 2"),
+        ("model.num_layers=2.0", "expected a whole number, got 2.0", "write 2"),
         (
-            "model.layers='2'",
+            "model.num_layers='2'",
             "expected a whole number, got the text '2'",
             "write 2, without quotes",
         ),
-        ("model.layers=1_0", "expected a whole number, got the text '1_0'", "write 10, without"),
-        ("model.layers=true", "expected a whole number, got true", ""),
-        ("model.layers=0", "must be at least 1, got 0", ""),
+        (
+            "model.num_layers=1_0",
+            "expected a whole number, got the text '1_0'",
+            "write 10, without",
+        ),
+        ("model.num_layers=true", "expected a whole number, got true", ""),
+        ("model.num_layers=0", "must be at least 1, got 0", ""),
         ("optim.lr=0", "must be above 0, got 0", ""),
         ("optim.lr=.inf", "expected a finite number", ""),
         ("model.dropout=1", "must be below 1", ""),
@@ -102,7 +124,7 @@ def test_every_problem_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         ("cluster.time_limit=1 week", "cannot read '1 week'", '"90m"'),
         ("optim.warmup_steps=5.5", "cannot read 5.5", '"5%"'),
         ("optim.warmup_steps=200%", "cannot read '200%'", '"5%"'),
-        ("parallel.shard=0", "cannot read 0", '"auto"'),
+        ("parallel.dp_shard=0", "cannot read 0", '"auto"'),
         ("engine.activation_checkpointing=every:0", "cannot read 'every:0'", "every:N"),
         ("engine.activation_checkpointing=budget:1", "'budget:1' is not a part", "budget:0.5"),
         ("engine.activation_checkpointing=budget:0.0", "'budget:0.0' is not a part", "budget:0.5"),
@@ -167,8 +189,8 @@ def test_any_value_loads_or_is_refused_without_jargon(run: Path, values: dict[An
     [
         (["train.steps=null"], "train.steps", "missing"),
         (["train.epochs=1"], "train.steps", "steps and epochs both say"),
-        (["model.kv_heads=3"], "model.kv_heads", "3 does not divide model.heads 4"),
-        (["model.width=66"], "model.heads", "4 does not divide model.width 66"),
+        (["model.num_kv_heads=3"], "model.num_kv_heads", "3 does not divide model.num_heads 4"),
+        (["model.hidden_size=66"], "model.num_heads", "4 does not divide model.hidden_size 66"),
         (["model.head_dim=15"], "model.head_dim", "is odd"),
         (["model.max_positions=16"], "model.max_positions", "fewer than train.seq_len 32"),
         (["optim.warmup_steps=11"], "optim.warmup_steps", "longer than the run of 10 steps"),
@@ -177,8 +199,16 @@ def test_any_value_loads_or_is_refused_without_jargon(run: Path, values: dict[An
             "optim.decay_steps",
             "longer than the run",
         ),
-        (["engine.kind=ddp", "parallel.shard=2"], "parallel.shard", "only fsdp reads this key"),
-        (["engine.kind=deepspeed", "parallel.replicate=2"], "parallel.replicate", "only fsdp"),
+        (
+            ["engine.kind=ddp", "parallel.dp_shard=2"],
+            "parallel.dp_shard",
+            "only fsdp reads this key",
+        ),
+        (
+            ["engine.kind=deepspeed", "parallel.dp_replicate=2"],
+            "parallel.dp_replicate",
+            "only fsdp",
+        ),
         (
             ["engine.kind=ddp", "engine.reshard_after_forward=false"],
             "engine.reshard_after_forward",
@@ -189,11 +219,24 @@ def test_any_value_loads_or_is_refused_without_jargon(run: Path, values: dict[An
         (["train.allow_change=[optim.lrr]"], "train.allow_change", "no key is called 'optim.lrr'"),
         (["train.allow_change=[engine.kind]"], "train.allow_change", "free to change anyway"),
         (["train.allow_change=[train.seq_len]"], "train.allow_change", "lose and repeat samples"),
-        (["parallel.tp=8"], "parallel.tp", "8 does not divide model.heads 4"),
-        (["parallel.tp=4", "model.kv_heads=2"], "parallel.tp", "4 ranks cannot share model.kv_h"),
-        (["parallel.tp=4", "model.feed_forward=130"], "parallel.tp", "model.feed_forward 130"),
+        (["parallel.tp=8"], "parallel.tp", "8 does not divide model.num_heads 4"),
         (
-            ["parallel.tp=3", "model.heads=6", "model.width=66", "model.feed_forward=66"],
+            ["parallel.tp=4", "model.num_kv_heads=2"],
+            "parallel.tp",
+            "4 ranks cannot share model.kv_h",
+        ),
+        (
+            ["parallel.tp=4", "model.ffn_hidden_size=130"],
+            "parallel.tp",
+            "model.ffn_hidden_size 130",
+        ),
+        (
+            [
+                "parallel.tp=3",
+                "model.num_heads=6",
+                "model.hidden_size=66",
+                "model.ffn_hidden_size=66",
+            ],
             "parallel.tp",
             "3 does not divide 128, of which padded vocabularies",
         ),
@@ -212,10 +255,14 @@ def test_any_value_loads_or_is_refused_without_jargon(run: Path, values: dict[An
             "whole optimizer",
         ),
         (["engine.kind=deepspeed", "engine.offload=all"], "engine.offload", "whole weights"),
-        (["engine.precision=fp16", "optim.max_skips=50"], "engine.precision", "fsdp has no fp16"),
         (
-            ["engine.kind=deepspeed", "engine.precision=fp16", "optim.max_skips=19"],
-            "optim.max_skips",
+            ["engine.precision=fp16", "optim.max_nonfinite_steps=50"],
+            "engine.precision",
+            "fsdp has no fp16",
+        ),
+        (
+            ["engine.kind=deepspeed", "engine.precision=fp16", "optim.max_nonfinite_steps=19"],
+            "optim.max_nonfinite_steps",
             "19, but fp16 finds its loss scale by skipping",
         ),
         (["engine.kind=deepspeed", "engine.precision=fp64"], "engine.precision", "has no fp64"),
@@ -266,16 +313,16 @@ def test_what_is_not_supported_is_refused_with_the_nearest(
     [
         ["engine.kind=ddp", "engine.precision=fp64", "engine.compile=true"],
         ["engine.kind=deepspeed", "engine.activation_checkpointing=full"],
-        ["engine.activation_checkpointing=every:2", "parallel.shard=2"],
-        ["parallel.tp=4", "parallel.sequence_parallel=true", "parallel.replicate=2"],
+        ["engine.activation_checkpointing=every:2", "parallel.dp_shard=2"],
+        ["parallel.tp=4", "parallel.sequence_parallel=true", "parallel.dp_replicate=2"],
         ["engine.kind=deepspeed", "engine.zero_stage=3", "engine.offload=all"],
         ["engine.kind=deepspeed", "engine.zero_stage=1", "engine.offload=optimizer"],
-        ["engine.kind=deepspeed", "engine.precision=fp16", "optim.max_skips=20"],
+        ["engine.kind=deepspeed", "engine.precision=fp16", "optim.max_nonfinite_steps=20"],
         ["engine.kind=deepspeed", "engine.compile=true"],
         ["engine.offload=all", "engine.activation_checkpointing=selective"],
-        ["train.check_replicas_every=10", "log.layer_stats=true"],
+        ["train.replica_check_every_steps=10", "log.layer_stats=true"],
         ["log.trackers=[]", "train.steps=null", "train.tokens=20B"],
-        ["model.width=66", "model.head_dim=16"],
+        ["model.hidden_size=66", "model.head_dim=16"],
         ["optim.warmup_steps=10"],
         ["train.allow_change=[optim.lr, train.steps]"],
     ],
@@ -305,7 +352,9 @@ class Recorder:
 def variants(run: Path) -> Iterator[RunConfig]:
     yield load(run)
     yield load(run, ["engine.kind=deepspeed", "optim.schedule=wsd"])
-    yield load(run, ["engine.kind=deepspeed", "engine.precision=fp16", "optim.max_skips=20"])
+    yield load(
+        run, ["engine.kind=deepspeed", "engine.precision=fp16", "optim.max_nonfinite_steps=20"]
+    )
     yield load(run, ["engine.kind=ddp", "train.allow_change=[optim.lr]"])
     yield load(run, ["parallel.tp=4", "parallel.sequence_parallel=true"])
 
@@ -322,8 +371,8 @@ def test_checks_declare_every_key_they_read(run: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "world", "path"),
     [
-        (["train.global_batch=3"], 4, "train.global_batch"),
-        (["parallel.shard=2"], 4, "parallel.shard"),
+        (["train.global_batch_size=3"], 4, "train.global_batch_size"),
+        (["parallel.dp_shard=2"], 4, "parallel.dp_shard"),
     ],
 )
 def test_conflicts_with_the_number_of_ranks(
@@ -340,10 +389,10 @@ def test_conflicts_of_the_mesh_with_the_number_of_ranks(run: Path) -> None:
     assert [p.path for p in world_problems(tp, world_size=3)] == ["parallel.tp"]
     assert list(world_problems(tp, world_size=4)) == []
     assert shard_size(tp, world_size=4) == 2
-    hsdp = cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update={"replicate": 2})})
-    assert [p.path for p in world_problems(hsdp, world_size=3)] == ["parallel.replicate"]
+    hsdp = cfg.model_copy(update={"parallel": cfg.parallel.model_copy(update={"dp_replicate": 2})})
+    assert [p.path for p in world_problems(hsdp, world_size=3)] == ["parallel.dp_replicate"]
     assert shard_size(hsdp, world_size=8) == 4
-    assert shard_size(load(run, ["parallel.shard=2"]), world_size=2) == 2
+    assert shard_size(load(run, ["parallel.dp_shard=2"]), world_size=2) == 2
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])

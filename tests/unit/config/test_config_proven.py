@@ -13,16 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.config.factors import FACTORS, KEYS, OPEN, clash, factors
-from lmscale.config.load import load
-from lmscale.config.proven import Table, problems
-from lmscale.config.run import RunConfig
-from lmscale.config.yaml_core import render
-from lmscale.errors import ConfigError, Problem
+from lmscale.base.errors import ConfigError, Problem
+from lmscale.config.proven import FACTORS, KEYS, OPEN, ProvenTable, clash, factors, problems
+from lmscale.config.run_file import load
+from lmscale.config.schema import RunConfig
+from lmscale.config.yaml import render
 
-LLAMA = {"layers": 2, "width": 64, "heads": 8}
+LLAMA = {"num_layers": 2, "hidden_size": 64, "num_heads": 8}
 GPT2 = {
-    **LLAMA, "norm": "layer", "positions": "learned", "activation": "gelu_tanh", "biases": True, "tied": True,
+    **LLAMA, "norm": "layer", "positions": "learned", "activation": "gelu_tanh", "bias": True, "tie_embeddings": True,
 }  # fmt: skip
 
 
@@ -36,7 +35,7 @@ def config(folder: Path, *overrides: str, model: Mapping[str, Any] = LLAMA) -> R
         "model": dict(model),
         "data": {"corpora": "corpus"},
         "optim": {"lr": 1e-3},
-        "train": {"seq_len": 32, "global_batch": 8, "steps": 10},
+        "train": {"seq_len": 32, "global_batch_size": 8, "steps": 10},
     }
     path = folder / "r.yaml"
     path.write_text(render(tree))
@@ -66,11 +65,13 @@ def every_case() -> Iterator[dict[str, str]]:
 EVERY = list(every_case())
 
 
-def table(*, without: Mapping[str, str] | None = None, refused: list[Any] | None = None) -> Table:
+def table(
+    *, without: Mapping[str, str] | None = None, refused: list[Any] | None = None
+) -> ProvenTable:
     """All cases, but those that have all of the words of `without`."""
     gone = (without or {"engine": "none"}).items()
     cases = [case for case in EVERY if not gone <= case.items()]
-    return Table({"cases": cases, "refused": refused or []})
+    return ProvenTable({"cases": cases, "refused": refused or []})
 
 
 def test_the_factors_of_a_run(folder: Path) -> None:
@@ -79,13 +80,17 @@ def test_the_factors_of_a_run(folder: Path) -> None:
         "precision": "bf16", "style": "llama", "dropout": "off", "offload": "none", "compile": "off",
         "reshard": "on",
     }  # fmt: skip
-    other = ["parallel.replicate=2", "engine.activation_checkpointing=every:3", "model.dropout=0.1"]
+    other = [
+        "parallel.dp_replicate=2",
+        "engine.activation_checkpointing=every:3",
+        "model.dropout=0.1",
+    ]
     found = factors(config(folder, *other, "engine.reshard_after_forward=false", model=GPT2))
     words = ("engine", "recompute", "dropout", "reshard", "style")
     assert [found[word] for word in words] == ["hsdp", "every", "on", "off", "gpt2"]
-    found = factors(config(folder, "engine.kind=deepspeed", "model.tied=true"))
+    found = factors(config(folder, "engine.kind=deepspeed", "model.tie_embeddings=true"))
     assert (found["engine"], found["style"]) == ("zero2", "mixed")
-    wide = {**LLAMA, "heads": 16, "feed_forward": 256}
+    wide = {**LLAMA, "num_heads": 16, "ffn_hidden_size": 256}
     assert factors(config(folder, "parallel.tp=16", model=wide))["tp"] == "8"
 
 
@@ -104,7 +109,7 @@ def test_what_the_checks_refuse_clashes_and_nothing_else(folder: Path) -> None:
     """The matrix and the search leave out exactly what a user is told cannot be."""
     kinds = [
         ["engine.kind=fsdp"],
-        ["engine.kind=fsdp", "parallel.replicate=2"],
+        ["engine.kind=fsdp", "parallel.dp_replicate=2"],
         ["engine.kind=ddp"],
     ]
     kinds += [["engine.kind=deepspeed", f"engine.zero_stage={stage}"] for stage in range(4)]
@@ -112,7 +117,7 @@ def test_what_the_checks_refuse_clashes_and_nothing_else(folder: Path) -> None:
         kinds, FACTORS["offload"][:3], FACTORS["precision"], ("true", "false"), ("true", "false")
     ):
         overrides = [
-            *kind, f"engine.offload={offload}", f"engine.precision={precision}", "optim.max_skips=20",
+            *kind, f"engine.offload={offload}", f"engine.precision={precision}", "optim.max_nonfinite_steps=20",
             f"engine.reshard_after_forward={reshard}", f"engine.compile={compiled}",
         ]  # fmt: skip
         try:
@@ -181,9 +186,9 @@ def only(found: Iterator[Problem]) -> Problem:
         ),
         (
             {"engine": "hsdp"},
-            ["parallel.replicate=2", "parallel.shard=2"],
+            ["parallel.dp_replicate=2", "parallel.dp_shard=2"],
             "engine.kind",
-            "parallel.replicate=1 parallel.shard=auto",
+            "parallel.dp_replicate=1 parallel.dp_shard=auto",
         ),
         (
             {"engine": "zero2", "precision": "bf16"},
@@ -206,7 +211,7 @@ def test_the_nearest_proven_setting_is_named(
 def test_a_cure_may_take_several_changes(folder: Path) -> None:
     cfg = config(folder, "engine.compile=true", "engine.activation_checkpointing=full")
     cases = [c for c in EVERY if c["compile"] == "off" and c["recompute"] == "selective"]
-    found = only(problems(cfg, Table({"cases": cases, "refused": []})))
+    found = only(problems(cfg, ProvenTable({"cases": cases, "refused": []})))
     assert "engine.activation_checkpointing=selective engine.compile=false" in found.hint
 
 
@@ -215,13 +220,13 @@ def test_a_model_is_changed_last_and_said_to_be(folder: Path) -> None:
     assert found.path == "model.dropout"
     assert found.hint.startswith("no setting for this model is proven")
     assert found.hint.endswith("model.dropout=0")
-    found = only(problems(config(folder, "model.tied=true"), table()))
+    found = only(problems(config(folder, "model.tie_embeddings=true"), table()))
     assert found.path == "model.norm"  # the first of the keys that make a style
-    assert found.hint.endswith("that is: model.tied=false")
+    assert found.hint.endswith("that is: model.tie_embeddings=false")
 
 
 def test_nothing_near_is_said_too(folder: Path) -> None:
-    found = only(problems(config(folder), Table({"cases": [], "refused": []})))
+    found = only(problems(config(folder), ProvenTable({"cases": [], "refused": []})))
     assert "docs/gradients.md" in found.hint
 
 
@@ -238,7 +243,7 @@ def test_what_failed_is_refused_with_its_reason(folder: Path) -> None:
 
 
 def test_what_users_need_is_proven_by_the_table_that_we_ship() -> None:
-    shipped = Table.read()
+    shipped = ProvenTable.read()
     needed = {
         **{name: FACTORS[name] for name in ("engine", "sequence_parallel", "documents", "dropout")},
         **{"tp": ("1", "2", "4"), "recompute": ("none", "full", "selective")},
@@ -273,7 +278,7 @@ def test_a_table_that_cannot_be_read_is_an_installation_error(
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=re.escape(str(path))) as raised:
-        Table.read(path)
+        ProvenTable.read(path)
     assert "install lmscale again" in str(raised.value)
 
 
@@ -286,7 +291,7 @@ def test_the_table_is_read_and_searched_quickly_and_without_torch(folder: Path) 
     code = f"""
 import sys, time
 from pathlib import Path
-from lmscale.config.load import load
+from lmscale.config.run_file import load
 from lmscale.config.proven import Table, problems
 cfg = load({str(folder / "r.yaml")!r}, ["engine.compile=true"])
 before = time.process_time()

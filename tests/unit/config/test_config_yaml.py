@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.config.yaml_core import parse, render
+from lmscale.config.yaml import parse, render
 
 
 def value_of(text: str) -> object:

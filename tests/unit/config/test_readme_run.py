@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lmscale.config.load import load
+from lmscale.config.run_file import load
 
 README = Path(__file__).parents[3] / "README.md"
 
@@ -14,4 +14,4 @@ def test_the_run_file_of_the_readme_loads(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(re.sub("^    ", "", text, flags=re.MULTILINE))
     cfg = load(tmp_path / "run.yaml", cwd=tmp_path)
     assert cfg.train.tokens == 20_000_000_000
-    assert cfg.model.layers > 1
+    assert cfg.model.num_layers > 1

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmscale.corpus.manifest import Collection, Manifest, tokenizer_entry
-from lmscale.corpus.shard import (
+from lmscale.corpus.shard_format import (
     DTYPES,
     Chunk,
     Dtype,

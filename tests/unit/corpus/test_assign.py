@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.corpus.assign import micro_batches, step_positions, wasted_frac, window_chunks
+from lmscale.corpus.order import micro_batches, step_positions, wasted_frac, window_chunks
 
 counts = st.integers(1, 40)
 

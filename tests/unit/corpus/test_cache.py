@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 from small_corpus import Made, make
 
+from lmscale.base.errors import ConfigError, DataError
 from lmscale.corpus import staging
-from lmscale.corpus.cache import chunk_path, folder_of
-from lmscale.corpus.feistel import Ints
-from lmscale.corpus.reader import Reader
-from lmscale.corpus.room import alone
+from lmscale.corpus.node_cache import alone, chunk_path, folder_of
+from lmscale.corpus.order import Ints
+from lmscale.corpus.reader import CorpusReader
 from lmscale.corpus.staging import Staged, Stager
-from lmscale.errors import ConfigError, DataError
 
 SEQ_LEN = 16
 CHUNKS = 10
@@ -52,7 +51,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def read_all(path: Path, cache: Path | None = None, *, memory_bytes: int = 1 << 20) -> Samples:
-    with Reader(
+    with CorpusReader(
         path, seq_len=SEQ_LEN, memory_bytes=memory_bytes, backoff_s=0, cache_dir=cache
     ) as reader:
         got = (reader.row(sample) for sample in range(reader.num_samples))
@@ -178,7 +177,7 @@ def test_a_flip_in_any_byte_of_a_copy_is_seen_and_said_once(
         flipped[at] ^= 1 << at % 8
         path.write_bytes(flipped)
         caplog.clear()
-        with Reader(made.path, seq_len=SEQ_LEN, memory_bytes=0, cache_dir=cache) as reader:
+        with CorpusReader(made.path, seq_len=SEQ_LEN, memory_bytes=0, cache_dir=cache) as reader:
             got = [reader.row(sample) for sample in range(first, stop)]
         assert [(t.tolist(), s.tolist()) for t, s in got] == samples[first:stop], f"byte {at}"
         assert not path.exists(), f"byte {at}"
@@ -200,7 +199,7 @@ def test_a_copy_that_vanishes_while_it_is_in_use(
     made: Made, samples: Samples, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage(made, cache)
-    with Reader(made.path, seq_len=SEQ_LEN, memory_bytes=0, cache_dir=cache) as reader:
+    with CorpusReader(made.path, seq_len=SEQ_LEN, memory_bytes=0, cache_dir=cache) as reader:
         reader.row(16)
         reader.close()  # of the open file: else it would still be readable
         shutil.rmtree(cache)
@@ -293,7 +292,7 @@ import sys, threading, time
 from pathlib import Path
 import numpy as np
 from lmscale.corpus.manifest import Manifest
-from lmscale.corpus.room import alone
+from lmscale.corpus.node_cache import alone
 from lmscale.corpus.staging import Stager
 corpus, cache = map(Path, sys.argv[1:3])
 manifest, stop = Manifest.load(corpus), threading.Event()

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from small_corpus import Made, make
 
-from lmscale.corpus import room, staging
-from lmscale.corpus.cache import chunk_path, folder_of
-from lmscale.corpus.room import alone, sizes
+from lmscale.base.errors import ConfigError
+from lmscale.corpus import node_cache as room
+from lmscale.corpus import staging
+from lmscale.corpus.node_cache import alone, chunk_path, folder_of, sizes
 from lmscale.corpus.staging import Staged, Stager
-from lmscale.errors import ConfigError
 
 
 @pytest.fixture

@@ -15,12 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_corpus import Made, make, make_collection
 
-from lmscale.corpus.files import Files
-from lmscale.corpus.index import BLOCK_BYTES, Extent, block_crcs
+from lmscale.base.errors import DataError
+from lmscale.corpus.integrity import verify
 from lmscale.corpus.manifest import tokenizer_path
-from lmscale.corpus.reader import Reader
-from lmscale.corpus.verify import verify
-from lmscale.errors import DataError
+from lmscale.corpus.reader import CheckedFiles, CorpusReader
+from lmscale.corpus.shard_format import BLOCK_BYTES, Extent, block_crcs
 
 SEQ_LEN = 16
 
@@ -43,7 +42,7 @@ def copy(made: Made, tmp_path: Path) -> Path:
 
 
 def read_all(path: Path, memory_bytes: int) -> list[tuple[list[int], list[int]]]:
-    with Reader(path, seq_len=SEQ_LEN, memory_bytes=memory_bytes, backoff_s=0) as reader:
+    with CorpusReader(path, seq_len=SEQ_LEN, memory_bytes=memory_bytes, backoff_s=0) as reader:
         tokenizer_path(path, reader.manifest)
         got = (reader.row(sample) for sample in range(reader.num_samples))
         return [(tokens.tolist(), starts.tolist()) for tokens, starts in got]
@@ -182,7 +181,7 @@ def test_message_names_shard_chunk_bytes_reason_and_action(made: Made, copy: Pat
     shard.write_bytes(data)
     with (
         pytest.raises(DataError) as error,
-        Reader(copy, seq_len=SEQ_LEN, memory_bytes=0, backoff_s=0) as reader,
+        CorpusReader(copy, seq_len=SEQ_LEN, memory_bytes=0, backoff_s=0) as reader,
     ):
         reader.row(4)
     text = str(error.value)
@@ -253,7 +252,7 @@ def test_an_index_of_other_lengths_than_the_manifest_gives_no_sample(tmp_path: P
     entry = replace(short.manifest.shards[0], tokens=made.manifest.shards[0].tokens)
     replace(made.manifest, shards=(entry,)).save(short.path)
     with (
-        Reader(short.path, seq_len=16, memory_bytes=0, backoff_s=0) as reader,
+        CorpusReader(short.path, seq_len=16, memory_bytes=0, backoff_s=0) as reader,
         pytest.raises(DataError, match="tokens in chunk 5, the manifest"),
     ):
         reader.row(0)
@@ -264,7 +263,7 @@ def test_a_piece_is_never_shorter_than_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(100))
     extent = Extent(0, 100, np.array(block_crcs(bytes(100)), dtype=np.uint32))
-    files = Files(backoff_s=0)
+    files = CheckedFiles(backoff_s=0)
     assert len(files.blocks(path, "x", extent, block_bytes=BLOCK_BYTES, cut=slice(90, 100))) == 10
     with pytest.raises(DataError, match="only 100 bytes"):
         files.blocks(path, "x", extent, block_bytes=BLOCK_BYTES, cut=slice(90, 101))

@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpus import make, make_collection
 
-from lmscale.corpus import entries as entries_module
-from lmscale.corpus.entries import Shards
-from lmscale.corpus.manifest import Manifest, TokenizerEntry, load_part, resolve
-from lmscale.corpus.sealed import write_sealed
-from lmscale.corpus.shard import ShardEntry, shard_name
-from lmscale.errors import DataError
+from lmscale.base.errors import DataError
+from lmscale.corpus import manifest as entries_module
+from lmscale.corpus.manifest import Manifest, Shards, TokenizerEntry, load_part, resolve
+from lmscale.corpus.shard_format import ShardEntry, shard_name, write_sealed
 
 numbers = st.one_of(st.integers(0, 9), st.integers(0, (1 << 63) - 1))
 names = st.one_of(
@@ -108,7 +106,7 @@ def test_a_manifest_in_another_form_has_the_same_fingerprint(
     del body["digest"]
     dumps = json.dumps
     monkeypatch.setattr(
-        "lmscale.corpus.sealed.json.dumps",
+        "lmscale.corpus.shard_format.json.dumps",
         lambda body, **_: dumps(body, indent=indent).removesuffix("}").rstrip() + "\n}",
     )
     write_sealed(tmp_path / "manifest.json", body)

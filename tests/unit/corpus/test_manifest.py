@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from small_corpus import make, make_collection
 
+from lmscale.base.errors import ConfigError, DataError
 from lmscale.corpus.manifest import Collection, Manifest, kind_of, resolve, tokenizer_path
-from lmscale.corpus.sealed import write_sealed
-from lmscale.errors import ConfigError, DataError
+from lmscale.corpus.shard_format import write_sealed
 
 
 def test_manifest_round_trips(tmp_path: Path) -> None:

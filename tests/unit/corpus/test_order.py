@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from order_reference import Reference
 
-from lmscale.corpus.feistel import permute, round_keys
-from lmscale.corpus.order import VERSION, Order
+from lmscale.corpus.order import VERSION, Order, permute, round_keys
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "order.json"
 

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_corpus import Made, make
 
+from lmscale.base.errors import DataError, RetryableError
 from lmscale.corpus.order import Order
-from lmscale.corpus.plan import Phase, rows
-from lmscale.corpus.reader import Reader, memory_needed
-from lmscale.errors import DataError, RetryableError
+from lmscale.corpus.reader import CorpusReader, memory_needed
+from lmscale.corpus.schedule import Phase, rows
 
 PLENTY, NONE = 1 << 20, 0
 
 
-def open_reader(made: Made, *, seq_len: int = 16, memory: int = PLENTY) -> Reader:
-    return Reader(made.path, seq_len=seq_len, memory_bytes=memory, backoff_s=0)
+def open_reader(made: Made, *, seq_len: int = 16, memory: int = PLENTY) -> CorpusReader:
+    return CorpusReader(made.path, seq_len=seq_len, memory_bytes=memory, backoff_s=0)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_rows_across_blocks_and_without_document_starts(memory: int, tmp_path: P
 
 def test_memory_stays_below_its_bound(made: Made) -> None:
     bound = 3 * made.manifest.chunk_bytes + 60
-    with Reader(made.path, seq_len=16, memory_bytes=bound, chunks_in_use=2) as reader:
+    with CorpusReader(made.path, seq_len=16, memory_bytes=bound, chunks_in_use=2) as reader:
         assert reader.holds_chunks
         for sample in np.random.default_rng(0).integers(0, reader.num_samples, 200):
             reader.row(int(sample))
@@ -68,7 +68,7 @@ def test_memory_stays_below_its_bound(made: Made) -> None:
 def test_reader_holds_chunks_only_where_those_in_use_fit(made: Made) -> None:
     needed = memory_needed(made.manifest, 3)
     for memory, holds in ((needed, True), (needed - 1, False)):
-        with Reader(made.path, seq_len=16, memory_bytes=memory, chunks_in_use=3) as reader:
+        with CorpusReader(made.path, seq_len=16, memory_bytes=memory, chunks_in_use=3) as reader:
             assert reader.holds_chunks is holds
     assert memory_needed(made.manifest) == memory_needed(made.manifest, 10**9)
 
@@ -85,7 +85,7 @@ def test_open_files_are_bounded(tmp_path: Path) -> None:
 
 def test_threads_may_share_a_reader(made: Made) -> None:
     wrong: list[int] = []
-    with Reader(made.path, seq_len=16, memory_bytes=200, chunks_in_use=1) as reader:
+    with CorpusReader(made.path, seq_len=16, memory_bytes=200, chunks_in_use=1) as reader:
 
         def read(seed: int) -> None:
             for sample in np.random.default_rng(seed).integers(0, reader.num_samples, 100).tolist():

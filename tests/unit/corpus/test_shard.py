@@ -9,9 +9,20 @@ import numpy as np
 import pytest
 from small_corpus import make
 
-from lmscale.corpus.index import BLOCK_BYTES, Row, block_crcs, pack, parse, seal_of
-from lmscale.corpus.shard import Chunk, chunk_range, dtype_for, num_chunks, write_shard
-from lmscale.errors import RetryableError
+from lmscale.base.errors import RetryableError
+from lmscale.corpus.shard_format import (
+    BLOCK_BYTES,
+    Chunk,
+    IndexEntry,
+    block_crcs,
+    chunk_range,
+    dtype_for,
+    num_chunks,
+    pack,
+    parse,
+    seal_of,
+    write_shard,
+)
 
 
 def test_tar_reads_what_was_written(tmp_path: Path) -> None:
@@ -57,7 +68,7 @@ def test_equal_chunks_make_equal_bytes_at_any_time(
 
 def test_index_round_trips_with_several_blocks() -> None:
     tokens, starts = bytes(range(256)) * 1000, b"\1\0\0\0"
-    rows = [Row(512, 128_000, 256_512, 1), Row(300_000, 128_000, 0, 0)]
+    rows = [IndexEntry(512, 128_000, 256_512, 1), IndexEntry(300_000, 128_000, 0, 0)]
     crcs = [*block_crcs(tokens), *block_crcs(starts), *block_crcs(tokens)]
     data = pack(rows, crcs, first_chunk=17, token_bytes=2)
     index = parse(data, seal=seal_of(data))

@@ -9,19 +9,18 @@ from hypothesis import strategies as st
 from small_corpus import make
 
 from lmscale.corpus import shares as shares_module
-from lmscale.corpus.ahead import Split, chunks_ahead, stream_readers
-from lmscale.corpus.assign import step_positions
-from lmscale.corpus.order import Order
-from lmscale.corpus.shares import Layout, node_shares
+from lmscale.corpus.order import Order, step_positions
+from lmscale.corpus.schedule import BatchSplit, chunks_ahead, stream_readers
+from lmscale.corpus.shares import ChunkLayout, node_shares
 
 small = st.integers(1, 6)
 
 
 @st.composite
-def splits(draw: st.DrawFn) -> Split:
+def splits(draw: st.DrawFn) -> BatchSplit:
     nodes, ranks, tp = draw(small), draw(small), draw(st.sampled_from((1, 1, 2, 3)))
     assume(nodes * ranks % tp == 0)
-    return Split(draw(st.integers(1, 24)), nodes, ranks, tp)
+    return BatchSplit(draw(st.integers(1, 24)), nodes, ranks, tp)
 
 
 @st.composite
@@ -35,14 +34,14 @@ def orders(draw: st.DrawFn) -> Order:
     )
 
 
-def layout_of(order: Order, *, shard_chunks: int = 3) -> Layout:
+def layout_of(order: Order, *, shard_chunks: int = 3) -> ChunkLayout:
     chunks = -(-order.num_samples // order.samples_per_chunk)
     firsts = np.append(np.arange(0, chunks, shard_chunks), chunks)
-    return Layout(firsts, 1000, 10)
+    return ChunkLayout(firsts, 1000, 10)
 
 
 def really_read(
-    order: Order, split: Split, *, position: int, steps: int
+    order: Order, split: BatchSplit, *, position: int, steps: int
 ) -> dict[int, dict[int, int]]:
     """node -> chunk -> the step that reads it first, as the ranks find their samples."""
     found: dict[int, dict[int, int]] = defaultdict(dict)
@@ -60,7 +59,7 @@ def really_read(
 @settings(max_examples=150, deadline=None)
 @given(orders(), splits(), st.integers(0, 900), st.integers(1, 40))
 def test_a_node_plans_exactly_the_chunks_that_its_ranks_read(
-    order: Order, split: Split, position: int, steps: int
+    order: Order, split: BatchSplit, position: int, steps: int
 ) -> None:
     want = really_read(order, split, position=position, steps=steps)
     for node in range(split.nodes):
@@ -72,7 +71,9 @@ def test_a_node_plans_exactly_the_chunks_that_its_ranks_read(
 
 @settings(max_examples=80, deadline=None)
 @given(orders(), splits(), st.integers(0, 300))
-def test_the_nodes_of_an_epoch_read_every_chunk(order: Order, split: Split, position: int) -> None:
+def test_the_nodes_of_an_epoch_read_every_chunk(
+    order: Order, split: BatchSplit, position: int
+) -> None:
     steps = -(-order.num_samples // split.global_batch)
     read = [
         chunk
@@ -88,7 +89,7 @@ def test_the_nodes_of_an_epoch_read_every_chunk(order: Order, split: Split, posi
 def test_chunks_come_in_order_of_first_use_up_to_a_window(
     order: Order, nodes: int, turns: int
 ) -> None:
-    split = Split(order.streams, nodes, 1)
+    split = BatchSplit(order.streams, nodes, 1)
     assume(order.streams >= nodes)
     position, steps = turns * order.streams, -(-order.num_samples // order.streams)
     window_steps = order.window * order.samples_per_chunk
@@ -103,7 +104,7 @@ def test_chunks_come_in_order_of_first_use_up_to_a_window(
 @settings(max_examples=150, deadline=None)
 @given(orders(), splits(), st.integers(0, 900), st.integers(1, 40))
 def test_shares_count_what_is_really_read(
-    order: Order, split: Split, position: int, steps: int
+    order: Order, split: BatchSplit, position: int, steps: int
 ) -> None:
     layout = layout_of(order)
     got = node_shares(order, layout, split, position=position, steps=steps)
@@ -137,7 +138,7 @@ def test_shares_count_what_is_really_read(
 def test_when_streams_stay_with_a_node(
     batch: int, streams: int, nodes: int, ranks: int, stay: bool
 ) -> None:
-    split = Split(batch, nodes, ranks)
+    split = BatchSplit(batch, nodes, ranks)
     assert (stream_readers(split, streams, position=0) is not None) == stay
     order = Order(4000, 8, streams)
     got = node_shares(order, layout_of(order), split, steps=10**6)
@@ -154,7 +155,7 @@ def test_when_streams_stay_with_a_node(
 def test_expected_numbers_are_close_to_the_exact_ones(
     position: int, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order, split = Order(320_777, 16, 64, seed=3), Split(64, 4, 2)
+    order, split = Order(320_777, 16, 64, seed=3), BatchSplit(64, 4, 2)
     layout = layout_of(order, shard_chunks=5)
     exact = node_shares(order, layout, split, position=position, steps=steps)
     monkeypatch.setattr(shares_module, "_MOST_CHUNKS", 0)
@@ -174,7 +175,7 @@ def test_streams_that_wander_are_counted_for_the_first_steps_only(
 ) -> None:
     monkeypatch.setattr(shares_module, "_MOST_SAMPLES", 150)
     order = Order(4000, 8, 16)
-    got = node_shares(order, layout_of(order), Split(15, 4, 1), steps=100)
+    got = node_shares(order, layout_of(order), BatchSplit(15, 4, 1), steps=100)
     assert (got.steps, got.exact, got.samples.sum()) == (10, True, 150)
 
 
@@ -182,7 +183,7 @@ def test_the_layout_of_a_corpus(tmp_path: object) -> None:
     from pathlib import Path
 
     made = make(Path(str(tmp_path)), tokens=333, chunk_tokens=64, shard_chunks=2)
-    layout = Layout.of(made.manifest)
+    layout = ChunkLayout.of(made.manifest)
     sizes = [
         (entry.tokens * 2, layout.chunk_bytes * entry.chunks) for entry in made.manifest.shards
     ]

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from lmscale.batch import Batch
-from lmscale.data.baselines import DISCOUNT, count, nats
+from lmscale.base.batch import Batch
+from lmscale.data.held_out import DISCOUNT, count, nats
 from lmscale.data.objective import Record, causal
 
 

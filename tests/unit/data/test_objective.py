@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.batch import Batch
+from lmscale.base.batch import Batch
 from lmscale.data.objective import Record, causal, record_tokens
 
 ROWS = st.integers(1, 4)

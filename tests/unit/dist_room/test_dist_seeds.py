@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.dist.seeds import mix, seed_step
+from lmscale.distributed.seeds import mix, seed_step
 
 parts = st.lists(st.one_of(st.integers(), st.text(max_size=4)), max_size=4).map(tuple)
 

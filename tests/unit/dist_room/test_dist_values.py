@@ -6,13 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lmscale.batch import Batch, Stream
-from lmscale.dist.device import to_device
-from lmscale.dist.group import choose_device
-from lmscale.dist.mesh import resolve
-from lmscale.dist.peers import collective, lost_peer
-from lmscale.dist.reduce import decisive_error, portable
-from lmscale.errors import (
+from lmscale.base.batch import Batch, Stream
+from lmscale.base.errors import (
     CheckpointError,
     ConfigError,
     DistributedError,
@@ -20,7 +15,16 @@ from lmscale.errors import (
     Overtaken,
     RetryableError,
 )
-from lmscale.world import World
+from lmscale.base.world import World
+from lmscale.distributed.mesh import resolve
+from lmscale.distributed.process_group import (
+    choose_device,
+    collective,
+    decisive_error,
+    lost_peer,
+    portable,
+    to_device,
+)
 
 
 @dataclass(frozen=True)

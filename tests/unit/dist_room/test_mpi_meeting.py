@@ -8,14 +8,21 @@ from typing import Any
 
 import pytest
 
-from lmscale.dist import mpi, reach
-from lmscale.dist.mpi import meet
-from lmscale.dist.reach import Door, candidates, interface_of, interfaces, reached
-from lmscale.errors import ConfigError
+from lmscale.base.errors import ConfigError
+from lmscale.distributed import mpi_rendezvous as mpi
+from lmscale.distributed import mpi_rendezvous as reach
+from lmscale.distributed.mpi_rendezvous import (
+    ReachabilityProbe,
+    candidates,
+    interface_of,
+    interfaces,
+    meet,
+    reached,
+)
 
 
 def test_a_door_is_known_by_its_token_and_frees_its_port() -> None:
-    with closing(Door.open()) as door:
+    with closing(ReachabilityProbe.open()) as door:
         assert reached("127.0.0.1", door.port, door.token) == "127.0.0.1"
         assert reached("127.0.0.1", door.port, bytes(16)) is None  # another host's door
         assert door.port in range(20_000, 30_000)
@@ -26,10 +33,10 @@ def test_a_door_is_known_by_its_token_and_frees_its_port() -> None:
 
 
 def test_a_port_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    with closing(Door.open()) as first:
+    with closing(ReachabilityProbe.open()) as first:
         choices = iter([first.port, first.port, 29_999, 29_998, 29_997])
         monkeypatch.setattr(reach.random, "choice", lambda _: next(choices))
-        with closing(Door.open()) as second:
+        with closing(ReachabilityProbe.open()) as second:
             assert second.port != first.port
 
 
@@ -44,7 +51,7 @@ def test_an_address_nobody_answers_at_is_given_up(monkeypatch: pytest.MonkeyPatc
 
 def test_addresses_of_this_host_are_reached_and_belong_to_interfaces() -> None:
     assert not any(address.startswith("127.") for address in interfaces())
-    with closing(Door.open()) as door:
+    with closing(ReachabilityProbe.open()) as door:
         for address, name in interfaces().items():
             own = reached(address, door.port, door.token)
             assert own is not None and interface_of(own) == name

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lmscale.engine.account import clip, sum_of_squares
-from lmscale.engine.protocol import StepResult
+from lmscale.engine.base import StepResult
+from lmscale.engine.step import clip, sum_of_squares
 
 CPU = torch.device("cpu")
 

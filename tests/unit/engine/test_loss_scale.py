@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmscale.engine.loss_scale import LossScale
+from lmscale.engine.step import LossScale
 
 
 def scale_of(*applied: bool) -> LossScale:

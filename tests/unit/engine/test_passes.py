@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from lmscale.errors import ConfigError
+from lmscale.base.errors import ConfigError
+from lmscale.parallel.activation_checkpointing import checkpoint_activations
 from lmscale.parallel.blocks import blocks
-from lmscale.parallel.compiled import compile_blocks
-from lmscale.parallel.lowered import Lowered
-from lmscale.parallel.recompute import checkpoint_activations
+from lmscale.parallel.compile import compile_blocks
+from lmscale.parallel.low_precision import LowPrecision
 
 LAYERS = 10  # more than the compiler's limit of 8 versions of one function
 
@@ -112,7 +112,7 @@ def test_equal_blocks_are_compiled_once(checkpointing, kinds, graphs):
 @no_leaf
 def test_each_shape_and_evaluation_are_compiled_until_an_error(graphs, monkeypatch):
     """And other models of the process do not count."""
-    monkeypatch.setattr("lmscale.model.one_graph.VERSIONS", 4)
+    monkeypatch.setattr("lmscale.model.attention.VERSIONS", 4)
     for _ in range(2):
         model = Model()
         compile_blocks(model)
@@ -138,7 +138,7 @@ def test_a_block_that_is_no_single_graph_is_an_error(graphs):
 _WITHOUT_COMPILER = """
 import torch
 from torch import nn
-from lmscale.parallel.compiled import compile_blocks
+from lmscale.parallel.compile import compile_blocks
 
 class Model(nn.Module):
     def __init__(self):
@@ -175,7 +175,7 @@ def test_lowered_weights_are_low_only_inside():
     model = Model()
     block = blocks(model)[0]
     before = dict(model.named_parameters())
-    lowered = Lowered(model, torch.bfloat16)
+    lowered = LowPrecision(model, torch.bfloat16)
     x = torch.ones(2, 4, dtype=torch.bfloat16)
     for _ in range(2):
         with lowered():
@@ -184,7 +184,7 @@ def test_lowered_weights_are_low_only_inside():
     assert all(before[name] is p for name, p in model.named_parameters())
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
     once = Model()
-    with Lowered(once, torch.bfloat16)():
+    with LowPrecision(once, torch.bfloat16)():
         once(x).backward()
     for twice, single in zip(model.parameters(), once.parameters(), strict=True):
         assert torch.equal(twice.grad, 2 * single.grad), "accumulated below fp32"
@@ -192,6 +192,6 @@ def test_lowered_weights_are_low_only_inside():
 
 def test_lowered_weights_come_back_after_an_error():
     model = Model()
-    with pytest.raises(RuntimeError), Lowered(model, torch.bfloat16)():
+    with pytest.raises(RuntimeError), LowPrecision(model, torch.bfloat16)():
         model(torch.ones(2, 4))  # fp32 inputs do not fit
     assert all(p.dtype == torch.float32 for p in model.parameters())

@@ -11,27 +11,37 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lmscale.batch import Batch, Stream
-from lmscale.config.sections import ModelConfig
-from lmscale.errors import ConfigError
+from lmscale.base.batch import Batch, Stream
+from lmscale.base.errors import ConfigError
+from lmscale.config.schema import ModelConfig
 from lmscale.model.build import build_model
-from lmscale.model.language import LanguageModel
+from lmscale.model.transformer import LanguageModel
+from lmscale.parallel.activation_checkpointing import (
+    MODES,
+    BlockCost,
+    checkpoint_activations,
+    choose,
+)
 from lmscale.parallel.blocks import blocks
-from lmscale.parallel.budget import MODES, Cost, choose
-from lmscale.parallel.lowered import Lowered
-from lmscale.parallel.recompute import checkpoint_activations
+from lmscale.parallel.low_precision import LowPrecision
 
 LAYERS, ROWS, LENGTH, VOCAB = 5, 2, 24, 61
 CHECKPOINTED = ("full", "every:2", "selective", "budget:0.5", "budget:0.2")
 STYLES = {
-    "llama": {"kv_heads": 2},
-    "gpt2": {"norm": "layer", "positions": "learned", "activation": "gelu_tanh", "biases": True},
-    "post": {"norm_place": "post", "activation": "relu"},
+    "llama": {"num_kv_heads": 2},
+    "gpt2": {"norm": "layer", "positions": "learned", "activation": "gelu_tanh", "bias": True},
+    "post": {"norm_order": "post", "activation": "relu"},
 }
 
 
 def model_of(mode: str, dtype: torch.dtype = torch.float32, **changes: object) -> LanguageModel:
-    sizes = {"layers": LAYERS, "width": 32, "heads": 4, "feed_forward": 72, "init_std": 0.2}
+    sizes = {
+        "num_layers": LAYERS,
+        "hidden_size": 32,
+        "num_heads": 4,
+        "ffn_hidden_size": 72,
+        "init_std": 0.2,
+    }
     config = ModelConfig(**{**sizes, **changes})
     model = build_model(config, vocab_size=VOCAB, max_positions=LENGTH, seed=0)
     checkpoint_activations(model, mode, compute=dtype)
@@ -49,7 +59,7 @@ def batch_of(documents: bool = True) -> Batch[Tensor]:
 
 def gradients(model: LanguageModel, dtype: torch.dtype) -> list[Tensor]:
     torch.manual_seed(3)
-    with Lowered(model, dtype)():
+    with LowPrecision(model, dtype)():
         model(batch_of()).loss.backward()
     # The last shows that the generator stands where it would have stood.
     return [p.grad for p in model.parameters()] + [torch.rand(1)]
@@ -114,7 +124,7 @@ def kept_by(model: LanguageModel, dtype: torch.dtype) -> list[tuple[str, int]]:
         first.append(inputs)
         raise Reached
 
-    with Lowered(model, dtype)():
+    with LowPrecision(model, dtype)():
         hook = blocks(model)[0].register_forward_pre_hook(stop)
         with pytest.raises(Reached):
             model.decoder(batch_of(documents=False).inputs)
@@ -182,9 +192,9 @@ def test_the_smallest_budget_is_named_and_possible():
 
 COSTS = st.builds(
     lambda none, less, least, some, all_: {
-        "none": Cost(none, 0),
-        "selective": Cost(none - less, some),
-        "full": Cost(none - less - least, some + all_),
+        "none": BlockCost(none, 0),
+        "selective": BlockCost(none - less, some),
+        "full": BlockCost(none - less - least, some + all_),
     },
     st.integers(40, 60),
     *[st.integers(0, 20) for _ in range(2)],

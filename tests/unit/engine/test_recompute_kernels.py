@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.wrap import inductor_compiled_code
 
-from lmscale.parallel.recompute import recomputing
+from lmscale.parallel.activation_checkpointing import recomputing
 
 try:
     from torch._higher_order_ops.wrap import InductorCompiledCallable as Compiled

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lmscale.config.sections import EngineConfig
-from lmscale.engine.zero_dict import zero_dict
-from lmscale.engine.zero_start import start_deepspeed
-from lmscale.errors import ConfigError
+from lmscale.base.errors import ConfigError
+from lmscale.config.schema import EngineConfig
+from lmscale.engine.deepspeed.setup import start_deepspeed, zero_dict
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SEVEN_BILLION = 7_000_000_000

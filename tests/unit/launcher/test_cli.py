@@ -11,30 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lmscale_launcher import train as train_module
+from lmscale_launcher.cli import app
+from lmscale_launcher.jobs.resume import find_run_folder
+from lmscale_launcher.jobs.stop import stop
+from lmscale_launcher.train import finished, world_of
+from lmscale_launcher.verify import kind_of, verify
 from typer.testing import CliRunner
 
-from launcher import train as train_module
-from launcher.cli import app
-from launcher.jobs.find import find_run_folder
-from launcher.jobs.stop import stop
-from launcher.train import finished, world_of
-from launcher.verify import kind_of, verify
+from lmscale.base.errors import ConfigError, UsageError
+from lmscale.base.units import show_bytes, show_count
 from lmscale.config.identity import identity
-from lmscale.config.load import load
-from lmscale.errors import ConfigError, UsageError
-from lmscale.run.attempts import claim, settle
-from lmscale.run.events import EventLog
-from lmscale.run.folder import RunFolder
-from lmscale.run.hold import begin
-from lmscale.run.manifest import describe_file, write_manifest
-from lmscale.units import show_bytes, show_count
+from lmscale.config.run_file import load
+from lmscale.run_folder.attempts import claim, settle
+from lmscale.run_folder.checkpoints import describe_file, write_manifest
+from lmscale.run_folder.events import EventLog
+from lmscale.run_folder.liveness import begin
+from lmscale.run_folder.paths import RunFolder
 
 ROOT = Path(__file__).parents[3]
 RUN = """
-model: {layers: 2, width: 32, heads: 2}
+model: {num_layers: 2, hidden_size: 32, num_heads: 2}
 data: {corpora: [{path: CORPUS}]}
 optim: {lr: 1e-3}
-train: {steps: 40, global_batch: 7, micro_batch: 2, seq_len: 32}
+train: {steps: 40, global_batch_size: 7, micro_batch_size: 2, seq_len: 32}
 """
 
 
@@ -42,7 +42,7 @@ def lmscale(*argv: str | Path, cwd: Path, **env: str) -> subprocess.CompletedPro
     drop = ("RANK", "WORLD_SIZE", "LMSCALE_", "MASTER_", "SLURM_", "OMPI_", "PMIX")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
     return subprocess.run(
-        [sys.executable, "-m", "launcher.cli", *map(str, argv)], cwd=cwd, text=True,
+        [sys.executable, "-m", "lmscale_launcher.cli", *map(str, argv)], cwd=cwd, text=True,
         env={**clean, "PYTHONPATH": str(ROOT), **env}, capture_output=True, check=False, timeout=30,
     )  # fmt: skip
 
@@ -132,8 +132,8 @@ def test_counts_and_sizes_are_never_shown_with_an_exponent() -> None:
     ("verb", "source"),
     [
         ("prepare", "lmscale/prepare/command.py"),
-        ("eval", "lmscale/train/eval_command.py"),
-        ("generate", "lmscale/train/generate_command.py"),
+        ("eval", "lmscale/train/commands.py"),
+        ("generate", "lmscale/train/commands.py"),
     ],
 )
 def test_options_are_those_that_the_verb_itself_takes(verb: str, source: str) -> None:
@@ -183,7 +183,7 @@ def test_a_cluster_comes_before_the_keys_that_change_it(
         seen.append(overrides)
         return 75
 
-    monkeypatch.setattr("launcher.train.train", trained)
+    monkeypatch.setattr("lmscale_launcher.train.train", trained)
     argv = ["train", "run.yaml", "cluster.nodes=2", "--cluster", "slurm"]
     assert CliRunner().invoke(app, argv).exit_code == 75
     assert seen == [["cluster=slurm", "cluster.nodes=2"]]
@@ -299,7 +299,7 @@ def test_a_run_on_another_host_is_waited_for_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunFolder(tmp_path)
-    monkeypatch.setattr("lmscale.run.events.this_host", lambda: "elsewhere/1")
+    monkeypatch.setattr("lmscale.run_folder.events.this_host", lambda: "elsewhere/1")
     other = EventLog(run, "other")
     other.write("start")
     monkeypatch.undo()
@@ -309,7 +309,7 @@ def test_a_run_on_another_host_is_waited_for_or_refused(
         slept.append(seconds)
         os.utime(other.path, (time.time() - 30 * len(slept) - 1,) * 2)
 
-    monkeypatch.setattr("lmscale.run.hold.time.sleep", silent)
+    monkeypatch.setattr("lmscale.run_folder.liveness.time.sleep", silent)
     begin(run, "mine", by_hand=True, ranks=1).close()
     assert len(slept) == 2
     (run.events / "mine.jsonl").unlink()
@@ -318,7 +318,7 @@ def test_a_run_on_another_host_is_waited_for_or_refused(
         other.beat()
 
     os.utime(other.path, (time.time() - 40,) * 2)
-    monkeypatch.setattr("lmscale.run.hold.time.sleep", beats)
+    monkeypatch.setattr("lmscale.run_folder.liveness.time.sleep", beats)
     with pytest.raises(ConfigError, match=r"elsewhere(.|\n)*lmscale stop"):
         begin(run, "mine", by_hand=True, ranks=1)
     other.close()
@@ -339,8 +339,8 @@ def test_stop_of_what_does_not_run_keeps_it_stopped(folder: Path, capsys: Any) -
 LIVE = """
 import signal, sys, time
 from pathlib import Path
-from lmscale.run.events import EventLog
-from lmscale.run.folder import RunFolder
+from lmscale.run_folder.events import EventLog
+from lmscale.run_folder.paths import RunFolder
 log = EventLog(RunFolder(Path(sys.argv[1])), "s")
 def end(*_):
     log.write("save", step=12)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from lmscale_launcher.doctor import file_systems as storage
+from lmscale_launcher.doctor import gpu as nvidia
+from lmscale_launcher.doctor.findings import Finding, failures
+from lmscale_launcher.doctor.node import check_node
 
-from launcher.doctor import nvidia, storage
-from launcher.doctor.finding import Finding, failures
-from launcher.doctor.node import check_node
-from lmscale.run.folder import RunFolder
+from lmscale.run_folder.paths import RunFolder
 
 Smi = Callable[[str], None]
 
@@ -83,7 +84,7 @@ def test_a_sound_node_passes_within_a_second(tmp_path: Path) -> None:
 
 def test_the_check_loads_neither_torch_nor_numpy(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from launcher.doctor.node import check_node;"
+        "import sys; from pathlib import Path; from lmscale_launcher.doctor.node import check_node;"
         f"check_node(Path({str(tmp_path)!r}), ranks=1); sys.exit(bool({{'torch', 'numpy'}} & set(sys.modules)))"
     )
     assert command(sys.executable, "-c", code).returncode == 0
@@ -187,7 +188,7 @@ def test_a_wrong_clock_is_told_by_file_stamps(
     assert done.returncode == 0, done.stderr
     code = (
         "import json, sys; from dataclasses import asdict; from pathlib import Path;"
-        "from launcher.doctor.node import check_node;"
+        "from lmscale_launcher.doctor.node import check_node;"
         "print(json.dumps([asdict(f) for f in check_node(Path(sys.argv[1]), ranks=1)]))"
     )
     said = subprocess.run(
@@ -204,7 +205,7 @@ def test_few_open_files_fail(tmp_path: Path) -> None:
     code = (
         "import json, resource, sys; from dataclasses import asdict; from pathlib import Path; "
         "resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)); "
-        "from launcher.doctor.node import check_node; "
+        "from lmscale_launcher.doctor.node import check_node; "
         "print(json.dumps([asdict(one) for one in check_node(Path(sys.argv[1]), ranks=1)]))"
     )
     said = command(sys.executable, "-c", code, tmp_path)

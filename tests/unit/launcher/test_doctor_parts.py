@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+from lmscale_launcher.doctor import file_systems as storage
+from lmscale_launcher.doctor import host, probes
+from lmscale_launcher.doctor import slurm_checks as slurm
+from lmscale_launcher.doctor.findings import Finding
+from lmscale_launcher.doctor.gpu import Driver
+from lmscale_launcher.doctor.slurm_checks import CommandResult, run_command
 
-from launcher.doctor import host, probes, slurm, storage
-from launcher.doctor.ask import Answer, ask
-from launcher.doctor.finding import Finding
-from launcher.doctor.nvidia import Driver
-from lmscale.config.cluster import ClusterConfig
+from lmscale.config.cluster_schema import ClusterConfig
 
 MOUNTS = r"""22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
 30 22 0:40 / /home rw,relatime shared:1 - nfs4 server:/home rw,vers=4.2,acregmax=30,local_lock=none
@@ -39,7 +41,7 @@ def mounts(tmp_path: Path) -> Path:
 
 def test_a_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     begun = time.monotonic()
-    answer = ask(["sh", "-c", f"sleep 47 & echo $! > {tmp_path}/pid; wait"], timeout_s=0.5)
+    answer = run_command(["sh", "-c", f"sleep 47 & echo $! > {tmp_path}/pid; wait"], timeout_s=0.5)
     assert time.monotonic() - begun < 3
     assert answer.state == "hung"
     assert "no answer within" in answer.words
@@ -55,13 +57,16 @@ def test_a_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
 
 def test_a_failure_is_told_by_the_last_telling_line(tmp_path: Path) -> None:
     body = "echo first; echo 'the cause' >&2; echo ------ >&2; exit 3"
-    assert ask([str(script(tmp_path, "it", body))], timeout_s=5).words == "the cause (exit code 3)"
-    assert ask(["no-such-program"], timeout_s=5).words == "not found"
-    assert ask(["sh", "-c", "kill -11 $$"], timeout_s=5).words == "killed by signal 11"
+    assert (
+        run_command([str(script(tmp_path, "it", body))], timeout_s=5).words
+        == "the cause (exit code 3)"
+    )
+    assert run_command(["no-such-program"], timeout_s=5).words == "not found"
+    assert run_command(["sh", "-c", "kill -11 $$"], timeout_s=5).words == "killed by signal 11"
     broken = tmp_path / "broken"
     broken.write_text("#!/no/such/interpreter\n")
     broken.chmod(0o755)
-    assert ask([str(broken)], timeout_s=5).state == "missing"
+    assert run_command([str(broken)], timeout_s=5).state == "missing"
 
 
 def test_the_innermost_mount_counts(mounts: Path) -> None:
@@ -91,13 +96,13 @@ def test_each_kind_of_file_system_is_judged(
 
 
 def test_locks_that_hold_on_one_host_only_are_said(mounts: Path) -> None:
-    answer = Answer("ended", 0, '{"flock": ""}')
+    answer = CommandResult("ended", 0, '{"flock": ""}')
     for path, level in (("/home", "ok"), ("/old", "warn"), ("/scratch", "warn")):
         mount = storage.mount_of(Path(path), mounts=mounts)
         found = storage.locks("locks", Path(path), answer, mount)
         assert found is not None
         assert found.level == level
-    without = Answer("ended", 0, '{"flock": "Function not implemented"}')
+    without = CommandResult("ended", 0, '{"flock": "Function not implemented"}')
     found = storage.locks("locks", Path("/x"), without, storage.Mount("lustre", frozenset()))
     assert found is not None
     assert found.level == "fail"
@@ -105,7 +110,9 @@ def test_locks_that_hold_on_one_host_only_are_said(mounts: Path) -> None:
 
 
 def test_a_slow_disk_is_said_in_minutes_of_a_checkpoint() -> None:
-    slow = storage.rate("speed", Path("/x"), Answer("ended", 0, '{"seconds": 8.0}'), size=64 << 20)
+    slow = storage.rate(
+        "speed", Path("/x"), CommandResult("ended", 0, '{"seconds": 8.0}'), size=64 << 20
+    )
     assert slow is not None
     assert slow.level == "warn"
     assert "8 MiB/s" in slow.fact
@@ -250,7 +257,7 @@ def test_leftovers_in_shared_memory_are_told_from_files_in_use(tmp_path: Path) -
 
 
 def test_a_host_name_that_only_this_host_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    loopback = Answer("ended", 0, "127.0.1.1      STREAM box\n127.0.1.1      DGRAM\n")
+    loopback = CommandResult("ended", 0, "127.0.1.1      STREAM box\n127.0.1.1      DGRAM\n")
     assert host.host_name(loopback, {}, several=False).level == "ok"
     found = host.host_name(loopback, {}, several=True)
     assert found.level == "warn"
@@ -258,10 +265,10 @@ def test_a_host_name_that_only_this_host_can_reach(monkeypatch: pytest.MonkeyPat
     assert "GLOO_SOCKET_IFNAME" in found.hint
     assert host.host_name(loopback, {"GLOO_SOCKET_IFNAME": "lo"}, several=True).level == "ok"
     assert host.host_name(loopback, {"GLOO_SOCKET_IFNAME": "ib9"}, several=True).level == "warn"
-    outside = Answer("ended", 0, "10.0.0.7        STREAM box\n")
+    outside = CommandResult("ended", 0, "10.0.0.7        STREAM box\n")
     assert host.host_name(outside, {}, several=True).level == "ok"
-    assert host.host_name(Answer("ended", 2), {}, several=False).level == "warn"
-    assert host.host_name(Answer("hung", seconds=2), {}, several=False).level == "warn"
+    assert host.host_name(CommandResult("ended", 2), {}, several=False).level == "warn"
+    assert host.host_name(CommandResult("hung", seconds=2), {}, several=False).level == "warn"
 
 
 @pytest.mark.parametrize("value", ["ib0,ib1", "^lo", "=eth0", "no-such-0"])

@@ -10,17 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lmscale_launcher.clusters import background
+from lmscale_launcher.clusters.local import LocalCluster
+from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord
+from lmscale_launcher.jobs.submit import scrubbed
 
-from launcher.jobs import background
-from launcher.jobs.environment import scrubbed
-from launcher.jobs.local import LocalCluster
-from launcher.jobs.plan import JobPlan
-from launcher.jobs.record import JobRecord
-from lmscale.config.cluster import ClusterConfig
-from lmscale.errors import ConfigError
-from lmscale.run.events import EventLog
-from lmscale.run.folder import RunFolder
-from lmscale.run.processes import is_alive
+from lmscale.base.errors import ConfigError
+from lmscale.base.proc import is_alive
+from lmscale.config.cluster_schema import ClusterConfig
+from lmscale.run_folder.events import EventLog
+from lmscale.run_folder.paths import RunFolder
 
 
 def plan_of(folder: Path, **cluster: object) -> JobPlan:
@@ -110,8 +109,8 @@ def test_a_program_that_is_not_there_leaves_nothing(tmp_path: Path) -> None:
 def test_what_it_wrote_at_its_end_is_told(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     write = (
-        "import sys, time; from pathlib import Path; from lmscale.run.events import EventLog; "
-        "from lmscale.run.folder import RunFolder; log = EventLog(RunFolder(Path(sys.argv[1])), 'local-1'); "
+        "import sys, time; from pathlib import Path; from lmscale.run_folder.events import EventLog; "
+        "from lmscale.run_folder.paths import RunFolder; log = EventLog(RunFolder(Path(sys.argv[1])), 'local-1'); "
         "log.write('start'); time.sleep(1.5); log.write('start'); log.write('exit', code=85, reason='saved')"
     )
     record = background.start(plan, [*script(write), str(plan.run_dir)], os.environ)
@@ -124,7 +123,7 @@ def test_what_it_wrote_at_its_end_is_told(tmp_path: Path) -> None:
 def test_on_another_host_the_heartbeat_tells_and_silence_is_no_end(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lmscale.run.events.this_host", lambda: "far/1")
+        patch.setattr("lmscale.run_folder.events.this_host", lambda: "far/1")
         log = EventLog(folder, "local-1")
         log.write("start")
     record = JobRecord(
@@ -138,7 +137,7 @@ def test_on_another_host_the_heartbeat_tells_and_silence_is_no_end(tmp_path: Pat
     with pytest.raises(ConfigError, match="on far"):
         background.kill(record)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lmscale.run.events.this_host", lambda: "far/1")
+        patch.setattr("lmscale.run_folder.events.this_host", lambda: "far/1")
         other = EventLog(folder, "local-1")
         other.write("exit", code=0, reason="done")
         other.close()

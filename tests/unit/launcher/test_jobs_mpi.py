@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lmscale_launcher.clusters.mpi import MpiCluster, mpirun
+from lmscale_launcher.jobs.job_plan import JobPlan
 
-from launcher.jobs.mpi import MpiCluster, mpirun
-from launcher.jobs.plan import JobPlan
-from lmscale.config.cluster import ClusterConfig
-from lmscale.errors import ConfigError
+from lmscale.base.errors import ConfigError
+from lmscale.config.cluster_schema import ClusterConfig
 
 
 def plan_of(folder: Path, python: str = sys.executable, **cluster: Any) -> JobPlan:
@@ -27,7 +27,7 @@ def test_one_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[0] == str(Path(sys.executable).with_name("mpirun"))
     assert words[1:5] == ["-n", "4", "--host", "localhost:4"]
     config = tmp_path / "run" / "jobs" / "3.yaml"
-    assert words[-6:] == [sys.executable, "-P", "-m", "launcher.cli", "train", str(config)]
+    assert words[-6:] == [sys.executable, "-P", "-m", "lmscale_launcher.cli", "train", str(config)]
     assert "--allow-run-as-root" not in words
     assert "-x" not in words
     monkeypatch.setattr(os, "geteuid", lambda: 0)
@@ -54,8 +54,8 @@ def test_hosts_of_a_job_are_those_of_its_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asleep = [sys.executable, "-c", "import time; time.sleep(30)"]
-    monkeypatch.setattr("launcher.jobs.mpi._supervisor", lambda plan: asleep)
-    monkeypatch.setattr("launcher.jobs.background._WATCH_S", 0.1)
+    monkeypatch.setattr("lmscale_launcher.clusters.mpi._supervisor", lambda plan: asleep)
+    monkeypatch.setattr("lmscale_launcher.clusters.background._WATCH_S", 0.1)
     plan = plan_of(tmp_path, nodes=2, mpi={"hosts": ["a", "b:8"]})
     record, cluster = MpiCluster().submit(plan), MpiCluster()
     try:

@@ -12,29 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lmscale_launcher.clusters.base import JobState
+from lmscale_launcher.jobs import stop as stopping
+from lmscale_launcher.jobs import submit as submitting
+from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord, read_records
+from lmscale_launcher.jobs.resume import find_run_folder, newest_config, resume
+from lmscale_launcher.jobs.stop import stop
+from lmscale_launcher.jobs.submit import submit
 
-from launcher.jobs import stop as stopping
-from launcher.jobs import submit as submitting
-from launcher.jobs.cluster import JobState
-from launcher.jobs.find import find_run_folder
-from launcher.jobs.plan import JobPlan
-from launcher.jobs.record import JobRecord, read_records
-from launcher.jobs.resume import newest_config, resume
-from launcher.jobs.stop import stop
-from launcher.jobs.submit import submit
+from lmscale.base.errors import ConfigError, ExitCode, RetryableError, UsageError
 from lmscale.config.identity import identity
-from lmscale.config.load import load
-from lmscale.errors import ConfigError, ExitCode, RetryableError, UsageError
-from lmscale.run.attempts import claim, settle
-from lmscale.run.events import EventLog
-from lmscale.run.folder import RunFolder
-from lmscale.run.manifest import describe_file, write_manifest
+from lmscale.config.run_file import load
+from lmscale.run_folder.attempts import claim, settle
+from lmscale.run_folder.checkpoints import describe_file, write_manifest
+from lmscale.run_folder.events import EventLog
+from lmscale.run_folder.paths import RunFolder
 
 RUN = """
-model: {layers: 2, width: 32, heads: 2}
+model: {num_layers: 2, hidden_size: 32, num_heads: 2}
 data: {corpora: [{path: corpus}]}
 optim: {lr: 1e-3}
-train: {steps: 40, global_batch: 8, micro_batch: 2, seq_len: 32}
+train: {steps: 40, global_batch_size: 8, micro_batch_size: 2, seq_len: 32}
 cluster: {kind: slurm, nodes: 2, min_nodes: 1, ranks_per_node: 2, max_restarts: 1}
 """
 
@@ -233,7 +231,7 @@ def test_what_the_file_itself_forbids_reaches_no_cluster(site: Site) -> None:
         submitted()
     (Path.cwd() / "corpus").mkdir()
     with pytest.raises(ConfigError, match="with 1 of the 1 to 2 nodes"):
-        submitted("parallel.shard=3")
+        submitted("parallel.dp_shard=3")
     assert not (Path.cwd() / "runs").exists()
     assert not site.submitted
 
@@ -365,7 +363,7 @@ def test_a_job_that_slurm_has_ended_is_not_waited_for(
 ) -> None:
     submitted()
     with monkeypatch.context() as patch:
-        patch.setattr("lmscale.run.events.this_host", lambda: "far/1")
+        patch.setattr("lmscale.run_folder.events.this_host", lambda: "far/1")
         with EventLog(run_folder(), "slurm-101-0") as log:  # a lost node's: its heartbeat is young
             log.write("start")
     site.state = JobState("ended", "a node failed", raw="NODE_FAIL")

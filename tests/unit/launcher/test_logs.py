@@ -15,14 +15,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lmscale_launcher.jobs.job_plan import JobRecord, write_record
+from lmscale_launcher.jobs.logs import FollowedFile, LogFile, as_object, begin_of_last
 
-from launcher.jobs.follow import Growing
-from launcher.jobs.log_files import LogFile, as_object
-from launcher.jobs.record import JobRecord, write_record
-from launcher.jobs.tail import begin_of_last
-from lmscale.run.events import EventLog
-from lmscale.run.folder import RunFolder
-from lmscale.run.processes import this_host
+from lmscale.base.proc import this_host
+from lmscale.run_folder.events import EventLog
+from lmscale.run_folder.paths import RunFolder
 
 ROOT = Path(__file__).parents[3]
 
@@ -52,7 +50,7 @@ class Run:
 
     def submit(self, number: int = 1) -> None:
         """A job of this host, run by this process."""
-        from lmscale.run.processes import started_ticks, this_host
+        from lmscale.base.proc import started_ticks, this_host
 
         facts = {"host": this_host(), "ticks": started_ticks(os.getpid())}
         record = JobRecord(number, "local", str(os.getpid()), "here", time.time(), 1, 1, 2, facts)
@@ -68,7 +66,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 def command(*argv: str) -> list[str]:
-    return [sys.executable, "-m", "launcher.cli", "logs", *argv]
+    return [sys.executable, "-m", "lmscale_launcher.cli", "logs", *argv]
 
 
 def environment() -> dict[str, str]:
@@ -264,7 +262,7 @@ def test_a_reader_that_leaves_is_no_error(run: Run) -> None:
     run.start("s")
     run.write("s-rank-0.log", *("x" * 99 for _ in range(9999)))
     done = subprocess.run(
-        f"{sys.executable} -m launcher.cli logs r | head -1; echo ${{PIPESTATUS[0]}}",
+        f"{sys.executable} -m lmscale_launcher.cli logs r | head -1; echo ${{PIPESTATUS[0]}}",
         shell=True, executable="/bin/bash", cwd=run.folder.path.parents[1], env=environment(),
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
@@ -274,7 +272,7 @@ def test_a_reader_that_leaves_is_no_error(run: Run) -> None:
 
 def test_truncated_rotated_and_removed(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    growing = Growing(path)
+    growing = FollowedFile(path)
     assert growing.lines() == []
     path.write_text("a\nb\nc")
     assert growing.lines() == [b"a", b"b"]
@@ -302,7 +300,7 @@ def test_however_it_grows_each_line_comes_once(
 ) -> None:
     path = tmp_path_factory.mktemp("grow") / "log"
     data = b"".join(line + b"\n" for line in lines) + rest
-    growing, found, at = Growing(path), [], 0
+    growing, found, at = FollowedFile(path), [], 0
     for cut in [*sorted(min(cut, len(data)) for cut in cuts), len(data)]:
         with path.open("ab") as file:
             file.write(data[at:cut])

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from launcher.planning.activations import Work, activation_bytes, block_bytes, loss_bytes, modes_of
-from lmscale.batch import Batch, Stream
-from lmscale.config.sections import ModelConfig
+from lmscale.base.batch import Batch, Stream
+from lmscale.config.schema import ModelConfig
 from lmscale.model.build import build_model
-from lmscale.model.language import LanguageModel
-from lmscale.parallel.recompute import checkpoint_activations
+from lmscale.model.transformer import LanguageModel
+from lmscale.modelspec.activations import Work, activation_bytes, block_bytes, loss_bytes, modes_of
+from lmscale.parallel.activation_checkpointing import checkpoint_activations
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 VOCAB = 300
@@ -23,7 +23,9 @@ WITHIN = 0.03  # printed as 30 %: a GPU's kernels and its allocator are not meas
 
 
 def model_of(**changes: Any) -> ModelConfig:
-    return ModelConfig(**{"layers": 3, "width": 64, "heads": 4, "feed_forward": 160, **changes})
+    return ModelConfig(
+        **{"num_layers": 3, "hidden_size": 64, "num_heads": 4, "ffn_hidden_size": 160, **changes}
+    )
 
 
 def batch_of(rows: int, length: int, separate: bool) -> Batch[Tensor]:
@@ -51,10 +53,10 @@ def saved_bytes(model: LanguageModel, forward: Callable[[], Any]) -> int:
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "gqa": {"kv_heads": 2},
-    "gpt2": {"norm": "layer", "positions": "learned", "activation": "gelu_tanh", "biases": True},
-    "post": {"norm": "layer", "norm_place": "post", "activation": "relu", "dropout": 0.1},
-    "tied": {"tied": True, "positions": "none", "head_dim": 24, "dropout": 0.1},
+    "gqa": {"num_kv_heads": 2},
+    "gpt2": {"norm": "layer", "positions": "learned", "activation": "gelu_tanh", "bias": True},
+    "post": {"norm": "layer", "norm_order": "post", "activation": "relu", "dropout": 0.1},
+    "tie_embeddings": {"tie_embeddings": True, "positions": "none", "head_dim": 24, "dropout": 0.1},
 }
 
 
@@ -108,7 +110,7 @@ def kept_bytes(forward: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("name", ["gqa", "gpt2"])
 def test_what_recomputation_leaves_is_what_the_allocator_says(name: str, mode: str) -> None:
     # Rows enough that the state of the random generator, 5 kB a recomputed block, does not count.
-    cfg, (rows, length) = model_of(**{**CASES[name], "layers": 6}), (4, 160)
+    cfg, (rows, length) = model_of(**{**CASES[name], "num_layers": 6}), (4, 160)
     model = build_model(cfg, vocab_size=VOCAB, max_positions=length)
     checkpoint_activations(model, mode)
     batch = batch_of(rows, length, separate=False)
@@ -121,7 +123,9 @@ def test_what_recomputation_leaves_is_what_the_allocator_says(name: str, mode: s
     # Two things come later, in the backward: what the block whose turn it is computes again ...
     blocks = sum(n * block_bytes(cfg, work, kind) for kind, n in modes_of(cfg, work).items())
     plain = replace(work, recompute="none")
-    once = activation_bytes(cfg, plain) - work.tokens * cfg.layers * block_bytes(cfg, work, "none")
+    once = activation_bytes(cfg, plain) - work.tokens * cfg.num_layers * block_bytes(
+        cfg, work, "none"
+    )
     # ... and the norm's input, which is the last block's output, is there from the forward on.
     assert work.tokens * blocks + once == pytest.approx(real, rel=WITHIN)
     later = activation_bytes(cfg, work) - work.tokens * blocks - once
@@ -152,7 +156,7 @@ def test_tensor_parallelism_divides_as_in_korthikanti() -> None:
     cut = activation_bytes(cfg, gpu(tp=4))
     split = activation_bytes(cfg, gpu(tp=4, sequence_parallel=True))
     assert whole / 4 < split < cut < whole
-    inputs = 4 * 4096 * cfg.width
+    inputs = 4 * 4096 * cfg.hidden_size
     assert split - inputs == pytest.approx((whole - inputs) / 4, rel=0.1)  # statistics stay whole
 
 

@@ -3,19 +3,25 @@
 from typing import Any
 
 import pytest
+from lmscale_launcher.planner.memory_estimate import (
+    HeldMemory,
+    MeshSizes,
+    checkpoint_bytes,
+    held_by,
+)
 
-from launcher.planning.activations import Device
-from launcher.planning.held import Held, Mesh, held_by
-from launcher.planning.memory import checkpoint_bytes
-from launcher.planning.parameters import parameters, total
-from lmscale.config.sections import EngineConfig, ModelConfig
+from lmscale.config.schema import EngineConfig, ModelConfig
+from lmscale.modelspec.activations import Device
+from lmscale.modelspec.parameters import parameters, total
 
-MODEL = ModelConfig(layers=4, width=256, heads=8, feed_forward=1024)
+MODEL = ModelConfig(num_layers=4, hidden_size=256, num_heads=8, ffn_hidden_size=1024)
 FOUND = parameters(MODEL, vocab_size=1024, max_positions=64)
 SIZE = total(FOUND)
 
 
-def held(mesh: Mesh, *, micro_batches: int = 1, device: Device = "cpu", **engine: Any) -> Held:
+def held(
+    mesh: MeshSizes, *, micro_batches: int = 1, device: Device = "cpu", **engine: Any
+) -> HeldMemory:
     return held_by(
         MODEL, FOUND, EngineConfig(**engine), mesh, micro_batches=micro_batches, device=device
     )
@@ -23,7 +29,7 @@ def held(mesh: Mesh, *, micro_batches: int = 1, device: Device = "cpu", **engine
 
 @pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
 def test_what_is_sharded_falls_with_the_ranks(kind: str) -> None:
-    one, many = held(Mesh(1, 1, 1), kind=kind), held(Mesh(1, 64, 1), kind=kind)
+    one, many = held(MeshSizes(1, 1, 1), kind=kind), held(MeshSizes(1, 64, 1), kind=kind)
     assert many.optimizer == pytest.approx(one.optimizer / 64, rel=0.01)
     assert many.gradients == pytest.approx(one.gradients / 64, rel=0.01)
     whole = kind == "deepspeed"  # ZeRO-2 keeps whole weights, in bf16
@@ -31,20 +37,20 @@ def test_what_is_sharded_falls_with_the_ranks(kind: str) -> None:
 
 
 def test_replicas_hold_the_same() -> None:
-    assert held(Mesh(4, 8, 1)) == held(Mesh(1, 8, 1))
-    ddp = held(Mesh(1, 1, 1), kind="ddp")
+    assert held(MeshSizes(4, 8, 1)) == held(MeshSizes(1, 8, 1))
+    ddp = held(MeshSizes(1, 1, 1), kind="ddp")
     assert ddp.parameters == ddp.gradients == 4 * SIZE
-    assert held(Mesh(8, 1, 1), kind="ddp") == ddp
+    assert held(MeshSizes(8, 1, 1), kind="ddp") == ddp
 
 
-@pytest.mark.parametrize("mesh", [Mesh(1, 64, 1), Mesh(8, 1, 1)])
+@pytest.mark.parametrize("mesh", [MeshSizes(1, 64, 1), MeshSizes(8, 1, 1)])
 @pytest.mark.parametrize("kind", ["fsdp", "ddp", "deepspeed"])
-def test_accumulation_keeps_no_more_gradients(kind: str, mesh: Mesh) -> None:
+def test_accumulation_keeps_no_more_gradients(kind: str, mesh: MeshSizes) -> None:
     assert held(mesh, micro_batches=2, kind=kind).gradients == held(mesh, kind=kind).gradients
 
 
 def test_what_is_offloaded_is_the_hosts() -> None:
-    mesh, zero = Mesh(1, 8, 1), {"kind": "deepspeed", "zero_stage": 3}
+    mesh, zero = MeshSizes(1, 8, 1), {"kind": "deepspeed", "zero_stage": 3}
     stays = held(mesh, **zero)
     for offload, moved in (
         ("optimizer", ("gradients", "optimizer")),
@@ -59,16 +65,16 @@ def test_what_is_offloaded_is_the_hosts() -> None:
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp", "deepspeed"])
 def test_tensor_parallelism_divides_all_but_the_norms(kind: str) -> None:
-    whole, half = held(Mesh(1, 1, 1), kind=kind), held(Mesh(1, 1, 2), kind=kind)
+    whole, half = held(MeshSizes(1, 1, 1), kind=kind), held(MeshSizes(1, 1, 2), kind=kind)
     for part in ("parameters", "gradients", "optimizer"):
         assert getattr(half, part) == pytest.approx(getattr(whole, part) / 2, rel=0.01), part
         assert getattr(half, part) > getattr(whole, part) / 2
 
 
 def test_weights_that_stay_gathered_are_counted() -> None:
-    stays = held(Mesh(1, 64, 1), reshard_after_forward=False)
-    block = total(p for p in FOUND if p.in_block) // MODEL.layers
-    assert stays.working - held(Mesh(1, 64, 1)).working == 2 * (MODEL.layers - 2) * block
+    stays = held(MeshSizes(1, 64, 1), reshard_after_forward=False)
+    block = total(p for p in FOUND if p.in_block) // MODEL.num_layers
+    assert stays.working - held(MeshSizes(1, 64, 1)).working == 2 * (MODEL.num_layers - 2) * block
 
 
 def test_a_checkpoint_holds_weights_and_two_moments() -> None:

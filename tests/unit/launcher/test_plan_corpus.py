@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lmscale_launcher.plan import data_rows, facts, in_words
 
-from launcher.plan import data_rows, facts, in_words
-from lmscale.config.load import load
-from lmscale.errors import ConfigError, DataError
+from lmscale.base.errors import ConfigError, DataError
+from lmscale.config.run_file import load
 
 ROOT = Path(__file__).parents[3]
-SMALL = ["model.layers=2", "model.width=32", "model.heads=2", "train.seq_len=32", "train.steps=40"]
+SMALL = [
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "train.seq_len=32",
+    "train.steps=40",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lmscale(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "launcher.cli", *argv],
+        [sys.executable, "-m", "lmscale_launcher.cli", *argv],
         cwd=cwd, env=env, timeout=60, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
@@ -43,7 +49,7 @@ def plan(corpus: Path, *overrides: str) -> dict[str, Any]:
 
 
 def test_what_nodes_read_is_in_the_plan(corpus: Path) -> None:
-    found = plan(corpus, "cluster.nodes=2", "cluster.ranks_per_node=2", "train.micro_batch=2")
+    found = plan(corpus, "cluster.nodes=2", "cluster.ranks_per_node=2", "train.micro_batch_size=2")
     reads = found["node_reads"]
     assert reads["samples"] == [160, 160]  # 40 steps of 8, on two nodes
     assert reads["of_shards"] > 4
@@ -57,8 +63,8 @@ def test_what_nodes_read_is_in_the_plan(corpus: Path) -> None:
 
 def test_streams_that_wander_are_warned_of(corpus: Path) -> None:
     found = plan(
-        corpus, "cluster.nodes=2", "cluster.ranks_per_node=1", "train.global_batch=8",
-        "train.micro_batch=4", "data.streams=7",
+        corpus, "cluster.nodes=2", "cluster.ranks_per_node=1", "train.global_batch_size=8",
+        "train.micro_batch_size=4", "data.streams=7",
     )  # fmt: skip
     assert not found["node_reads"]["streams_stay"]
     assert [one["key"] for one in found["warnings"]] == ["cluster.nodes"]
@@ -71,7 +77,7 @@ def test_epochs_become_steps(corpus: Path) -> None:
 
 def test_a_corpus_that_cannot_fill_a_step_is_refused(corpus: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.global_batch.*the corpus has"):
-        plan(corpus, "train.global_batch=100000")
+        plan(corpus, "train.global_batch_size=100000")
 
 
 def test_the_rows_of_a_step_need_the_corpus(tmp_path: Path) -> None:
@@ -82,7 +88,7 @@ def test_the_rows_of_a_step_need_the_corpus(tmp_path: Path) -> None:
 
 def test_the_verb_plans_a_cluster_from_a_machine_without_anything(tmp_path: Path) -> None:
     keys = ("model=llama-70b", "cluster.kind=slurm", "cluster.nodes=16", "cluster.gpus_per_node=8",
-            "train.global_batch=256", "train.micro_batch=2")  # fmt: skip
+            "train.global_batch_size=256", "train.micro_batch_size=2")  # fmt: skip
     done = lmscale("plan", "smoke", *keys, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ranks"] == 128

@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lmscale_launcher.plan import as_json, facts, in_words
+from lmscale_launcher.planner import topology as places
+from lmscale_launcher.planner.data_plan import ASSUMED_VOCAB
 
-from launcher.plan import as_json, facts, in_words
-from launcher.planning import places
-from launcher.planning.corpus import ASSUMED_VOCAB
-from lmscale.config.load import load
-from lmscale.errors import ConfigError
+from lmscale.base.errors import ConfigError
+from lmscale.config.run_file import load
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 SLURM = ["cluster.kind=slurm", "cluster.nodes=64"]
 LARGE = [
-    "model=llama-70b", "train.seq_len=4096", "train.global_batch=1024", "train.micro_batch=2",
+    "model=llama-70b", "train.seq_len=4096", "train.global_batch_size=1024", "train.micro_batch_size=2",
     "engine.precision=bf16", "engine.activation_checkpointing=full",
 ]  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_a_slurm_job_is_planned_on_a_laptop(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(subprocess, "run", never)
     monkeypatch.setattr(subprocess, "Popen", never)
     found = plan(*SLURM, *LARGE, "cluster.gpus_per_node=8", env={})
-    assert (found["ranks"], found["mesh"]) == (512, {"replicate": 1, "shard": 512, "tp": 1})
+    assert (found["ranks"], found["mesh"]) == (512, {"dp_replicate": 1, "shard": 512, "tp": 1})
     assert found["cluster"]["device"] == "cuda"
     assert found["memory"]["room"] is None
     parts = ("parameters", "gradients", "optimizer", "activations", "loss", "working")
@@ -104,7 +104,7 @@ def test_the_largest_model_over_tensor_parallel_nodes() -> None:
     """70B, each layer over the eight GPUs of a node, sharded over the nodes."""
     place = [*SLURM, *LARGE, "cluster.gpus_per_node=8", "parallel.tp=8"]
     whole = plan(*place)
-    assert (whole["ranks"], whole["mesh"]) == (512, {"replicate": 1, "shard": 64, "tp": 8})
+    assert (whole["ranks"], whole["mesh"]) == (512, {"dp_replicate": 1, "shard": 64, "tp": 8})
     assert [one["key"] for one in whole["warnings"]] == ["parallel.sequence_parallel"]
     split = plan(*place, "parallel.sequence_parallel=true")
     assert not split["warnings"]
@@ -126,7 +126,7 @@ def test_what_leaves_the_accelerator_is_shown_beside_it() -> None:
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp", "deepspeed"])
 def test_a_large_model_does_not_fit_this_host(kind: str) -> None:
-    found = plan("model=llama-70b", f"engine.kind={kind}", "train.global_batch=64")
+    found = plan("model=llama-70b", f"engine.kind={kind}", "train.global_batch_size=64")
     assert "memory" in [one["key"] for one in found["warnings"]]
     assert "its share of this host" in words(found)
 

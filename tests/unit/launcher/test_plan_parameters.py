@@ -8,11 +8,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.planning.parameters import Parameter, parameters, total, trainable
-from lmscale.config.sections import ModelConfig
+from lmscale.config.schema import ModelConfig
 from lmscale.model.build import build_model
-from lmscale.model.language import LanguageModel
-from lmscale.model.plan import cut_dim
+from lmscale.model.tp_plan import cut_dim
+from lmscale.model.transformer import LanguageModel
+from lmscale.modelspec.parameters import Parameter, parameters, total, trainable
 
 MODELS = Path(__file__).parents[3] / "configs" / "models"
 PUBLISHED = {
@@ -49,8 +49,8 @@ def test_every_model_file_has_the_parameters_that_are_built(name: str) -> None:
     found = assert_equal(config(name), vocab, 1024)
     if published is not None:
         rows = -(-vocab // 128) * 128 - vocab  # the published count has no padding
-        tables = 1 if config(name).tied else 2
-        assert total(found) - tables * rows * config(name).width == published
+        tables = 1 if config(name).tie_embeddings else 2
+        assert total(found) - tables * rows * config(name).hidden_size == published
 
 
 @given(data=st.data())
@@ -59,18 +59,18 @@ def test_random_models_have_the_parameters_that_are_built(data: st.DataObject) -
     heads = data.draw(st.sampled_from([1, 2, 4, 6]))
     width = heads * 2 * data.draw(st.integers(1, 5))
     model = ModelConfig(
-        layers=data.draw(st.integers(1, 3)),
-        width=width,
-        heads=heads,
-        kv_heads=data.draw(st.sampled_from([None, 1, heads])),
+        num_layers=data.draw(st.integers(1, 3)),
+        hidden_size=width,
+        num_heads=heads,
+        num_kv_heads=data.draw(st.sampled_from([None, 1, heads])),
         head_dim=data.draw(st.sampled_from([None, 4])),
-        feed_forward=data.draw(st.sampled_from([None, 10])),
+        ffn_hidden_size=data.draw(st.sampled_from([None, 10])),
         norm=data.draw(st.sampled_from(["rms", "layer"])),
-        norm_place=data.draw(st.sampled_from(["pre", "post"])),
+        norm_order=data.draw(st.sampled_from(["pre", "post"])),
         positions=data.draw(st.sampled_from(["rotary", "learned", "none"])),
         activation=data.draw(st.sampled_from(["swiglu", "gelu", "gelu_tanh", "relu"])),
-        biases=data.draw(st.booleans()),
-        tied=data.draw(st.booleans()),
+        bias=data.draw(st.booleans()),
+        tie_embeddings=data.draw(st.booleans()),
         trainable=data.draw(
             st.sampled_from([("*",), ("*.attention.*",), ("decoder.emb*", "*.up.*")])
         ),
@@ -80,14 +80,16 @@ def test_random_models_have_the_parameters_that_are_built(data: st.DataObject) -
 
 def test_a_tied_head_counts_once_and_the_vocabulary_is_padded() -> None:
     def size(**more: bool) -> int:
-        model = ModelConfig(layers=1, width=8, heads=2, **more)
+        model = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, **more)
         return total(parameters(model, vocab_size=130, max_positions=16))
 
     assert size(tied=False) - size(tied=True) == 256 * 8
 
 
 def test_slices_of_tensor_parallel_ranks_make_up_the_whole() -> None:
-    model = ModelConfig(layers=2, width=16, heads=4, kv_heads=2, feed_forward=24, biases=True)
+    model = ModelConfig(
+        num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, ffn_hidden_size=24, bias=True
+    )
     for one in parameters(model, vocab_size=300, max_positions=8):
         whole = torch.empty(one.shape)
         parts = whole.tensor_split(2, one.cut) if one.cut is not None else (whole,)

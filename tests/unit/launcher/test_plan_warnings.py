@@ -3,13 +3,12 @@
 from collections.abc import Iterable
 
 import pytest
+from lmscale_launcher.planner import warnings
+from lmscale_launcher.planner.memory_estimate import Memory
 
-from launcher.planning import warnings
-from launcher.planning.memory import Memory
-from lmscale.config.load import load
-from lmscale.config.run import RunConfig
-from lmscale.config.sections import CheckpointConfig
-from lmscale.errors import Problem
+from lmscale.base.errors import Problem
+from lmscale.config.run_file import load
+from lmscale.config.schema import CheckpointConfig, RunConfig
 
 GIB = 1 << 30
 
@@ -37,10 +36,10 @@ def test_tensor_parallel_groups_stay_inside_a_node() -> None:
 
 
 def test_every_number_of_nodes_must_fit_the_batch() -> None:
-    fits = config("cluster.nodes=4", "cluster.min_nodes=1", "train.global_batch=8")
+    fits = config("cluster.nodes=4", "cluster.min_nodes=1", "train.global_batch_size=8")
     assert not list(warnings.unfit_nodes(fits, 2))
     fixed = config(
-        "cluster.nodes=4", "cluster.min_nodes=1", "train.global_batch=8", "parallel.shard=8"
+        "cluster.nodes=4", "cluster.min_nodes=1", "train.global_batch_size=8", "parallel.dp_shard=8"
     )
     said = only(warnings.unfit_nodes(fixed, 2))
     assert "with 1 nodes (and with 2 other numbers" in said
@@ -74,7 +73,7 @@ def test_small_shards_over_a_network() -> None:
 @pytest.mark.parametrize(
     ("need", "overrides", "lever"),
     [
-        (memory(activations=80 * GIB), ["train.micro_batch=4"], "train.micro_batch=2"),
+        (memory(activations=80 * GIB), ["train.micro_batch_size=4"], "train.micro_batch_size=2"),
         (memory(activations=80 * GIB), [], "activation_checkpointing=full"),
         (memory(activations=80 * GIB), [], "engine.activation_checkpointing=selective"),
         (memory(optimizer=80 * GIB), ["engine.kind=ddp"], "engine.kind=fsdp"),
@@ -101,7 +100,7 @@ def test_too_much_memory_names_what_needs_less(
 
 
 def test_levers_that_would_not_help_are_not_named() -> None:
-    cfg = config("engine.precision=bf16", "train.micro_batch=1")
+    cfg = config("engine.precision=bf16", "train.micro_batch_size=1")
     need = memory(parameters=80 * GIB)
     said = only(warnings.too_much_memory(need, 80 * GIB, cfg, nodes=1))
     assert "more ranks" in said

@@ -5,14 +5,14 @@ import signal
 from pathlib import Path
 
 import pytest
+from lmscale_launcher.gpus import count_cores, count_gpus
+from lmscale_launcher.rank_mode import rank_env
+from lmscale_launcher.supervisor.output import Output
+from lmscale_launcher.supervisor.rank_process import NodeTopology
+from lmscale_launcher.supervisor.signals import Signals
 
-from launcher.gpus import count_cores, count_gpus
-from launcher.ranks import rank_env
-from launcher.supervisor.output import Output
-from launcher.supervisor.signals import Signals
-from launcher.supervisor.spawn import Place
-from lmscale.errors import UsageError
-from lmscale.world import World
+from lmscale.base.errors import UsageError
+from lmscale.base.world import World
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_container_quota_limits_cores(tmp_path: Path, text: str, most: int) ->
 
 def test_a_given_thread_count_stays_and_a_torchrun_around_us_is_left_out() -> None:
     env = {"OMP_NUM_THREADS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True", "HOME": "/h"}
-    got = Place(2).environment(env, rank=1, port=5, start="s")
+    got = NodeTopology(2).environment(env, rank=1, port=5, start="s")
     assert (got["OMP_NUM_THREADS"], got["HOME"], got["MASTER_PORT"]) == ("3", "/h", "5")
     assert not any(key.startswith("TORCHELASTIC") for key in got)
 

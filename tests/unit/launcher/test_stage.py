@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from lmscale_launcher.stage import command
 
-from launcher.stage import command
-from lmscale.config.load import load
-from lmscale.corpus.assign import step_positions
+from lmscale.base.errors import ConfigError
+from lmscale.config.run_file import load
 from lmscale.corpus.manifest import Manifest, TokenizerEntry, tokenizer_entry
-from lmscale.corpus.order import Order
-from lmscale.corpus.shard import Chunk, chunk_range, num_chunks, shard_name, write_shard
-from lmscale.errors import ConfigError
+from lmscale.corpus.order import Order, step_positions
+from lmscale.corpus.shard_format import Chunk, chunk_range, num_chunks, shard_name, write_shard
 
 SPECIAL: dict[str, int | None] = {"bos": 0}
 BATCH, SEQ_LEN, CHUNK = 4, 16, 64
@@ -64,10 +63,14 @@ def run(tmp_path: Path) -> Path:
 def write_run(folder: Path, train: dict[str, Any]) -> Path:
     path = folder / "run.yaml"
     body = {
-        "model": {"layers": 1, "width": 8, "heads": 1},
-        "data": {"corpora": [str(folder / "corpus")], "cache_dir": "cache", "shuffle_window": 2},
+        "model": {"num_layers": 1, "hidden_size": 8, "num_heads": 1},
+        "data": {
+            "corpora": [str(folder / "corpus")],
+            "cache_dir": "cache",
+            "shuffle_window_chunks": 2,
+        },
         "optim": {"lr": 1e-3},
-        "train": {"steps": 6, "global_batch": BATCH, "seq_len": SEQ_LEN} | train,
+        "train": {"steps": 6, "global_batch_size": BATCH, "seq_len": SEQ_LEN} | train,
     }
     path.write_text(yaml.safe_dump(body))
     return path
@@ -125,7 +128,7 @@ def test_it_stages_exactly_what_the_ranks_of_this_node_read(run: Path) -> None:
 
 
 def test_it_goes_on_where_the_newest_checkpoint_stands(run: Path) -> None:
-    from lmscale.run.manifest import write_manifest
+    from lmscale.run_folder.checkpoints import write_manifest
 
     folder = run.parent / "runs" / "run" / "checkpoints" / "step-00000004-a1"
     folder.mkdir(parents=True)
@@ -146,7 +149,7 @@ def test_it_goes_on_where_the_newest_checkpoint_stands(run: Path) -> None:
         (["data.corpora=nowhere"], 65, "nowhere"),
         (["data.cache_dir=/proc/nowhere"], 0, "corpus is read instead"),
         (["data.cache_dir=run.yaml/cache"], 78, "data.cache_dir"),
-        (["train.global_batch=1"], 78, "train.global_batch"),
+        (["train.global_batch_size=1"], 78, "train.global_batch_size"),
         (["data.cache_bytes=10"], 0, "all there is room for"),
     ],
 )
@@ -215,7 +218,7 @@ def test_a_signal_ends_it_soon_and_what_is_staged_stays(tmp_path: Path, number: 
 def test_it_loads_no_torch(run: Path) -> None:
     words = ["--node", "0", "--nodes", "1", "--ranks-per-node", "2", str(run)]
     code = (
-        "import sys; from launcher.stage import main; code = main(sys.argv[1:]);"
+        "import sys; from lmscale_launcher.stage import main; code = main(sys.argv[1:]);"
         "sys.exit(code or 'torch' in sys.modules)"
     )
     done = subprocess.run(
@@ -226,12 +229,13 @@ def test_it_loads_no_torch(run: Path) -> None:
 
 
 def test_a_start_that_waits_for_another_one_can_be_ended(run: Path) -> None:
-    from launcher.stage import Place, stage
-    from lmscale.corpus.room import alone
+    from lmscale_launcher.stage import StagingTarget, stage
+
+    from lmscale.corpus.node_cache import alone
 
     cfg = load(run, [], cwd=run.parent)
     stop = threading.Event()
     with alone(run.parent / "cache", threading.Event(), say=print):
         threading.Timer(0.5, stop.set).start()
-        assert stage(cfg, Place(0, 1, 2), stop) == 85
+        assert stage(cfg, StagingTarget(0, 1, 2), stop) == 85
     assert cached(run) == set()

@@ -11,19 +11,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from lmscale_launcher.clusters.base import JobState
+from lmscale_launcher.jobs.answers import ClusterAnswers
+from lmscale_launcher.jobs.job_plan import JobRecord, write_record
+from lmscale_launcher.jobs.logs import ends_of, newest_lines
+from lmscale_launcher.jobs.run_facts import RunFacts, RunFolderReader, run_folders
+from lmscale_launcher.jobs.run_state import State, judge
+from lmscale_launcher.jobs.status import as_object
 
-from launcher.jobs.answers import Answers
-from launcher.jobs.cluster import JobState
-from launcher.jobs.facts import Facts, Reader, run_folders
-from launcher.jobs.record import JobRecord, write_record
-from launcher.jobs.standing import judge
-from launcher.jobs.status import as_object
-from launcher.jobs.tail import ends_of, newest_lines
-from launcher.jobs.verdict import State
-from lmscale.errors import RetryableError
-from lmscale.run.attempts import claim, mark_finished, settle
-from lmscale.run.events import EventLog, events_path
-from lmscale.run.folder import RunFolder
+from lmscale.base.errors import RetryableError
+from lmscale.run_folder.attempts import claim, mark_finished, settle
+from lmscale.run_folder.events import EventLog, events_path
+from lmscale.run_folder.paths import RunFolder
 
 RECORD = JobRecord(1, "slurm", "17", "login", 1.0, 2, 1, 4)
 
@@ -87,7 +86,7 @@ def test_a_folder_in_facts(tmp_path: Path) -> None:
     checkpoint(folder, 20, 1)
     settle(folder, claim(folder, {}), 10)  # fences the orphan's step 20
     write_record(folder, RECORD)
-    facts = Reader().read(folder)
+    facts = RunFolderReader().read(folder)
     assert facts.saved is not None and facts.saved.step == 10
     assert facts.lines[-1]["step"] == 20
     assert (facts.attempt, facts.finished, facts.stop) == (2, None, None)
@@ -96,7 +95,7 @@ def test_a_folder_in_facts(tmp_path: Path) -> None:
     assert facts.planned_steps == 50
     mark_finished(folder, 2, 20)
     folder.stop.write_text("gave up: 3 restarts\n")
-    facts = Reader().read(folder)
+    facts = RunFolderReader().read(folder)
     assert (facts.finished, facts.stop) == (20, "gave up: 3 restarts")
 
 
@@ -104,8 +103,8 @@ def test_a_dead_process_is_seen_as_dead(tmp_path: Path) -> None:
     folder = started(tmp_path / "r")
     path = events_path(folder, "s-1")
     path.write_text(path.read_text().replace(f'"pid": {os.getpid()}', '"pid": 4194303'))
-    assert Reader().read(folder).alive is False
-    assert judge(Reader().read(folder), None, now=time.time()).state == "lost"
+    assert RunFolderReader().read(folder).alive is False
+    assert judge(RunFolderReader().read(folder), None, now=time.time()).state == "lost"
 
 
 def test_the_newest_start_is_the_one_that_began_last(tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ def test_the_newest_start_is_the_one_that_began_last(tmp_path: Path) -> None:
     time.sleep(0.01)
     started(tmp_path / "r", "aaa")
     os.utime(events_path(folder, "zzz"))  # an orphan that still beats
-    facts = Reader().read(folder)
+    facts = RunFolderReader().read(folder)
     assert [event["start"] for event in facts.starts] == ["zzz", "aaa"]
     assert facts.events[0]["start"] == "aaa"
 
@@ -123,9 +122,9 @@ def test_an_unchanged_folder_is_read_once_and_a_changed_one_anew(
 ) -> None:
     folder, reads = started(tmp_path / "r"), []
     monkeypatch.setattr(
-        "launcher.jobs.facts.newest_lines", lambda path, n: reads.append(path) or []
+        "lmscale_launcher.jobs.run_facts.newest_lines", lambda path, n: reads.append(path) or []
     )
-    reader = Reader()
+    reader = RunFolderReader()
     reader.read(folder)
     reader.read(folder)
     assert len(reads) == 1
@@ -147,24 +146,24 @@ def test_what_cannot_be_read_is_said_and_not_raised(tmp_path: Path) -> None:
     folder = started(tmp_path / "r")
     folder.jobs.mkdir()
     (folder.jobs / "1.json").write_text("{")
-    one = judge(Reader().read(folder), None, now=time.time())
+    one = judge(RunFolderReader().read(folder), None, now=time.time())
     assert one.state == "unknown"
     assert "1.json" in one.reason
 
 
 def test_steps_are_planned_by_the_run_file_until_a_start_has_counted(tmp_path: Path) -> None:
     run = (
-        "model: {layers: 1, width: 16, heads: 1}\ndata: {corpora: [{path: /none}]}\n"
+        "model: {num_layers: 1, hidden_size: 16, num_heads: 1}\ndata: {corpora: [{path: /none}]}\n"
         "optim: {lr: 1e-3}\n"
     )
     folder = RunFolder(tmp_path / "r")
     folder.jobs.mkdir(parents=True)
-    train = "train: {global_batch: 2, micro_batch: 1, seq_len: 16, "
+    train = "train: {global_batch_size: 2, micro_batch_size: 1, seq_len: 16, "
     (folder.jobs / "1.yaml").write_text(run + train + "tokens: 320}\n")
     write_record(folder, RECORD)
-    assert Reader().read(folder).planned_steps == 10
+    assert RunFolderReader().read(folder).planned_steps == 10
     (folder.jobs / "1.yaml").write_text(run + train + "epochs: 1}\n")  # its corpus is not there
-    assert Reader().read(folder).planned_steps is None
+    assert RunFolderReader().read(folder).planned_steps is None
 
 
 def test_runs_are_found_in_folders_of_folders(tmp_path: Path) -> None:
@@ -192,17 +191,17 @@ class Controller:
         return [JobState("running", raw=record.job) for _, record in jobs]
 
 
-def facts_of(*numbers: int, **changes: Any) -> list[Facts]:
+def facts_of(*numbers: int, **changes: Any) -> list[RunFacts]:
     return [
-        Facts(RunFolder(Path(f"/r{n}")), record=JobRecord(1, "slurm", str(n), "h", 1.0, 1, 1, 1), **changes)
+        RunFacts(RunFolder(Path(f"/r{n}")), record=JobRecord(1, "slurm", str(n), "h", 1.0, 1, 1, 1), **changes)
         for n in numbers
     ]  # fmt: skip
 
 
 def test_one_question_for_all_jobs_and_not_too_often() -> None:
     controller, now = Controller(), [0.0]
-    answers = Answers(clusters=lambda kind: controller, clock=lambda: now[0])  # type: ignore[arg-type,return-value]
-    by_hand = Facts(RunFolder(Path("/hand")))
+    answers = ClusterAnswers(clusters=lambda kind: controller, clock=lambda: now[0])  # type: ignore[arg-type,return-value]
+    by_hand = RunFacts(RunFolder(Path("/hand")))
     found = [*facts_of(1, 2), by_hand, *facts_of(3)]
     assert [one and one.raw for one in answers.of(found)] == ["1", "2", None, "3"]
     now[0] = 29.0
@@ -224,7 +223,7 @@ def test_a_run_that_has_ended_for_good_is_not_asked_about() -> None:
     controller = Controller()
     event = {"time": 2.0, "start": "slurm-1-0", "host": "n1", "pid": 1}
     events = ({**event, "kind": "start"}, {**event, "kind": "exit", "code": 65})
-    answers = Answers(clusters=lambda kind: controller)  # type: ignore[arg-type,return-value]
+    answers = ClusterAnswers(clusters=lambda kind: controller)  # type: ignore[arg-type,return-value]
     assert answers.of(facts_of(1, events=events)) == [None]
     again = ({**event, "kind": "start"}, {**event, "kind": "exit", "code": 75})
     assert answers.of(facts_of(1, events=again)) != [None]
@@ -234,7 +233,7 @@ def test_a_run_that_has_ended_for_good_is_not_asked_about() -> None:
 def test_a_cluster_that_does_not_answer_says_so() -> None:
     controller = Controller()
     controller.fails = True
-    answers = Answers(clusters=lambda kind: controller)  # type: ignore[arg-type,return-value]
+    answers = ClusterAnswers(clusters=lambda kind: controller)  # type: ignore[arg-type,return-value]
     (told,) = answers.of(facts_of(1))
     assert told == JobState("unknown", "slurm did not answer: squeue: timed out after 10 s")
 
@@ -255,7 +254,7 @@ def test_two_hundred_runs_cost_less_than_a_second_of_cpu(tmp_path: Path) -> None
     for _ in range(3):  # other load on the machine only adds to them
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
-            [sys.executable, "-m", "launcher.cli", "status", "--json"], cwd=tmp_path, timeout=60,
+            [sys.executable, "-m", "lmscale_launcher.cli", "status", "--json"], cwd=tmp_path, timeout=60,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
@@ -273,5 +272,5 @@ def test_every_key_and_state_is_documented() -> None:
     page = (Path(__file__).parents[3] / "docs" / "status.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-    one = judge(Facts(RunFolder(Path("/r"))), None, now=0.0)
+    one = judge(RunFacts(RunFolder(Path("/r"))), None, now=0.0)
     assert named == {*as_object(one), *get_args(State)}

@@ -8,12 +8,10 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lmscale_launcher.jobs.run_state import RunStatus, State
+from lmscale_launcher.jobs.status import table
 
-from launcher.jobs.standing import Standing
-from launcher.jobs.table import table
-from launcher.jobs.verdict import State
-
-RUNNING = Standing(
+RUNNING = RunStatus(
     run="llama-1b", path=Path("/runs/llama-1b"), state="running", reason="", kind="slurm", job="17",
     nodes=4, min_nodes=2, hosts=("n1", "n2", "n3", "n4"), step=12_345, total_steps=100_000, loss=2.3456,
     tokens_per_s=1.234e6, eta_s=7500, restarts=2, checkpoint_step=12_000, checkpoint_age_s=185,
@@ -75,7 +73,7 @@ def test_colours_are_only_paint() -> None:
 
 
 standings = st.builds(
-    Standing,
+    RunStatus,
     run=st.text(min_size=1, max_size=40), path=st.just(Path("/r")),
     state=st.sampled_from(get_args(State)), reason=st.text(max_size=300),
     kind=st.sampled_from([None, "slurm"]), job=st.sampled_from([None, "17"]),
@@ -94,7 +92,7 @@ standings = st.builds(
 @given(found=st.lists(standings, max_size=6), width=st.integers(20, 160))
 @pytest.mark.parametrize("colour", [False, True])
 def test_nothing_is_wider_than_the_terminal(
-    found: list[Standing], width: int, colour: bool
+    found: list[RunStatus], hidden_size: int, colour: bool
 ) -> None:
     for line in table(found, width=width, colour=colour):
         bare = re.sub(r"\x1b\[\d+m", "", line)

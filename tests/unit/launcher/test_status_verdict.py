@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lmscale_launcher.clusters.base import JobState
+from lmscale_launcher.jobs.job_plan import JobRecord
+from lmscale_launcher.jobs.run_facts import RunFacts, SavedCheckpoint
+from lmscale_launcher.jobs.run_state import RunStatus, judge
+from lmscale_launcher.jobs.status import as_object
 
-from launcher.jobs.cluster import JobState
-from launcher.jobs.facts import Facts, Saved
-from launcher.jobs.record import JobRecord
-from launcher.jobs.standing import Standing, judge
-from launcher.jobs.status import as_object
-from lmscale.run.folder import RunFolder
+from lmscale.run_folder.paths import RunFolder
 
 NOW = 1_000_000.0
 FOLDER = RunFolder(Path("/runs/big"))
@@ -53,8 +53,8 @@ def begun(
     }  # fmt: skip
 
 
-def standing(facts: dict[str, Any], answer: JobState | None = None) -> Standing:
-    return judge(Facts(FOLDER, **facts), answer, now=NOW)
+def standing(facts: dict[str, Any], answer: JobState | None = None) -> RunStatus:
+    return judge(RunFacts(FOLDER, **facts), answer, now=NOW)
 
 
 RUNNING = JobState("running", hosts=("n1", "n2"))
@@ -199,7 +199,7 @@ def test_states_and_reasons(facts: dict[str, Any], answer: JobState | None, word
 
 def test_numbers_are_of_the_current_start() -> None:
     one = standing(
-        {**begun(from_step=30), "record": record(), "saved": Saved(35, NOW - 60)}, RUNNING
+        {**begun(from_step=30), "record": record(), "saved": SavedCheckpoint(35, NOW - 60)}, RUNNING
     )
     assert (one.step, one.total_steps, one.loss) == (40, 100, 3.0)
     assert (one.tokens_per_s, one.eta_s) == (
@@ -285,9 +285,9 @@ any_answer = st.builds(
 
 
 @st.composite
-def any_facts(draw: st.DrawFn) -> Facts:
+def any_facts(draw: st.DrawFn) -> RunFacts:
     events = tuple(draw(st.lists(any_event, max_size=6)))
-    return Facts(
+    return RunFacts(
         FOLDER,
         starts=events[:1],
         events=events,
@@ -295,7 +295,7 @@ def any_facts(draw: st.DrawFn) -> Facts:
         alive=draw(st.sampled_from([None, True, False])),
         lines=tuple(draw(st.lists(any_line, max_size=4))),
         lines_time=draw(st.one_of(st.none(), st.floats(NOW - 5000, NOW + 5))),
-        saved=draw(st.sampled_from([None, Saved(3, NOW - 1)])),
+        saved=draw(st.sampled_from([None, SavedCheckpoint(3, NOW - 1)])),
         finished=draw(st.sampled_from([None, 50])),
         stop=draw(st.sampled_from([None, "", "gave up: 3 restarts"])),
         record=draw(st.sampled_from([None, record(), record(kind="local", job="5", time=NOW - 9)])),
@@ -305,7 +305,7 @@ def any_facts(draw: st.DrawFn) -> Facts:
 
 @settings(max_examples=400, deadline=None)
 @given(facts=any_facts(), answer=st.one_of(st.none(), any_answer))
-def test_whatever_stands_there_it_can_be_told(facts: Facts, answer: JobState | None) -> None:
+def test_whatever_stands_there_it_can_be_told(facts: RunFacts, answer: JobState | None) -> None:
     answer = answer if facts.record is not None else None
     one = judge(facts, answer, now=NOW)
     assert not (one.active and one.ended)
@@ -322,7 +322,7 @@ def test_whatever_stands_there_it_can_be_told(facts: Facts, answer: JobState | N
 
 
 @given(facts=any_facts(), answer=any_answer)
-def test_a_silent_cluster_makes_nothing_worse(facts: Facts, answer: JobState) -> None:
+def test_a_silent_cluster_makes_nothing_worse(facts: RunFacts, answer: JobState) -> None:
     silent = JobState("unknown", "slurm did not answer: x")
     by_folder, by_both = judge(facts, None, now=NOW), judge(facts, silent, now=NOW)
     if by_folder.active:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from stand_ins import ROOT, Start, alive, clean_env, mentioning, until, watched
 
-from lmscale.run.folder import RunFolder
+from lmscale.run_folder.paths import RunFolder
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lmscale_launcher.supervisor.rank_process import NodeTopology
 from stand_ins import Nodes, Start, watched
 
-from launcher.supervisor.spawn import Place
-from lmscale.run.events import EventLog
-from lmscale.run.folder import RunFolder
+from lmscale.run_folder.events import EventLog
+from lmscale.run_folder.paths import RunFolder
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_spent_budget_is_told_to_all_nodes(start: Start) -> None:
 
 def test_a_child_that_is_no_rank_gets_the_name_of_the_start_and_nothing_else() -> None:
     env = {"PATH": "/bin", "OMP_NUM_THREADS": "3"}
-    place = Place(1, ranked=False)
+    place = NodeTopology(1, ranked=False)
     assert place.environment(env, rank=0, port=5, start="s") == {**env, "LMSCALE_START": "s"}
 
 

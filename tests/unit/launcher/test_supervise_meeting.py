@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lmscale_launcher.supervisor.node_round import EventLoop
+from lmscale_launcher.supervisor.protocol import SILENT_S, Channel, lost
+from lmscale_launcher.supervisor.rendezvous import PORTS
 from ports import free_port
 from stand_ins import Nodes, Start, clean_env, kind, until, watched
 
 import lmscale
-from launcher.supervisor.channel import Channel
-from launcher.supervisor.loop import Loop
-from launcher.supervisor.meeting import PORTS
-from launcher.supervisor.team import SILENT_S, lost
 
 
 @pytest.fixture
@@ -153,7 +152,7 @@ def test_a_mistake_in_the_run_is_none_to_try_again_though_no_port_is_free(tmp_pa
                 stack.close()
         env["MASTER"] = f"127.0.0.1:{first}"
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "launcher.cli", "train", "run.yaml", "--nproc", "1"],
+            [sys.executable, "-P", "-m", "lmscale_launcher.cli", "train", "run.yaml", "--nproc", "1"],
             cwd=tmp_path, timeout=30, capture_output=True, text=True, check=False,
             env=clean_env(**{f"LMSCALE_{name}": text for name, text in env.items()}),
         )  # fmt: skip
@@ -163,7 +162,7 @@ def test_a_mistake_in_the_run_is_none_to_try_again_though_no_port_is_free(tmp_pa
 
 def test_silence_of_a_host_that_answers_is_borne_for_longer_than_a_file_server_needs() -> None:
     ours, theirs = socket.socketpair()
-    with Loop() as loop, theirs:
+    with EventLoop() as loop, theirs:
         channel = Channel(ours, loop)
         loop.awake_s += 60
         assert not lost(channel)
@@ -181,7 +180,7 @@ def test_an_end_is_told_though_the_rank_was_about_to_be_examined(start: Start) -
     root = str(Path(__file__).parents[3])
     body = f"""
     sys.path.insert(0, {root!r})
-    from lmscale.run.pulse import Pulse
+    from lmscale.run_folder.rank_progress import Pulse
     pulse = Pulse.inherited(os.environ)
     signal.signal(signal.SIGQUIT, lambda *_: os._exit(65))
     for step in (1, 2, 3):

@@ -14,7 +14,7 @@ import pytest
 from ports import free_port
 from stand_ins import ROOT, Nodes, Start, alive, clean_env, kind, mentioning, until, watched
 
-from lmscale.run.folder import RunFolder
+from lmscale.run_folder.paths import RunFolder
 
 
 @pytest.fixture
@@ -296,10 +296,10 @@ def test_the_address_of_a_name_is_not_needed_on_one_node(start: Start) -> None:
 
 
 RUN = """
-model: {layers: 1, width: 32, heads: 2, feed_forward: 64}
+model: {num_layers: 1, hidden_size: 32, num_heads: 2, ffn_hidden_size: 64}
 data: {corpora: [{path: corpus}]}
 optim: {lr: 0.001}
-train: {steps: 4, global_batch: 8, micro_batch: 2, seq_len: 32, run_dir: run}
+train: {steps: 4, global_batch_size: 8, micro_batch_size: 2, seq_len: 32, run_dir: run}
 """
 
 
@@ -312,7 +312,15 @@ def by_command_line(folder: Path, *argv: str, timeout: float = 30) -> list[tuple
             LMSCALE_NODES="2", LMSCALE_NODE_RANK=str(node), LMSCALE_MASTER=master,
             LMSCALE_START="job-1", SLURMD_NODENAME=f"n{node}",
         )  # fmt: skip
-        words = [sys.executable, "-P", "-m", "launcher.cli", "train", f"run-{node}.yaml", *argv]
+        words = [
+            sys.executable,
+            "-P",
+            "-m",
+            "lmscale_launcher.cli",
+            "train",
+            f"run-{node}.yaml",
+            *argv,
+        ]
         both.append(
             subprocess.Popen(
                 [*words, "cluster.nodes=2", "--nproc", "2"], cwd=folder, env=env, text=True,

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lmscale_launcher.supervisor.coordinator import Coordinator
+from lmscale_launcher.supervisor.guard import Guard
+from lmscale_launcher.supervisor.node_round import EventLoop
+from lmscale_launcher.supervisor.output import Output
 from stand_ins import ROOT, Start, alive, watched
 
-from launcher.supervisor.guard import Guard
-from launcher.supervisor.leader import Leader
-from launcher.supervisor.loop import Loop
-from launcher.supervisor.output import Output
-from lmscale.run.folder import RunFolder
+from lmscale.run_folder.paths import RunFolder
 
 
 @pytest.fixture
@@ -74,10 +74,10 @@ def test_a_run_folder_that_cannot_be_looked_at_ends_nothing() -> None:
         def exists(self) -> bool:
             raise OSError(errno.ESTALE, "Stale file handle")
 
-    with Loop() as loop:
+    with EventLoop() as loop:
         unused: Any = None
         folder: Any = SimpleNamespace(stop=Stale())
-        leader = Leader(
+        leader = Coordinator(
             "h", [], loop=loop, output=unused, signals=unused, folder=folder, deadline=None
         )
         leader.tick(None)
@@ -87,7 +87,7 @@ def test_a_run_folder_that_cannot_be_looked_at_ends_nothing() -> None:
 def test_a_stray_that_does_not_die_is_not_waited_for() -> None:
     code = (
         "import os, subprocess, time\n"
-        "from launcher.supervisor.crew import end_strays\n"
+        "from lmscale_launcher.supervisor.node_round import end_strays\n"
         "stray = subprocess.Popen(['sleep', '30'])\n"
         "kill, os.kill = os.kill, lambda pid, number: None\n"  # as in the kernel's state D
         "begun = time.monotonic(); end_strays(spare=set(), within_s=0.2)\n"

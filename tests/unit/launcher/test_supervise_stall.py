@@ -12,7 +12,7 @@ from stand_ins import ROOT, Nodes, Start, alive, kind, watched
 
 TICKING = f"""
 sys.path.insert(0, {str(ROOT)!r})
-from lmscale.run.pulse import Pulse
+from lmscale.run_folder.rank_progress import Pulse
 pulse = Pulse.inherited(os.environ)
 def steps(count, seconds=0.05):
     for step in range(1, count + 1):

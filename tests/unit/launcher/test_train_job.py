@@ -5,19 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lmscale_launcher import train as train_module
+from lmscale_launcher.doctor.findings import Finding
+from lmscale_launcher.supervisor.supervisor import SupervisorJob
+from lmscale_launcher.train import world_of
 
-from launcher import train as train_module
-from launcher.doctor.finding import Finding
-from launcher.supervisor.job import Job
-from launcher.train import world_of
-from lmscale.config.load import load
-from lmscale.errors import ConfigError, UsageError
+from lmscale.base.errors import ConfigError, UsageError
+from lmscale.config.run_file import load
 
 RUN = """
-model: {layers: 1, width: 32, heads: 2}
+model: {num_layers: 1, hidden_size: 32, num_heads: 2}
 data: {corpora: [{path: corpus}]}
 optim: {lr: 1e-3}
-train: {steps: 40, global_batch: 8, micro_batch: 2, seq_len: 32, run_dir: run}
+train: {steps: 40, global_batch_size: 8, micro_batch_size: 2, seq_len: 32, run_dir: run}
 """
 
 
@@ -33,16 +33,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def job_of(*overrides: str) -> Job:
+def job_of(*overrides: str) -> SupervisorJob:
     found: Any = train_module.train("run.yaml", overrides, 2)
-    assert isinstance(found, Job)
+    assert isinstance(found, SupervisorJob)
     return found
 
 
 def test_a_start_by_hand_is_checked_by_its_user(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.doctor.node.check_node", None)  # a call would fail
+    monkeypatch.setattr("lmscale_launcher.doctor.node.check_node", None)  # a call would fail
     job = job_of("cluster.env={NCCL_DEBUG: INFO}", "cluster.max_restarts=3")
     assert job.by_hand and not job.fresh and job.deadline is None and job.stage is None
     assert job.env["NCCL_DEBUG"] == "INFO" and job.env["PATH"] == os.environ["PATH"]
@@ -61,14 +61,16 @@ def test_a_template_tells_the_rest(folder: Path, monkeypatch: pytest.MonkeyPatch
         Finding("warn", "b", "odd", "look"),
         Finding("fail", "c", "gone", "drain"),
     ]
-    monkeypatch.setattr("launcher.doctor.node.check_node", lambda folder, *, ranks: found)
+    monkeypatch.setattr("lmscale_launcher.doctor.node.check_node", lambda folder, *, ranks: found)
     job = job_of("cluster.nodes=2", "cluster.stall_limit=90", "data.cache_dir=cache")
     assert not job.by_hand and job.fresh and job.deadline == 1700000000.5
     assert (job.start, job.host) == ("slurm-7-0", "n7")
     assert (job.place.nodes, job.place.node, job.place.master) == (2, 1, "head:20007")
     assert list(job.unfit) == ["c: gone; drain"]
     assert job.patience.fixed_s == 90
-    assert job.stage is not None and "launcher.stage" in job.stage and "run.yaml" in job.stage
+    assert (
+        job.stage is not None and "lmscale_launcher.stage" in job.stage and "run.yaml" in job.stage
+    )
     monkeypatch.setenv("LMSCALE_DEADLINE", "soon")
     monkeypatch.setattr(train_module, "excuse", lambda job, error: error)
     assert "LMSCALE_DEADLINE" in str(train_module.train("run.yaml", ["cluster.nodes=2"], 2))

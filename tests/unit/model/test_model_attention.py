@@ -8,9 +8,15 @@ from hypothesis import strategies as st
 from tiny_model import VARIANTS, VOCAB, random_batch, row, tiny
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from lmscale.batch import Batch, Stream
-from lmscale.model.attention import attend, block_mask, causal_mask, for_each_query, on_device
-from lmscale.model.rotary import Rotation
+from lmscale.base.batch import Batch, Stream
+from lmscale.model.attention import (
+    Rotation,
+    attend,
+    block_mask,
+    causal_mask,
+    for_each_query,
+    on_device,
+)
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 documents = st.lists(

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tiny_model import gradients, random_batch, take, tiny
 from torch import Tensor
 
-from lmscale.model.dropout import Dropout
-from lmscale.parallel.compiled import compile_blocks
-from lmscale.parallel.recompute import checkpoint_activations
+from lmscale.model.layers import Dropout
+from lmscale.parallel.activation_checkpointing import checkpoint_activations
+from lmscale.parallel.compile import compile_blocks
 
 RATE = 0.25
 LAYERS = 10  # more than the compiler's limit of 8 versions of one function

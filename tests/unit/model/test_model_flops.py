@@ -5,7 +5,7 @@ import torch
 from tiny_model import VARIANTS, VOCAB, config, random_batch, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmscale.model.flops import flops_per_token, matrix_parameters, num_parameters
+from lmscale.modelspec.flops import flops_per_token, matrix_parameters, num_parameters
 
 ROWS, LENGTH = 2, 16
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_model import POSITIONS, VARIANTS, VOCAB, row, tiny
 
-from lmscale.errors import UsageError
+from lmscale.base.errors import UsageError
 from lmscale.model.generate import _choose, generate
 
 PROMPT = [3, 14, 15, 9]

@@ -8,41 +8,47 @@ from tiny_model import VOCAB, random_batch, tiny
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lmscale.config.sections import ModelConfig
-from lmscale.config.yaml_core import parse
-from lmscale.model.architecture import Architecture
-from lmscale.model.flops import num_parameters
-from lmscale.model.language import LanguageModel
+from lmscale.config.schema import ModelConfig
+from lmscale.config.yaml import parse
+from lmscale.model.transformer import LanguageModel
+from lmscale.modelspec.flops import num_parameters
+from lmscale.modelspec.spec import Architecture
 
 CONFIGS = Path(__file__).parents[3] / "configs/models"
 LENGTH = 24
 TABLES = ("decoder.embedding.weight", "heads.lm.weight")
-LLAMA = {"layers": 3, "width": 32, "heads": 4, "feed_forward": 48, "norm_eps": 1e-6}
+LLAMA = {
+    "num_layers": 3,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "ffn_hidden_size": 48,
+    "norm_eps": 1e-6,
+}
 GPT2 = {
-    "layers": 3, "width": 32, "heads": 4, "feed_forward": 128, "norm": "layer", "norm_eps": 1e-5,
-    "positions": "learned", "max_positions": LENGTH, "activation": "gelu_tanh", "biases": True, "tied": True,
+    "num_layers": 3, "hidden_size": 32, "num_heads": 4, "ffn_hidden_size": 128, "norm": "layer", "norm_eps": 1e-5,
+    "positions": "learned", "max_positions": LENGTH, "activation": "gelu_tanh", "bias": True, "tie_embeddings": True,
 }  # fmt: skip
 CASES = {
     "llama": LLAMA,
-    "llama, grouped": {**LLAMA, "kv_heads": 2, "rope_theta": 500_000.0},
-    "llama, tied": {**LLAMA, "kv_heads": 1, "head_dim": 12, "tied": True},
+    "llama, grouped": {**LLAMA, "num_kv_heads": 2, "rope_theta": 500_000.0},
+    "llama, tied": {**LLAMA, "num_kv_heads": 1, "head_dim": 12, "tie_embeddings": True},
     "gpt2": GPT2,
-    "gpt2, another width": {**GPT2, "feed_forward": 72, "norm_eps": 1e-3},
+    "gpt2, another width": {**GPT2, "ffn_hidden_size": 72, "norm_eps": 1e-3},
 }
 # Ours -> theirs; q, k, v of GPT-2 are thirds of one matrix. * is the number of a block.
 LLAMA_NAMES = {
     "decoder.embedding": "model.embed_tokens",
     "decoder.norm": "model.norm",
     "heads.lm": "lm_head",
-    "*.norm_attention": "model.layers.*.input_layernorm",
-    "*.attention.q": "model.layers.*.self_attn.q_proj",
-    "*.attention.k": "model.layers.*.self_attn.k_proj",
-    "*.attention.v": "model.layers.*.self_attn.v_proj",
-    "*.attention.out": "model.layers.*.self_attn.o_proj",
-    "*.norm_feed_forward": "model.layers.*.post_attention_layernorm",
-    "*.feed_forward.gate": "model.layers.*.mlp.gate_proj",
-    "*.feed_forward.up": "model.layers.*.mlp.up_proj",
-    "*.feed_forward.down": "model.layers.*.mlp.down_proj",
+    "*.norm_attention": "model.num_layers.*.input_layernorm",
+    "*.attention.q": "model.num_layers.*.self_attn.q_proj",
+    "*.attention.k": "model.num_layers.*.self_attn.k_proj",
+    "*.attention.v": "model.num_layers.*.self_attn.v_proj",
+    "*.attention.out": "model.num_layers.*.self_attn.o_proj",
+    "*.norm_feed_forward": "model.num_layers.*.post_attention_layernorm",
+    "*.feed_forward.gate": "model.num_layers.*.mlp.gate_proj",
+    "*.feed_forward.up": "model.num_layers.*.mlp.up_proj",
+    "*.feed_forward.down": "model.num_layers.*.mlp.down_proj",
 }
 GPT2_NAMES = {
     "decoder.embedding": "transformer.wte",
@@ -63,19 +69,19 @@ def theirs(cfg: ModelConfig) -> nn.Module:
     if cfg.positions == "learned":
         return GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=VOCAB, n_positions=LENGTH, n_embd=cfg.width, n_layer=cfg.layers,
-                n_head=cfg.heads, n_inner=cfg.feed_forward, layer_norm_epsilon=cfg.norm_eps,
+                vocab_size=VOCAB, n_positions=LENGTH, n_embd=cfg.hidden_size, n_layer=cfg.num_layers,
+                n_head=cfg.num_heads, n_inner=cfg.ffn_hidden_size, layer_norm_epsilon=cfg.norm_eps,
                 resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
                 bos_token_id=None, eos_token_id=None,
             )
         )  # fmt: skip
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB, hidden_size=cfg.width, intermediate_size=cfg.feed_forward,
-            num_hidden_layers=cfg.layers, num_attention_heads=cfg.heads,
-            num_key_value_heads=cfg.kv_heads, head_dim=cfg.head_dim, rms_norm_eps=cfg.norm_eps,
+            vocab_size=VOCAB, hidden_size=cfg.hidden_size, intermediate_size=cfg.ffn_hidden_size,
+            num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads,
+            num_key_value_heads=cfg.num_kv_heads, head_dim=cfg.head_dim, rms_norm_eps=cfg.norm_eps,
             rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-            tie_word_embeddings=cfg.tied, bos_token_id=None, eos_token_id=None,
+            tie_word_embeddings=cfg.tie_embeddings, bos_token_id=None, eos_token_id=None,
         )
     )  # fmt: skip
 
@@ -169,13 +175,13 @@ def test_a_named_shape_is_the_model_of_that_name(name):
     with torch.device("meta"):
         ours = LanguageModel(Architecture.of(cfg, vocab_size=vocab, max_positions=1))
         other = (GPT2LMHeadModel if name.startswith("gpt2") else LlamaForCausalLM)(config)
-    padding = (-vocab % 128) * cfg.width * (1 if cfg.tied else 2)
+    padding = (-vocab % 128) * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
     assert num_parameters(ours).total == published + padding
     assert sum(p.numel() for p in other.parameters()) == published
     for parameter, value in ours.named_parameters():
         there, found = tuple(same_place(parameter, other).shape), tuple(value.shape)
         if parameter in TABLES:
-            found = (vocab, cfg.width)
+            found = (vocab, cfg.hidden_size)
         assert there == found, parameter
     activation = getattr(config, "activation_function", None) or config.hidden_act
     assert {"gelu_new": "gelu_tanh", "silu": "swiglu"}[activation] == cfg.activation

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_model import POSITIONS, VARIANTS, VOCAB, config, tiny
 
-from lmscale.errors import ConfigError
+from lmscale.base.errors import ConfigError
 from lmscale.model.build import build_model
 from lmscale.model.init import initial_value, initialise
 

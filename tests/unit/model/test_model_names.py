@@ -5,8 +5,8 @@ from fnmatch import fnmatchcase
 import pytest
 from tiny_model import VARIANTS, random_batch, tiny
 
-from lmscale.model.architecture import Architecture
-from lmscale.model.plan import PLAN, REGIONS, cut_of
+from lmscale.model.tp_plan import PLAN, REGIONS, cut_of
+from lmscale.modelspec.spec import Architecture
 
 LLAMA = {
     "decoder.embedding.weight": (128, 16),
@@ -98,7 +98,7 @@ def test_what_the_plan_names_is_called_as_a_module(changes):
     for name in wanted:
         module = model.get_submodule(name)
         module.forward = listening(name, module.forward)
-    model.heads["lm"].logits = listening("logits", model.heads["lm"].logits)
+    model.num_heads["lm"].logits = listening("logits", model.num_heads["lm"].logits)
     model(batch)
     assert called == wanted
     model.logits(batch)

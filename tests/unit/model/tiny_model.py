@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from lmscale.batch import Batch, Stream
-from lmscale.config.sections import ModelConfig
+from lmscale.base.batch import Batch, Stream
+from lmscale.config.schema import ModelConfig
 from lmscale.model.build import build_model
-from lmscale.model.language import LanguageModel
+from lmscale.model.transformer import LanguageModel
 
 VOCAB = 50  # not a multiple of 128: the padding is there in every test
 POSITIONS = 32
@@ -14,21 +14,27 @@ POSITIONS = 32
 # Every switch of ModelConfig is in at least two of these.
 VARIANTS = {
     "llama": {},
-    "gqa": {"kv_heads": 2, "head_dim": 6, "rope_theta": 500.0},
+    "gqa": {"num_kv_heads": 2, "head_dim": 6, "rope_theta": 500.0},
     "gpt2": {
         "norm": "layer",
         "positions": "learned",
         "activation": "gelu",
-        "biases": True,
-        "tied": True,
+        "bias": True,
+        "tie_embeddings": True,
     },
-    "post": {"norm": "layer", "norm_place": "post", "positions": "learned", "activation": "relu"},
-    "bare": {"positions": "none", "kv_heads": 1, "biases": True, "norm_place": "post"},
+    "post": {"norm": "layer", "norm_order": "post", "positions": "learned", "activation": "relu"},
+    "bare": {"positions": "none", "num_kv_heads": 1, "bias": True, "norm_order": "post"},
 }
 
 
 def config(**changes: object) -> ModelConfig:
-    base = {"layers": 2, "width": 16, "heads": 4, "feed_forward": 24, "init_std": 0.2}
+    base = {
+        "num_layers": 2,
+        "hidden_size": 16,
+        "num_heads": 4,
+        "ffn_hidden_size": 24,
+        "init_std": 0.2,
+    }
     return ModelConfig(**{**base, **changes})
 
 

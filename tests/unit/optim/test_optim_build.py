@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lmscale.config.sections import OptimConfig
-from lmscale.optim.build import build_adamw, parameter_groups
+from lmscale.config.schema import OptimConfig
+from lmscale.optim.optimizer import build_adamw, parameter_groups
 
 
 def parameters():

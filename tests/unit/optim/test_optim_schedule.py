@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmscale.config.sections import OptimConfig
+from lmscale.config.schema import OptimConfig
 from lmscale.optim.schedule import lr_at, steps_of
 
 schedules = st.sampled_from(["cosine", "wsd", "constant"])

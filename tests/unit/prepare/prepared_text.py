@@ -13,7 +13,7 @@ import numpy as np
 import zstandard
 
 from lmscale.prepare.options import PrepareOptions
-from lmscale.text.tokenizer import Tokenizer
+from lmscale.tokenizer.tokenizer import Tokenizer
 
 SMALL = PrepareOptions(tokenizer="bytes", chunk_tokens=64, shard_chunks=3, heldout=0.1, workers=1)
 

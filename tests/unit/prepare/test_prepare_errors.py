@@ -9,8 +9,8 @@ import pytest
 import zstandard
 from prepared_text import SMALL, nobody_can_be_denied, some_texts, write_lines
 
+from lmscale.base.errors import ConfigError, DataError, LmscaleError, RetryableError, UsageError
 from lmscale.corpus.manifest import resolve
-from lmscale.errors import ConfigError, DataError, LmscaleError, RetryableError, UsageError
 from lmscale.prepare import inputs, scratch
 from lmscale.prepare.documents import documents
 from lmscale.prepare.options import PrepareOptions

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from lmscale.prepare import inputs
 from lmscale.prepare.cuts import HELDOUT, TRAIN, PartStream, cut, heldout_mask
-from lmscale.prepare.documents import documents
+from lmscale.prepare.documents import documents, sample
 from lmscale.prepare.inputs import discover, slices
-from lmscale.prepare.sample import sample
 from lmscale.prepare.scratch import Scratch
 from lmscale.prepare.tokenize import Segment
 

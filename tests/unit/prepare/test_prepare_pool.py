@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lmscale.prepare import pool
+from lmscale.prepare import workers as pool
 
 TWO_LINES_AT_ONCE = """
 import sys

@@ -4,15 +4,14 @@ from pathlib import Path
 import pytest
 from prepared_text import SMALL, contents, read_documents, run, some_texts, write_lines
 
+from lmscale.base.errors import LmscaleError, UsageError
+from lmscale.corpus.integrity import verify
 from lmscale.corpus.manifest import Manifest
-from lmscale.corpus.verify import verify
-from lmscale.errors import LmscaleError, UsageError
 from lmscale.prepare import inputs, tokenize
 from lmscale.prepare.command import prepare_main
 from lmscale.prepare.options import PrepareOptions
-from lmscale.prepare.run import prepare
-from lmscale.prepare.stage import Progress
-from lmscale.text.tokenizer import Tokenizer
+from lmscale.prepare.run import PrepareProgress, prepare
+from lmscale.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +131,7 @@ def test_long_documents_are_encoded_in_pieces_without_a_trace(
     text = " ".join(some_texts(200))
     (tmp_path / "long.txt").write_text(text)
     prepare(tmp_path / "whole", [tmp_path / "long.txt"], SMALL)
-    monkeypatch.setattr("lmscale.text.pieces.pieces.__defaults__", (100,))
+    monkeypatch.setattr("lmscale.tokenizer.training.pieces.__defaults__", (100,))
     monkeypatch.setattr("lmscale.prepare.documents._BLOCK_BYTES", 37)
     prepare(tmp_path / "cut", [tmp_path / "long.txt"], SMALL)
     assert read_documents(tmp_path / "cut/train") == [text]
@@ -141,7 +140,7 @@ def test_long_documents_are_encoded_in_pieces_without_a_trace(
 
 def test_progress_rises_to_the_total_of_each_stage(tmp_path: Path) -> None:
     given, _ = _mixed(tmp_path)
-    heard: list[Progress] = []
+    heard: list[PrepareProgress] = []
     options = PrepareOptions(tokenizer="bpe:300", chunk_tokens=64, shard_chunks=3, workers=1)
     prepare(tmp_path / "out", given, options, heard.append)
     stages = list(dict.fromkeys(each.stage for each in heard))

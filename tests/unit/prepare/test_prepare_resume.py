@@ -10,9 +10,9 @@ import psutil
 import pytest
 from prepared_text import SMALL, command, contents, run, some_texts, write_lines
 
+from lmscale.base.errors import DataError
+from lmscale.corpus.integrity import verify
 from lmscale.corpus.manifest import resolve
-from lmscale.corpus.verify import verify
-from lmscale.errors import DataError
 from lmscale.prepare import inputs
 from lmscale.prepare import run as passes
 from lmscale.prepare.options import PrepareOptions

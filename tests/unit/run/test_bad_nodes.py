@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lmscale.run.bad_nodes import read_bad_nodes, write_bad_nodes
-from lmscale.run.folder import RunFolder
+from lmscale.run_folder.bad_nodes import read_bad_nodes, write_bad_nodes
+from lmscale.run_folder.paths import RunFolder
 
 
 def test_what_was_written_is_read_by_name(tmp_path: Path) -> None:

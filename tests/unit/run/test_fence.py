@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.errors import CheckpointError, Overtaken, RetryableError
-from lmscale.run import attempts as module
-from lmscale.run.attempts import (
+from lmscale.base.errors import CheckpointError, Overtaken, RetryableError
+from lmscale.run_folder import attempts as module
+from lmscale.run_folder.attempts import (
     Attempt,
     Fence,
     check_not_overtaken,
@@ -25,9 +25,14 @@ from lmscale.run.attempts import (
     read_attempt,
     settle,
 )
-from lmscale.run.checkpoints import Found, listing, newest_valid, reason_to_reload
-from lmscale.run.folder import RunFolder
-from lmscale.run.manifest import write_manifest
+from lmscale.run_folder.checkpoints import (
+    CheckpointEntry,
+    listing,
+    newest_valid,
+    reason_to_reload,
+    write_manifest,
+)
+from lmscale.run_folder.paths import RunFolder
 
 Key = tuple[int, int]  # (step, attempt)
 
@@ -74,7 +79,7 @@ class History:
         self.confirmed.append(k)
         yield from self._train(k, found, stride)
 
-    def _train(self, k: int, found: Found | None, stride: int) -> Iterator[None]:
+    def _train(self, k: int, found: CheckpointEntry | None, stride: int) -> Iterator[None]:
         step = found.step if found else 0
         before: tuple[Key, ...] = ()
         if found:

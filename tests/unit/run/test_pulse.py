@@ -8,14 +8,22 @@ import time
 from pathlib import Path
 
 import pytest
+from lmscale_launcher.supervisor.watchdog import (
+    SLOW_S,
+    STOPPED_S,
+    StallLimits,
+    StepPace,
+    Suspect,
+    blamed,
+    stuck,
+)
 
-from launcher.supervisor.stall import SLOW_S, STOPPED_S, Pace, Patience, Suspect, blamed, stuck
-from lmscale.run import pulse as pulse_module
-from lmscale.run.pulse import (
+from lmscale.run_folder import rank_progress as pulse_module
+from lmscale.run_folder.rank_progress import (
     PULSE_FD,
     STACK_FD,
-    Beat,
-    Pulse,
+    ProgressReading,
+    RankProgress,
     new_descriptors,
     read_beat,
     read_stack,
@@ -32,31 +40,31 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_tick_is_seen_by_whoever_holds_the_memory(clock: list[float]) -> None:
     fds = new_descriptors()
     try:
-        assert read_beat(fds[PULSE_FD]) == Beat()
-        pulse = Pulse(fds[PULSE_FD])
+        assert read_beat(fds[PULSE_FD]) == ProgressReading()
+        pulse = RankProgress(fds[PULSE_FD])
         pulse.tick("start")
         pulse.tick("data", 7)
-        assert read_beat(fds[PULSE_FD]) == Beat(2, 7, "data")
+        assert read_beat(fds[PULSE_FD]) == ProgressReading(2, 7, "data")
         pulse.tick("step")
         clock[0] += 90  # the first step compiles
         pulse.tick("data", 8)
-        assert read_beat(fds[PULSE_FD]) == Beat(4, 8, "data", warm=True)
+        assert read_beat(fds[PULSE_FD]) == ProgressReading(4, 8, "data", warm=True)
         for phase, step, seconds in [("step", None, 0.25), ("data", 9, 2.0), ("step", None, 0.5)]:
             pulse.tick(phase, step)  # type: ignore[arg-type]
             clock[0] += seconds
         pulse.tick("save")
         clock[0] += 300  # a save is no step
         pulse.tick("data", 10)
-        assert read_beat(fds[PULSE_FD]) == Beat(9, 10, "data", warm=True, longest_s=2.0)
+        assert read_beat(fds[PULSE_FD]) == ProgressReading(9, 10, "data", warm=True, longest_s=2.0)
     finally:
         for fd in fds.values():
             os.close(fd)
-    Pulse().tick("step", 3)  # without a supervisor
+    RankProgress().tick("step", 3)  # without a supervisor
 
 
 CHILD = """
 import os, sys, time
-from lmscale.run.pulse import Pulse
+from lmscale.run_folder.rank_progress import Pulse
 def deep_inside():
     pulse.tick("data", 5)
     print("ready", flush=True)
@@ -95,40 +103,44 @@ def test_a_number_that_now_means_another_file_is_left_alone(tmp_path: Path) -> N
     """A child of a rank inherits the variable but not the descriptor."""
     precious = tmp_path / "precious"
     with open(precious, "wb", buffering=0) as file:
-        pulse = Pulse.inherited({PULSE_FD: str(file.fileno()), STACK_FD: "999"})
+        pulse = RankProgress.inherited({PULSE_FD: str(file.fileno()), STACK_FD: "999"})
         pulse.tick("step", 1)
     assert precious.read_bytes() == b""
-    Pulse.inherited({PULSE_FD: "x"}).tick("step", 1)
+    RankProgress.inherited({PULSE_FD: "x"}).tick("step", 1)
 
 
-AT_WORK = Beat(10, 5, "step", warm=True, longest_s=0.1)
+AT_WORK = ProgressReading(10, 5, "step", warm=True, longest_s=0.1)
 
 
 @pytest.mark.parametrize(
     ("patience", "beat", "limit"),
     [
-        (Patience(), AT_WORK, 30.0),
-        (Patience(), Beat(10, 5, "data", warm=True, longest_s=2.0), 100.0),
-        (Patience(least_s=600), AT_WORK, 600.0),
-        (Patience(), Beat(10, 5, "step", warm=True, longest_s=60.0), SLOW_S),
-        (Patience(), Beat(10, 5, "step", warm=True, longest_s=3600.0), 7200.0),  # was suspended
-        (Patience(10.0), AT_WORK, 10.0),
-        (Patience(10.0), Beat(3, 1, "step"), SLOW_S),  # a first step
-        (Patience(), Beat(9, 5, "save", warm=True), SLOW_S),
-        (Patience(), Beat(9, 5, "eval", warm=True), SLOW_S),
-        (Patience(), Beat(), SLOW_S),  # still importing torch
-        (Patience(7200.0), Beat(9, 5, "load"), 7200.0),
+        (StallLimits(), AT_WORK, 30.0),
+        (StallLimits(), ProgressReading(10, 5, "data", warm=True, longest_s=2.0), 100.0),
+        (StallLimits(least_s=600), AT_WORK, 600.0),
+        (StallLimits(), ProgressReading(10, 5, "step", warm=True, longest_s=60.0), SLOW_S),
+        (
+            StallLimits(),
+            ProgressReading(10, 5, "step", warm=True, longest_s=3600.0),
+            7200.0,
+        ),  # was suspended
+        (StallLimits(10.0), AT_WORK, 10.0),
+        (StallLimits(10.0), ProgressReading(3, 1, "step"), SLOW_S),  # a first step
+        (StallLimits(), ProgressReading(9, 5, "save", warm=True), SLOW_S),
+        (StallLimits(), ProgressReading(9, 5, "eval", warm=True), SLOW_S),
+        (StallLimits(), ProgressReading(), SLOW_S),  # still importing torch
+        (StallLimits(7200.0), ProgressReading(9, 5, "load"), 7200.0),
     ],
 )
 def test_patience_is_long_where_a_step_says_nothing(
-    patience: Patience, beat: Beat, limit: float
+    patience: StallLimits, beat: ProgressReading, limit: float
 ) -> None:
     assert patience.limit_s(beat) == limit
 
 
 def pace(quiet_s: float, rank: int, state: str = "S", *, step: int = 5, phase: str = "step",
-         limit_s: float = 30.0, alike: int = 1) -> Pace:  # fmt: skip
-    return Pace(quiet_s, limit_s, Suspect(rank, step, phase, state, alike))  # type: ignore[arg-type]
+         limit_s: float = 30.0, alike: int = 1) -> StepPace:  # fmt: skip
+    return StepPace(quiet_s, limit_s, Suspect(rank, step, phase, state, alike))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +161,7 @@ def pace(quiet_s: float, rank: int, state: str = "S", *, step: int = 5, phase: s
     ],
 )
 def test_the_job_is_stuck_when_nobody_moves_and_the_least_far_is_to_blame(
-    paces: list[Pace], rank: int | None
+    paces: list[StepPace], rank: int | None
 ) -> None:
     found = stuck(paces)
     assert (found and found[0].rank) == rank
@@ -165,5 +177,5 @@ def test_a_suspect_in_words_and_over_the_wire() -> None:
     )
     stopped = Suspect(0, 1, "step", "T").in_words(node="", seconds=15)
     assert "rank 0 is stuck in step of step 1 (process state T: stopped)" in stopped
-    here = Pace(1.5, 30.0, worst)
-    assert Pace.from_json(here.as_json()) == here
+    here = StepPace(1.5, 30.0, worst)
+    assert StepPace.from_json(here.as_json()) == here

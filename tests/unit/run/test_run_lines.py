@@ -14,14 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmscale.errors import DataError, RetryableError
-from lmscale.run import events as events_module
-from lmscale.run.budget import starts_since_progress
-from lmscale.run.events import EventLog, events_path, read_events, start_name
-from lmscale.run.folder import RunFolder
-from lmscale.run.lines import LineFile, read_lines, readable_lines
-from lmscale.run.liveness import live
-from lmscale.run.processes import is_alive, started_ticks, this_host
+from lmscale.base.errors import DataError, RetryableError
+from lmscale.base.proc import is_alive, started_ticks, this_host
+from lmscale.base.records import LineFile, read_lines, readable_lines
+from lmscale.run_folder import events as events_module
+from lmscale.run_folder.events import (
+    EventLog,
+    events_path,
+    read_events,
+    start_name,
+    starts_since_progress,
+)
+from lmscale.run_folder.liveness import live
+from lmscale.run_folder.paths import RunFolder
 
 
 @given(st.lists(st.integers(0, 50)), st.integers(0, 50), st.binary(max_size=20))
@@ -129,8 +134,8 @@ def test_the_heartbeat_beats_and_keeps_no_process_alive(
         assert log.path.stat().st_mtime > 0
     assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
     code = (
-        "import sys; from pathlib import Path; from lmscale.run.events import EventLog;"
-        "from lmscale.run.folder import RunFolder;"
+        "import sys; from pathlib import Path; from lmscale.run_folder.events import EventLog;"
+        "from lmscale.run_folder.paths import RunFolder;"
         "EventLog(RunFolder(Path(sys.argv[1])), 'x').__enter__()"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=8, check=True)

@@ -7,18 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.errors import CheckpointError, ConfigError, RetryableError
-from lmscale.run.attempts import claim, settle
-from lmscale.run.checkpoints import listing, newest_valid
-from lmscale.run.folder import RunFolder, checkpoint_name, parse_checkpoint_name
-from lmscale.run.manifest import (
+from lmscale.base.errors import CheckpointError, ConfigError, RetryableError
+from lmscale.run_folder.attempts import claim, settle
+from lmscale.run_folder.checkpoints import (
     damage,
     describe_file,
+    listing,
+    newest_valid,
     publish,
     read_manifest,
     unknown_files,
     write_manifest,
 )
+from lmscale.run_folder.paths import RunFolder, checkpoint_name, parse_checkpoint_name
 
 BLOCK = 64
 

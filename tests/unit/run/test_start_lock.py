@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lmscale.errors import RetryableError
-from lmscale.run import hold
-from lmscale.run.events import read_events
-from lmscale.run.folder import RunFolder
+from lmscale.base.errors import RetryableError
+from lmscale.run_folder import liveness as hold
+from lmscale.run_folder.events import read_events
+from lmscale.run_folder.paths import RunFolder
 
 
 @pytest.mark.parametrize(("number", "goes"), [(errno.ENOSYS, True), (errno.EIO, False)])
@@ -24,7 +24,7 @@ def test_only_a_file_system_without_locks_is_no_obstacle(
     def refuses(file: object, what: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("lmscale.run.hold.fcntl.flock", refuses)
+    monkeypatch.setattr("lmscale.run_folder.liveness.fcntl.flock", refuses)
     folder = RunFolder(tmp_path)
     if not goes:
         with pytest.raises(RetryableError, match="locking"):

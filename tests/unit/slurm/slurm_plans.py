@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from launcher.jobs.plan import JobPlan
-from lmscale.config.cluster import ClusterConfig
+from lmscale_launcher.jobs.job_plan import JobPlan
+
+from lmscale.config.cluster_schema import ClusterConfig
 
 CORPUS, CACHE = Path("/data/corpus/train"), Path("/local/cache")
 

@@ -3,8 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from launcher.slurm.hostlist import expand
+from lmscale_launcher.slurm.states import expand
 
 
 @pytest.mark.parametrize(

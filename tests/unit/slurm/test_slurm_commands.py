@@ -6,16 +6,29 @@ import time
 from pathlib import Path
 
 import pytest
+from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord, next_number
+from lmscale_launcher.slurm import (
+    preflight,
+)
+from lmscale_launcher.slurm import (
+    preflight as partition,
+)
+from lmscale_launcher.slurm import (
+    query as commands,
+)
+from lmscale_launcher.slurm import (
+    slurm_cluster as cluster,
+)
+from lmscale_launcher.slurm import (
+    slurm_messages as refused,
+)
+from lmscale_launcher.slurm.query import SlurmResult, SlurmUnavailable
+from lmscale_launcher.slurm.script import command
+from lmscale_launcher.slurm.slurm_cluster import SlurmCluster, _job_id
 
-from launcher.jobs.plan import JobPlan
-from launcher.jobs.record import JobRecord, next_number
-from launcher.slurm import cluster, commands, partition, preflight, refused
-from launcher.slurm.cluster import SlurmCluster, _job_id
-from launcher.slurm.command_line import command
-from launcher.slurm.commands import Answer, NoAnswer
-from lmscale.config.cluster import ClusterConfig
-from lmscale.errors import ConfigError
-from lmscale.run.folder import RunFolder
+from lmscale.base.errors import ConfigError
+from lmscale.config.cluster_schema import ClusterConfig
+from lmscale.run_folder.paths import RunFolder
 
 GOLDEN = Path(__file__).parents[2] / "golden/slurm-answers"
 
@@ -240,7 +253,7 @@ def test_no_slurm_on_this_machine(programs: Path) -> None:
 def test_a_command_that_hangs_is_ended(programs: Path) -> None:
     put(programs, "scontrol", "echo $$ > $0.pid; exec sleep 600")
     begun = time.monotonic()
-    with pytest.raises(NoAnswer, match="did not answer within 1 s"):
+    with pytest.raises(SlurmUnavailable, match="did not answer within 1 s"):
         commands.ask("scontrol", "ping", timeout_s=1)
     assert time.monotonic() - begun < 5
     assert not Path(f"/proc/{(programs / 'scontrol.pid').read_text().strip()}").exists()
@@ -251,7 +264,7 @@ def test_a_submission_that_hangs_may_have_been_made(
 ) -> None:
     monkeypatch.setattr(commands, "SUBMIT_TIMEOUT_S", 0.5)
     put(programs, "sbatch", "exec sleep 600")
-    with pytest.raises(NoAnswer, match="may have been queued all the same"):
+    with pytest.raises(SlurmUnavailable, match="may have been queued all the same"):
         commands.sbatch(["sbatch", "--parsable", "1.sh"], cwd=tmp_path)
 
 
@@ -268,7 +281,7 @@ def test_a_submission_that_hangs_may_have_been_made(
 )  # fmt: skip
 def test_who_cannot_be_asked_says_so(programs: Path, err: str, words: str) -> None:
     put(programs, "squeue", f"echo '{err}' >&2; exit 1")
-    with pytest.raises(NoAnswer, match=words):
+    with pytest.raises(SlurmUnavailable, match=words):
         commands.ask("squeue")
 
 
@@ -394,10 +407,10 @@ def test_follow_up_jobs_count_as_the_run(programs: Path, tmp_path: Path) -> None
 
 
 def test_the_job_id_is_found_beside_a_sites_own_words() -> None:
-    assert _job_id(Answer(("sbatch",), 0, "17\n", "")) == "17"
-    assert _job_id(Answer(("sbatch",), 0, "Welcome!\n17;alps\n", "")) == "17"
+    assert _job_id(SlurmResult(("sbatch",), 0, "17\n", "")) == "17"
+    assert _job_id(SlurmResult(("sbatch",), 0, "Welcome!\n17;alps\n", "")) == "17"
     with pytest.raises(Exception, match="named no job"):
-        _job_id(Answer(("sbatch",), 0, "thanks\n", ""))
+        _job_id(SlurmResult(("sbatch",), 0, "thanks\n", ""))
 
 
 def test_hidden_partitions_are_looked_at(programs: Path, tmp_path: Path) -> None:

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-
-from launcher.slurm import reasons
-from launcher.slurm.reasons import reason
+from lmscale_launcher.slurm import slurm_messages as reasons
+from lmscale_launcher.slurm.slurm_messages import reason
 
 NAMES = (Path(__file__).parents[2] / "golden/slurm-answers/reasons.txt").read_text().split()
 

@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lmscale_launcher.slurm.script import (
+    container_command,
+    mounts,
+    quoted,
+    quoted_for_sbatch,
+    render,
+    sbatch_options,
+    srun_options,
+)
 from slurm_plans import CACHE, CORPUS, plan, plans
 
-from launcher.slurm.options import container_command, mounts, sbatch_options, srun_options
-from launcher.slurm.script import quoted, quoted_for_sbatch, render
-from lmscale.config.places import cluster_dir
-from lmscale.errors import ConfigError
+from lmscale.base.errors import ConfigError
+from lmscale.config.run_file import cluster_dir
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "slurm"
 TEMPLATE = cluster_dir() / "slurm" / "job.sh"

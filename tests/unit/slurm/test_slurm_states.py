@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-
-from launcher.jobs.cluster import JobState
-from launcher.slurm import answers
-from launcher.slurm.answers import Seen, Unreadable
-from launcher.slurm.states import by_job, find, of_chain, state_of
+from lmscale_launcher.clusters.base import JobState
+from lmscale_launcher.slurm import query as answers
+from lmscale_launcher.slurm.query import QueueEntry, Unreadable
+from lmscale_launcher.slurm.states import by_job, find, of_chain, state_of
 
 GOLDEN = Path(__file__).parents[2] / "golden/slurm-answers"
 
@@ -17,7 +16,7 @@ def sample(name: str) -> str:
     return (GOLDEN / name).read_text()
 
 
-def state(found: list[Seen], job: str, name: str = "") -> JobState:
+def state(found: list[QueueEntry], job: str, name: str = "") -> JobState:
     found_state = find(job, by_job(found), name=name)
     assert found_state is not None, f"job {job} is not there"
     return found_state
@@ -27,32 +26,32 @@ JSON = ["squeue-22.05.json", "squeue-23.02.json", "squeue-23.11.json", "squeue-2
 
 
 @pytest.fixture(params=JSON)
-def jobs(request: pytest.FixtureRequest) -> list[Seen]:
+def jobs(request: pytest.FixtureRequest) -> list[QueueEntry]:
     return answers.read_squeue_json(sample(request.param))
 
 
-def test_a_running_job_in_the_json_of_every_version(jobs: list[Seen]) -> None:
+def test_a_running_job_in_the_json_of_every_version(jobs: list[QueueEntry]) -> None:
     assert state(jobs, "5") == JobState("running", "", ("n1", "n2"), None, 0, "RUNNING")
 
 
-def test_jobs_that_have_ended_are_still_listed(jobs: list[Seen]) -> None:
+def test_jobs_that_have_ended_are_still_listed(jobs: list[QueueEntry]) -> None:
     assert state(jobs, "6") == JobState("ended", "", (), 0, 0, "COMPLETED")
     assert state(jobs, "7") == JobState("ended", "failed", (), 75, 0, "FAILED")
     assert state(jobs, "9") == JobState("ended", "cancelled", (), 128 + 15, 0, "CANCELLED")
 
 
-def test_a_requeued_job_waits_and_has_its_restarts(jobs: list[Seen]) -> None:
+def test_a_requeued_job_waits_and_has_its_restarts(jobs: list[QueueEntry]) -> None:
     words = "requeued, a short pause before it starts again"
     assert state(jobs, "10") == JobState("pending", words, (), None, 1, "PENDING (BeginTime)")
 
 
-def test_why_a_job_waits(jobs: list[Seen]) -> None:
+def test_why_a_job_waits(jobs: list[QueueEntry]) -> None:
     assert state(jobs, "15").reason == "more nodes than the partition has or allows"
     assert state(jobs, "16").reason == "held by its owner: scontrol release JOB"
     assert state(jobs, "14").reason.startswith("it waits for free nodes: Nodes required")
 
 
-def test_tasks_of_an_array_have_its_id(jobs: list[Seen]) -> None:
+def test_tasks_of_an_array_have_its_id(jobs: list[QueueEntry]) -> None:
     assert state(jobs, "12_1").standing == "running"
     assert state(jobs, "12_3").standing == "pending"
     assert find("12_6", by_job(jobs)) is None
@@ -172,7 +171,7 @@ def test_another_job_with_the_same_number_is_not_ours() -> None:
 
 
 def test_a_node_list_that_cannot_be_read_is_shown_as_it_is() -> None:
-    assert state_of(Seen("1", ("RUNNING",), nodes="n[1-")).hosts == ("n[1-",)
+    assert state_of(QueueEntry("1", ("RUNNING",), nodes="n[1-")).hosts == ("n[1-",)
 
 
 def test_a_chain_stands_as_the_job_at_work_else_the_next_else_the_last() -> None:
@@ -196,4 +195,4 @@ def test_a_chain_stands_as_the_job_at_work_else_the_next_else_the_last() -> None
     ],
 )
 def test_only_a_requeued_job_is_said_to_pause(restarts: int | None, words: str) -> None:
-    assert state_of(Seen("1", ("PENDING",), "BeginTime", restarts=restarts)).reason == words
+    assert state_of(QueueEntry("1", ("PENDING",), "BeginTime", restarts=restarts)).reason == words

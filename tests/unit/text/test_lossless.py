@@ -6,8 +6,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from lmscale.errors import ConfigError
-from lmscale.text.tokenizer import Tokenizer
+from lmscale.base.errors import ConfigError
+from lmscale.tokenizer.tokenizer import Tokenizer
 
 
 def trained(path: Path, *, alphabet: list[str]) -> Path:

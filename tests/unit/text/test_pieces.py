@@ -3,8 +3,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.text.pieces import pieces
-from lmscale.text.train import train_bpe
+from lmscale.tokenizer.training import pieces, train_bpe
 
 WORDS = [
     "def",

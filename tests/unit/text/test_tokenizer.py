@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.errors import ConfigError
-from lmscale.text.special import RESERVED_NAMES
-from lmscale.text.tokenizer import Tokenizer
-from lmscale.text.train import bytes_tokenizer, train_bpe
+from lmscale.base.errors import ConfigError
+from lmscale.tokenizer.tokenizer import RESERVED_NAMES, Tokenizer
+from lmscale.tokenizer.training import bytes_tokenizer, train_bpe
 
 TEXTS = [
     "def area(width, height):\n    return width * height\n" * 20,
@@ -93,7 +92,7 @@ def test_fingerprint_follows_the_rules_not_the_layout(tmp_path: Path) -> None:
 
 def test_training_is_the_same_for_any_number_of_threads() -> None:
     code = (
-        "import pathlib, lmscale.text.train as t;"
+        "import pathlib, lmscale.tokenizer.training as t;"
         "texts = [p.read_text() for p in sorted(pathlib.Path(t.__file__).parent.glob('*.py'))];"
         "print(t.train_bpe(iter(texts), 600).fingerprint)"
     )

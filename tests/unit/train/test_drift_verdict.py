@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.train.digest import digest
-from lmscale.train.replicas import by_piece, differ, judge
+from lmscale.train.replicas import by_piece, differ, digest, judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -7,23 +7,29 @@ from typing import Any, cast
 
 import pytest
 
-from lmscale.config.length import total_steps
-from lmscale.config.load import load
-from lmscale.errors import CheckpointError, ConfigError, Diverged, LmscaleError
-from lmscale.run.events import EventLog, read_events
-from lmscale.run.folder import RunFolder
-from lmscale.run.manifest import write_manifest
-from lmscale.train.attempt import Source, choose, note_changes, resumed_state
+from lmscale.base.errors import CheckpointError, ConfigError, Diverged, LmscaleError
+from lmscale.base.world import World
+from lmscale.config.identity import total_steps
+from lmscale.config.run_file import load
+from lmscale.run_folder.checkpoints import write_manifest
+from lmscale.run_folder.events import EventLog, read_events
+from lmscale.run_folder.paths import RunFolder
+from lmscale.train.context import RunContext
 from lmscale.train.main import by_hand, recorded
-from lmscale.train.rank import Rank
-from lmscale.train.restore import Trained, check_tokenizer
-from lmscale.train.state import TrainState
-from lmscale.world import World
+from lmscale.train.restore import (
+    ResumePoint,
+    TrainedModel,
+    TrainState,
+    check_tokenizer,
+    choose,
+    note_changes,
+    resumed_state,
+)
 
 
-def rank_of(folder: Path, *overrides: str) -> Rank:
+def rank_of(folder: Path, *overrides: str) -> RunContext:
     cfg = load("smoke", [f"train.run_dir={folder / 'run'}", *overrides])
-    return Rank(cfg, cast(Any, None), cast(Any, None), RunFolder(folder / "run"), None)
+    return RunContext(cfg, cast(Any, None), cast(Any, None), RunFolder(folder / "run"), None)
 
 
 def checkpoint(path: Path, **body: Any) -> Path:
@@ -50,14 +56,14 @@ def test_what_is_no_checkpoint_is_a_mistake_not_damage(tmp_path: Path, name: str
 
 
 def test_a_changed_batch_is_entered_in_the_journal_where_it_begins(tmp_path: Path) -> None:
-    before, now = {"train.global_batch": 8, "optim.lr": 1.0}, {"train.global_batch": 16}
+    before, now = {"train.global_batch_size": 8, "optim.lr": 1.0}, {"train.global_batch_size": 16}
     now["optim.lr"] = before["optim.lr"]
     stands = TrainState(step=20, position=160, streams=8).as_json()
     body = {"identity": before, "state": {"train": stands}}
-    source = Source(tmp_path, 20, body)
+    source = ResumePoint(tmp_path, 20, body)
     state = resumed_state(source, load("smoke"))
     note_changes(state, source, now)
-    entry = {"position": 160, "step": 20, "key": "train.global_batch", "before": 8, "now": 16}
+    entry = {"position": 160, "step": 20, "key": "train.global_batch_size", "before": 8, "now": 16}
     assert state.journal == [entry]
     assert TrainState.from_json(state.as_json()) == state
     unchanged = resumed_state(source, load("smoke"))
@@ -69,16 +75,19 @@ def test_a_changed_batch_is_entered_in_the_journal_where_it_begins(tmp_path: Pat
 
 def test_streams_that_are_asked_for_are_never_ignored(tmp_path: Path) -> None:
     body = {"state": {"train": TrainState(step=20, position=160, streams=8).as_json()}}
-    assert resumed_state(Source(tmp_path, 20, body), load("smoke")).streams == 8
-    assert resumed_state(Source(tmp_path, 20, body), load("smoke", ["data.streams=4"])).streams == 4
+    assert resumed_state(ResumePoint(tmp_path, 20, body), load("smoke")).streams == 8
+    assert (
+        resumed_state(ResumePoint(tmp_path, 20, body), load("smoke", ["data.streams=4"])).streams
+        == 4
+    )
 
 
 def test_the_length_in_tokens_counts_what_was_read_in_other_batches() -> None:
-    cfg = load("smoke", ["train.steps=null", "train.tokens=256000", "train.global_batch=16"])
+    cfg = load("smoke", ["train.steps=null", "train.tokens=256000", "train.global_batch_size=16"])
     assert total_steps(cfg, lambda: 0) == 63  # 1,000 samples
     assert total_steps(cfg, lambda: 0, step=62, position=992) == 63
     assert total_steps(cfg, lambda: 0, step=50, position=400) == 50 + 38
-    epochs = load("smoke", ["train.steps=null", "train.epochs=0.5", "train.global_batch=16"])
+    epochs = load("smoke", ["train.steps=null", "train.epochs=0.5", "train.global_batch_size=16"])
     assert total_steps(epochs, lambda: 2000) == 63
 
 
@@ -108,7 +117,7 @@ def test_a_start_without_a_supervisor_waits_for_another_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(tmp_path)
-    monkeypatch.setattr("lmscale.run.events.this_host", lambda: "elsewhere/1")
+    monkeypatch.setattr("lmscale.run_folder.events.this_host", lambda: "elsewhere/1")
     with EventLog(folder, "other") as other:
         other.write("start")
     monkeypatch.undo()
@@ -118,7 +127,7 @@ def test_a_start_without_a_supervisor_waits_for_another_host(
         slept.append(seconds)
         os.utime(other.path, (time.time() - 61,) * 2)
 
-    monkeypatch.setattr("lmscale.run.hold.time.sleep", silent)
+    monkeypatch.setattr("lmscale.run_folder.liveness.time.sleep", silent)
     with recorded(folder, World(), {}):
         assert len(slept) == 1
 
@@ -145,7 +154,7 @@ def test_how_a_start_failed_is_recorded_and_a_full_disk_does_not_hide_it(
 
 
 def test_another_tokenizer_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
-    trained = Trained(tmp_path, 10, load("smoke"), {"identity": {"data.tokenizer": "c0ffee"}})
+    trained = TrainedModel(tmp_path, 10, load("smoke"), {"identity": {"data.tokenizer": "c0ffee"}})
     check_tokenizer(trained, "c0ffee")
     with pytest.raises(ConfigError, match=r"data\.tokenizer"):
         check_tokenizer(trained, "70c")

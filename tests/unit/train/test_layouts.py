@@ -7,23 +7,25 @@ from typing import Any, cast
 
 import pytest
 
-from lmscale.config.load import load
-from lmscale.config.run import RunConfig
-from lmscale.dist.mesh import Mesh
-from lmscale.run.events import EventLog, read_events
-from lmscale.run.folder import RunFolder
-from lmscale.train import attempt, eval_command, loop
-from lmscale.train.attempt import Attempt, Source
+from lmscale.config.run_file import load
+from lmscale.config.schema import RunConfig
+from lmscale.distributed.mesh import Mesh
+from lmscale.run_folder.events import EventLog, read_events
+from lmscale.run_folder.paths import RunFolder
+from lmscale.train import commands as eval_command
+from lmscale.train import loop
+from lmscale.train import restore as attempt
+from lmscale.train.context import RunContext
 from lmscale.train.environment import layout
-from lmscale.train.rank import Rank
-from lmscale.train.scale import LossScale
+from lmscale.train.layer_stats import LossScaleRecorder
+from lmscale.train.restore import AttemptStart, ResumePoint
 
 Place = tuple[int, int]  # dp rank, tp rank
 
 
-def rank_of(cfg: RunConfig, *, events: EventLog | None = None, **mesh: int) -> Rank:
+def rank_of(cfg: RunConfig, *, events: EventLog | None = None, **mesh: int) -> RunContext:
     place = cast(Mesh, SimpleNamespace(world=None, **mesh))
-    return Rank(cfg, place, cast(Any, None), cast(Any, None), events)
+    return RunContext(cfg, place, cast(Any, None), cast(Any, None), events)
 
 
 @pytest.mark.parametrize(
@@ -83,14 +85,14 @@ def test_the_loss_scale_is_told_when_it_changes_and_given_back_on_a_resume(
     fp16 = [
         "engine.kind=deepspeed",
         "engine.precision=fp16",
-        "optim.max_skips=20",
+        "optim.max_nonfinite_steps=20",
         "log.every_steps=2",
     ]
     cfg = load("smoke", [*fp16, f"train.run_dir={tmp_path}"])
     engine: Any = SimpleNamespace(loss_scale=2.0**16)
     with EventLog(RunFolder(tmp_path), "test") as events:
         rank = rank_of(cfg, events=events)
-        watch = LossScale(rank, engine)
+        watch = LossScaleRecorder(rank, engine)
         for step, scale in enumerate((2.0**15, 2.0**14, 2.0**14, 2.0**14, 2.0**14, 2.0**15), 1):
             engine.loss_scale = scale
             watch.after_step(step)
@@ -101,7 +103,7 @@ def test_the_loss_scale_is_told_when_it_changes_and_given_back_on_a_resume(
     engine.state, engine.loaded = lambda loading: {}, lambda **kept: given.update(kept)
     monkeypatch.setattr(attempt, "load", lambda path, tensors: None)
     for state in ({"train": {"updates": 3}, "loss_scale": 512.0}, {"train": {"updates": 4}}):
-        Attempt(rank)._try_load(engine, Source(tmp_path, 3, {"state": state}))
+        AttemptStart(rank)._try_load(engine, ResumePoint(tmp_path, 3, {"state": state}))
         assert given == {
             "optim_step": state["train"]["updates"],
             "loss_scale": state.get("loss_scale"),

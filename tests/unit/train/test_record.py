@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from lmscale.engine.protocol import StepResult
-from lmscale.errors import Diverged
-from lmscale.train.record import Line, Recorder
+from lmscale.base.errors import Diverged
+from lmscale.engine.base import StepResult
+from lmscale.train.callbacks import Line, Recorder
 
 
 def result(loss: float, *, applied: bool = True) -> StepResult:
@@ -13,7 +13,7 @@ def result(loss: float, *, applied: bool = True) -> StepResult:
     return StepResult(as_tensor(loss), as_tensor(10.0), as_tensor(1.0), torch.tensor(applied))
 
 
-def recorder(lines: list[Line], *, max_skips: int = 0) -> Recorder:
+def recorder(lines: list[Line], *, max_nonfinite_steps: int = 0) -> Recorder:
     made = Recorder([lines.append], seq_len=4, max_skips=max_skips, mfu_at=lambda rate: None)
     made.resume(position=0, updates=0, skipped=0)
     return made

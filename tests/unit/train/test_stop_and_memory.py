@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 
-from lmscale.config.load import load
-from lmscale.train import signals
-from lmscale.train.memory import explained, is_out_of_memory
-from lmscale.train.signals import StopRequest
+from lmscale.config.run_file import load
+from lmscale.train import stop_request as signals
+from lmscale.train.out_of_memory import explained, is_out_of_memory
+from lmscale.train.stop_request import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
@@ -47,11 +47,11 @@ def levers(*overrides: str) -> str:
 def test_levers_follow_the_run() -> None:
     cfg = load("smoke")
     text = str(explained(cfg, MemoryError()))
-    assert f"train.micro_batch={cfg.train.micro_batch // 2}" in text
+    assert f"train.micro_batch_size={cfg.train.micro_batch_size // 2}" in text
     assert "engine.activation_checkpointing=full" in text
     assert "engine.kind=fsdp" not in text, "the run is sharded already"
-    small = cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch": 1})})
-    assert "train.micro_batch=" not in str(explained(small, MemoryError()))
+    small = cfg.model_copy(update={"train": cfg.train.model_copy(update={"micro_batch_size": 1})})
+    assert "train.micro_batch_size=" not in str(explained(small, MemoryError()))
 
 
 def test_levers_of_splitting_and_offload_are_those_that_the_engine_has() -> None:

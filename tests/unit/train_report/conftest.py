@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lmscale.run.folder import RunFolder
+from lmscale.run_folder.paths import RunFolder
 
 
 class Run(RunFolder):
@@ -54,5 +54,7 @@ def metric_line(step: int, **changed: Callable[[int], Any]) -> dict[str, Any]:
 def folder(tmp_path: Path) -> Run:
     run = Run(tmp_path / "tales")
     run.path.mkdir()
-    run.config.write_text("model: {layers: 2, width: 128, heads: 4}\ntrain: {steps: 100}\n")
+    run.config.write_text(
+        "model: {num_layers: 2, hidden_size: 128, num_heads: 4}\ntrain: {steps: 100}\n"
+    )
     return run

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lmscale.train.boards import TensorBoard
+from lmscale.train.callbacks import TensorBoard
 
 
 def line(step: int, loss: float) -> dict:
@@ -90,4 +90,6 @@ def test_a_disk_that_fills_up_is_said_once(
     for thread in threading.enumerate():
         if type(thread).__name__ == "_AsyncWriterThread":
             thread.join(10)
-    assert len([record for record in caplog.records if record.name == "lmscale.train.boards"]) == 1
+    assert (
+        len([record for record in caplog.records if record.name == "lmscale.train.callbacks"]) == 1
+    )

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.train import progress
-from lmscale.train.progress import Progress, Standing, progress_line
+from lmscale.train import progress_line as progress
+from lmscale.train.progress_line import ProgressLine, ProgressState, progress_line
 
-FULL = Standing(1234, 10_000, 2.34567, 31_200.0, 0.412, 7620.0, 1000)
+FULL = ProgressState(1234, 10_000, 2.34567, 31_200.0, 0.412, 7620.0, 1000)
 
 
 class Terminal(io.StringIO):
@@ -45,8 +45,8 @@ def test_the_whole_line() -> None:
 
 
 def test_what_is_unknown_is_left_out() -> None:
-    assert progress_line(Standing(1, 10, 8.0)) == "step 1/10  10%  loss 8.0000"
-    assert progress_line(Standing(1, 10, math.nan)).endswith("loss nan")
+    assert progress_line(ProgressState(1, 10, 8.0)) == "step 1/10  10%  loss 8.0000"
+    assert progress_line(ProgressState(1, 10, math.nan)).endswith("loss nan")
 
 
 @given(st.integers(1, 120))
@@ -61,13 +61,13 @@ def test_a_narrow_line_fits_and_keeps_the_most_telling(width: int) -> None:
 
 
 def test_the_last_percent_is_not_shown_before_the_last_step() -> None:
-    assert "99%" in progress_line(Standing(9_999, 10_000, 1.0))
-    assert "100%" in progress_line(Standing(10_000, 10_000, 1.0))
+    assert "99%" in progress_line(ProgressState(9_999, 10_000, 1.0))
+    assert "100%" in progress_line(ProgressState(10_000, 10_000, 1.0))
 
 
 def test_a_file_gets_whole_lines_now_and_then() -> None:
     stream, clock = io.StringIO(), Clock()
-    line = Progress(stream, 100, every_steps=30, clock=clock)
+    line = ProgressLine(stream, 100, every_steps=30, clock=clock)
     for step in range(1, 101):
         clock.now = float(step)
         line.update(step, 3.0, 1000.0, None)
@@ -83,19 +83,19 @@ def test_a_file_gets_whole_lines_now_and_then() -> None:
 
 def test_closing_writes_nothing_twice() -> None:
     stream, clock = io.StringIO(), Clock()
-    line = Progress(stream, 1, clock=clock)
+    line = ProgressLine(stream, 1, clock=clock)
     line.update(1, 3.0)
     line.close()
     line.close()
     assert stream.getvalue().count("\n") == 1
     nothing = io.StringIO()
-    Progress(nothing, 1).close()
+    ProgressLine(nothing, 1).close()
     assert nothing.getvalue() == ""
 
 
 def test_the_last_line_names_a_checkpoint_saved_since() -> None:
     stream, clock = io.StringIO(), Clock()
-    line = Progress(stream, 100, clock=clock)
+    line = ProgressLine(stream, 100, clock=clock)
     for step in (1, 2):
         line.update(step, 3.0)
     line.saved(2)
@@ -106,7 +106,7 @@ def test_the_last_line_names_a_checkpoint_saved_since() -> None:
 def test_a_terminal_gets_one_line_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     stream, clock = Terminal(), Clock()
-    line = Progress(stream, 100, clock=clock)
+    line = ProgressLine(stream, 100, clock=clock)
     for step in range(1, 101):
         clock.now = float(step)
         line.update(step, 3.0, 123_456.0, 0.4)
@@ -117,7 +117,7 @@ def test_a_terminal_gets_one_line_in_place(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_fast_steps_do_not_flood_a_terminal() -> None:
     stream, clock = Terminal(), Clock()
-    line = Progress(stream, 10_000, clock=clock)
+    line = ProgressLine(stream, 10_000, clock=clock)
     for step in range(1, 1001):
         clock.now = step / 1000
         line.update(step, 3.0)
@@ -126,7 +126,7 @@ def test_fast_steps_do_not_flood_a_terminal() -> None:
 
 def test_log_lines_do_not_land_behind_the_line() -> None:
     stream, clock = Terminal(), Clock()
-    line = Progress(stream, 100, clock=clock)
+    line = ProgressLine(stream, 100, clock=clock)
     handler = logging.StreamHandler(stream)
     handler.addFilter(line.makes_room)
     line.update(1, 3.0)
@@ -139,7 +139,7 @@ def test_log_lines_do_not_land_behind_the_line() -> None:
 
 def test_the_time_left_follows_a_change_of_speed() -> None:
     stream, clock = io.StringIO(), Clock()
-    line = Progress(stream, 1000, every_steps=1, clock=clock)
+    line = ProgressLine(stream, 1000, every_steps=1, clock=clock)
     for step in range(1, 501):
         clock.now += 10.0 if step <= 100 else 1.0
         line.update(step, 3.0)

@@ -1,0 +1,62 @@
+"""A program: one node of `doctor --nodes`. It looks at itself, then meets the others over gloo.
+
+`srun ... python -P -m lmscale_launcher.doctor.node_probe FOLDER RANKS` prints one line of JSON a node.
+"""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lmscale_launcher.doctor.findings import Finding, fail, ok
+from lmscale_launcher.doctor.node import look_at_node
+from lmscale_launcher.doctor.probes import no_meeting
+from lmscale_launcher.doctor.slurm_checks import run_command
+from lmscale_launcher.handoff import command
+from lmscale_launcher.jobs.submit import scrubbed
+
+_ANSWER_S = 90.0  # torch from a cold file server, then 30 s for the others
+
+
+def main(argv: list[str]) -> int:
+    """Look and meet; how it went stands in the line, so the exit code is 0."""
+    node = look_at_node(Path(argv[0]), ranks=int(argv[1]))
+    findings = [*node.findings, *_meet(os.environ)]
+    body: dict[str, Any] = {"host": socket.gethostname(), "gpus": node.num_gpus}
+    body["findings"] = [asdict(one) for one in findings]
+    sys.stdout.write(json.dumps(body) + "\n")
+    return 0
+
+
+def _meet(env: Mapping[str, str]) -> list[Finding]:
+    size = int(env.get("SLURM_NTASKS", "1"))
+    if size == 1:
+        return []
+    from lmscale_launcher.slurm.states import expand
+
+    first = expand(env["SLURM_STEP_NODELIST"])[0]
+    port = 20_000 + int(env["SLURM_JOB_ID"]) % 10_000
+    ranks = {
+        "RANK": env["SLURM_PROCID"], "WORLD_SIZE": str(size), "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": first, "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    answer = run_command(
+        command("probe", ["gloo"]), timeout_s=_ANSWER_S, env={**scrubbed(env), **ranks}
+    )
+    if not answer.good:
+        hint = (
+            "set cluster.env.GLOO_SOCKET_IFNAME to the interface of the cluster's network, and see "
+            "that nodes may open ports to each other (SrunPortRange does not cover them)"
+        )
+        return [fail("gloo", f"does not meet the other nodes: {no_meeting(answer)}", hint)]
+    at = ", ".join(json.loads(answer.out.splitlines()[-1])["listens_on"])
+    return [ok("gloo", f"{size} nodes met, at {at}")]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

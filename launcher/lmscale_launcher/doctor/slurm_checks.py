@@ -1,0 +1,360 @@
+"""Ask another program, and never wait longer for it than agreed, whatever state it hangs in.
+
+`doctor --nodes N`: the check of a node, run on N nodes of a Slurm cluster in a job of its own.
+
+Slurm as a user of this host sees it: controller, partitions, accounting, requeue, and a job on trial.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lmscale.base.errors import ConfigError, LmscaleError
+from lmscale.base.units import show_seconds
+from lmscale.config.cluster_schema import ClusterConfig
+from lmscale_launcher.doctor.findings import Finding, fail, ok, warn
+from lmscale_launcher.jobs.job_plan import JobPlan
+from lmscale_launcher.jobs.submit import scrubbed
+from lmscale_launcher.slurm import preflight
+from lmscale_launcher.slurm import preflight as partition
+from lmscale_launcher.slurm import query as commands
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """What a program said. Only of an `ended` one the other fields mean anything."""
+
+    state: Literal["ended", "missing", "hung"]
+    code: int = 0
+    out: str = ""
+    err: str = ""
+    seconds: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        """Whether it ran and was content."""
+        return self.state == "ended" and self.code == 0
+
+    @property
+    def words(self) -> str:
+        """How it failed, in one line: its last words, or its code."""
+        if self.state == "missing":
+            return "not found"
+        if self.state == "hung":
+            return f"no answer within {self.seconds:.0f} s"
+        lines = [line.strip() for line in f"{self.out}\n{self.err}".splitlines()]
+        lines = [line for line in lines if any(letter.isalnum() for letter in line)]
+        ending = f"killed by signal {-self.code}" if self.code < 0 else f"exit code {self.code}"
+        return f"{lines[-1]} ({ending})" if lines else ending
+
+
+class Question:
+    """A program that runs while its asker does other things.
+
+    subprocess.run with a timeout is no help against a driver or a file server that hangs: it kills, and
+    then waits for a process in uninterruptible sleep, for ever. Such a process is left behind here.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        timeout_s: float,
+        env: Mapping[str, str] | None = None,
+        inherits: int | None = None,
+    ) -> None:
+        env = os.environ if env is None else env
+        self._timeout_s = timeout_s
+        self._begun = time.monotonic()
+        self._process: subprocess.Popen[bytes] | None = None
+        if (program := shutil.which(argv[0], path=env.get("PATH"))) is None:
+            return
+        try:
+            self._process = subprocess.Popen(
+                [program, *argv[1:]], env=dict(env), start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                pass_fds=() if inherits is None else (inherits,),
+            )  # fmt: skip
+        except OSError:  # no interpreter for its first line, a wrong architecture
+            return
+
+    def answer(self) -> CommandResult:
+        """Wait for what is left of the timeout."""
+        process = self._process
+        if process is None:
+            return CommandResult("missing")
+        left = max(0.0, self._begun + self._timeout_s - time.monotonic())
+        try:
+            out, err = process.communicate(timeout=left)
+        except subprocess.TimeoutExpired:
+            _abandon(process)
+            return CommandResult("hung", seconds=self._timeout_s)
+        seconds = time.monotonic() - self._begun
+        return CommandResult("ended", process.returncode, _text(out), _text(err), seconds)
+
+
+def run_command(
+    argv: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None
+) -> CommandResult:
+    """Run a program to its end, or to the end of the timeout."""
+    return Question(argv, timeout_s=timeout_s, env=env).answer()
+
+
+def _abandon(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its own session: its children too
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+    try:
+        process.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+        process.returncode = -signal.SIGKILL  # as good as dead: Popen must not complain of it later
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="replace")
+
+
+_QUEUE_S = 60  # how long to wait for idle nodes
+_ANSWER_S = 240.0
+
+
+def check_nodes(cluster: ClusterConfig, *, nodes: int, folder: Path) -> list[Finding]:
+    """Start one task a node, and tell what is wrong where. Takes idle nodes for about 10 s."""
+    ranks = cluster.ranks_per_node or cluster.gpus_per_node or 1
+    argv = [
+        "srun",
+        *_options(cluster, nodes),
+        sys.executable,
+        "-P",
+        "-m",
+        "lmscale_launcher.doctor.node_probe",
+    ]
+    env = {**scrubbed(os.environ), **cluster.env}
+    answer = run_command([*argv, str(folder), str(ranks)], timeout_s=_ANSWER_S, env=env)
+    seen = [line for line in map(_line, answer.out.splitlines()) if line is not None]
+    found = [one for line in sorted(seen, key=lambda line: str(line["host"])) for one in _of(line)]
+    found += _siblings(seen)
+    if len(seen) < nodes:
+        found.append(_silent(answer, len(seen), nodes))
+    return found
+
+
+def _options(cluster: ClusterConfig, nodes: int) -> list[str]:
+    site = cluster.slurm
+    named = {
+        "partition": site.partition, "account": site.account, "qos": site.qos,
+        "reservation": site.reservation, "constraint": site.constraint,
+        "exclude": ",".join(site.exclude) or None,
+    }  # fmt: skip
+    options = [f"--{name}={value}" for name, value in named.items() if value]
+    if cluster.gpus_per_node and site.gpus != "none":
+        kind = f"{site.gpu_type}:" if site.gpu_type else ""
+        asked = f"{kind}{cluster.gpus_per_node}"
+        options.append(f"--gres=gpu:{asked}" if site.gpus == "gres" else f"--gpus-per-node={asked}")
+    if site.cpus_per_task:
+        options.append(f"--cpus-per-task={site.cpus_per_task}")
+    return [
+        f"--nodes={nodes}", "--ntasks-per-node=1", "--time=5", "--job-name=lmscale-doctor",
+        f"--immediate={_QUEUE_S}", "--quiet", *options,
+    ]  # fmt: skip
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return None
+    return body if isinstance(body, dict) and {"host", "findings"} <= body.keys() else None
+
+
+def _of(line: dict[str, Any]) -> list[Finding]:
+    """What is not well on a node; if all is, that."""
+    found = [Finding(**one) for one in line["findings"]]
+    host = line["host"]
+    bad = [Finding(f.level, f"{host}: {f.what}", f.fact, f.hint) for f in found if f.level != "ok"]
+    met = next((f"; gloo: {f.fact}" for f in found if f.what == "gloo"), "")
+    gpus = f"{line['gpus']} GPU(s)" if line["gpus"] else "no GPU"
+    return bad or [ok(host, f"{gpus}, all well{met}")]
+
+
+def _siblings(seen: list[dict[str, Any]]) -> list[Finding]:
+    most = max((line["gpus"] for line in seen), default=0)
+    hint = "drain the node, see `dmesg | grep Xid`, restart it"
+    return [
+        fail(f"{line['host']}: GPUs", f"{line['gpus']}, while its siblings have {most}", hint)
+        for line in seen
+        if line["gpus"] < most
+    ]
+
+
+def _silent(answer: CommandResult, seen: int, nodes: int) -> Finding:
+    fact = f"{seen} of {nodes} have answered: srun: {answer.words}"
+    hint = "ask for fewer nodes (idle: `sinfo -t idle`); is lmscale at the same path on them?"
+    return fail("nodes", fact, hint)
+
+
+ANSWER_S = 15.0  # Slurm's commands give up after 9 to 10 s themselves
+_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+_CRED_EXPIRE_S = 120  # slurm.conf(5), AuthInfo
+
+
+def check(env: Mapping[str, str], cluster: ClusterConfig | None) -> list[Finding]:
+    """Everything of Slurm. With `cluster`, of kind slurm, also whether a job of it could ever run."""
+    bad = warn if cluster is None else fail
+    missing = [name for name in _COMMANDS if shutil.which(name, path=env.get("PATH")) is None]
+    if len(missing) == len(_COMMANDS) and cluster is None:
+        return [ok("slurm", "not on this host (no sbatch on PATH)")]
+    if missing:
+        hint = "run this on a login node, `module load slurm`, or install slurm-client"
+        return [bad("slurm", f"not on PATH: {', '.join(missing)}", hint)]
+    found = [_passed_over(env)]
+    try:
+        found.append(_inside_job(env))
+        found += _answering(cluster)
+    except LmscaleError as error:
+        fact, hint = _told(error)
+        found.append(bad("controller", fact, hint))
+    return [one for one in found if one is not None]
+
+
+def settings(text: str) -> dict[str, str]:
+    """`scontrol show config` as a mapping."""
+    pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _answering(cluster: ClusterConfig | None) -> list[Finding]:
+    begun = time.monotonic()
+    config = commands.ask("scontrol", "show", "config", timeout_s=ANSWER_S)
+    seconds = time.monotonic() - begun
+    if config.code != 0:
+        hint = "`scontrol ping` says whether it is down; jobs that run go on without it"
+        return [(fail if cluster else warn)("controller", config.words, hint)]
+    values = settings(config.out)
+    version = values.get("SLURM_VERSION", "?")
+    fact = f"{values.get('ClusterName', '?')}, Slurm {version}, answered in {seconds:.1f} s"
+    found = [ok("controller", fact)]
+    ours = commands.ask("sbatch", "--version", timeout_s=ANSWER_S).out.strip().rpartition(" ")[2]
+    if ours.split(".")[:2] != version.split(".")[:2]:
+        hint = "use the commands that the site installed; two releases apart work at most"
+        found.append(warn("versions", f"commands {ours}, controller {version}", hint))
+    partitions = preflight.look()
+    found += [_partition(one) for one in partitions]
+    if not partitions:
+        found.append(warn("partitions", "none is shown to this user", "ask the site's keeper"))
+    found += [_accounting(values), _requeue(values, cluster)]
+    return found + (_on_trial(cluster) if cluster is not None else [])
+
+
+def _told(error: LmscaleError) -> tuple[str, str]:
+    """Fact and hint of an error of lmscale_launcher.slurm."""
+    if isinstance(error, ConfigError):
+        return error.problems[0].fact, error.problems[0].hint
+    fact, _, hint = str(error).partition("\n  hint: ")
+    return fact, hint or "try again later"
+
+
+def _partition(one: partition.SlurmPartition) -> Finding:
+    usable = sum(node.usable for node in one.nodes)
+    gpus = sorted({node.count_gpus() for node in one.nodes})
+    limit = show_seconds(one.max_time_s) if one.max_time_s is not None else "none"
+    fact = f"{len(one.nodes)} node(s)"
+    fact += (
+        f", {len(one.nodes) - usable} of them down or drained" if usable < len(one.nodes) else ""
+    )
+    fact += f", {one.max_nodes} a job at most" if one.max_nodes is not None else ""
+    fact += f", time limit {limit}"
+    fact += f", {' or '.join(map(str, gpus))} GPUs a node" if any(gpus) else ", no GPUs"
+    fact += ", the default" if one.default else ""
+    what = f"partition {one.name}"
+    if one.state != "UP":
+        hint = "jobs wait there until its keeper opens it"
+        return warn(what, f"{fact}; its state is {one.state}", hint)
+    if not usable:
+        return warn(what, fact, "see why: sinfo -R")
+    return ok(what, fact)
+
+
+def _accounting(values: Mapping[str, str]) -> Finding:
+    if values.get("AccountingStorageType", "").endswith("none"):
+        keep = values.get("MinJobAge", "300 sec")
+        return ok("accounting", f"none, and not needed; ended jobs are forgotten after {keep}")
+    begun = time.monotonic()
+    try:
+        answer = commands.ask("sacct", "-n", "-X", "-S", "now-1minutes", timeout_s=ANSWER_S)
+        words = "" if answer.code == 0 else answer.words
+    except LmscaleError as error:
+        words = _told(error)[0]
+    if not words:
+        return ok("accounting", f"sacct answered in {time.monotonic() - begun:.1f} s")
+    hint = "lmscale works without; how a job ended is then known only from its run folder"
+    return warn("accounting", f"sacct: {words}", hint)
+
+
+def _requeue(values: Mapping[str, str], cluster: ClusterConfig | None) -> Finding:
+    match = re.search(r"cred_expire=(\d+)", values.get("AuthInfo", ""))
+    delay = (int(match[1]) if match else _CRED_EXPIRE_S) + 1
+    if values.get("JobRequeue") == "0":
+        fact = "off by default (JobRequeue=0); lmscale asks for it with --requeue"
+        hint = "if the site refuses that, set cluster.slurm.requeue: false (follow-up jobs)"
+        level = warn if cluster is None or cluster.slurm.requeue else ok
+        return level("requeue", fact, hint)
+    hint = "a restart by the scheduler waits that long; one in place does not" if delay > 30 else ""
+    return ok("requeue", f"allowed; a requeued job starts after {delay} s at least", hint)
+
+
+def _inside_job(env: Mapping[str, str]) -> Finding | None:
+    job = env.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    answer = commands.ask("squeue", "-h", "-j", job, "-o", "%T", timeout_s=ANSWER_S)
+    if answer.code == 0 and answer.out.strip():
+        hint = "`lmscale submit` from here is fine: it drops this job's variables"
+        return ok("this shell", f"runs inside job {job}", hint)
+    hint = "open a new shell, or unset them (a tmux session keeps those of its first job)"
+    return warn("this shell", f"has SLURM_* variables of job {job}, which is not running", hint)
+
+
+def _passed_over(env: Mapping[str, str]) -> Finding | None:
+    names = sorted(name for name in env if name.startswith(("SBATCH_", "SRUN_", "SALLOC_")))
+    if not names or "SLURM_JOB_ID" in env:
+        return None
+    hint = "write what you need into cluster.slurm (partition, account, qos, sbatch: [...])"
+    return warn(
+        "this shell", f"sets {', '.join(names)}; lmscale submit does not pass them on", hint
+    )
+
+
+def _on_trial(cluster: ClusterConfig) -> list[Finding]:
+    """Let a job of this shape be judged as `submit` would, by us and by sbatch --test-only; nothing is queued."""
+    from lmscale_launcher.slurm.script import render
+
+    with tempfile.TemporaryDirectory(prefix="lmscale-doctor-") as folder:
+        plan = JobPlan(
+            name="lmscale-doctor", run_dir=Path(folder), number=1, nodes=cluster.nodes,
+            min_nodes=cluster.min_nodes or cluster.nodes,
+            ranks_per_node=cluster.ranks_per_node or cluster.gpus_per_node or 1,
+            gpus_per_node=cluster.gpus_per_node or 0, workdir=Path.cwd(), python=sys.executable,
+            cluster=cluster,
+        )  # fmt: skip
+        plan.folder.logs.mkdir()
+        plan.folder.jobs.mkdir()
+        try:
+            plan.script.write_text(render(plan))
+            preflight.check(plan)
+        except ConfigError as error:
+            return [fail(one.path or "a job", one.fact, one.hint) for one in error.problems]
+    return [ok("a job", f"sbatch --test-only accepts one of {cluster.nodes} node(s)")]

@@ -1,0 +1,174 @@
+"""What a plan knows of the corpus, or assumes where there is none yet.
+
+`lmscale plan --data`: which sample each rank reads where.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lmscale.base.errors import ConfigError, Problem
+from lmscale.config.schema import RunConfig
+from lmscale_launcher.planner.facts import PlannedResume
+from lmscale_launcher.planner.topology import PlannedTopology
+
+if TYPE_CHECKING:  # it loads numpy
+    from lmscale.corpus.manifest import Manifest
+import re
+from collections.abc import Iterator
+
+from lmscale.base.errors import DataError
+from lmscale.config.identity import total_steps
+from lmscale_launcher.planner.facts import standing
+from lmscale_launcher.planner.topology import placed
+
+ASSUMED_VOCAB = 32_000  # Llama's; a model's size should be known before a corpus is prepared
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusFacts:
+    """The training corpus in numbers; None where it does not exist."""
+
+    path: str
+    samples: int | None
+    tokens: int | None
+    vocab_size: int  # that the model is built for
+    vocab_from: Literal["corpus", "model.vocab_size", "data.tokenizer", "assumed"]
+    manifest: "Manifest | None" = None  # that of a million shards takes seconds: it is read once
+
+
+def corpus_facts(cfg: RunConfig) -> CorpusFacts:
+    """Numbers of the manifest. Raises ConfigError where it cannot fill a step, DataError where it is damaged."""
+    path = cfg.data.corpora[0].path
+    if not Path(path).exists():
+        return CorpusFacts(path, None, None, *_vocabulary(cfg))
+    from lmscale.corpus.manifest import load_part
+
+    _, manifest = load_part(Path(path))
+    samples = manifest.num_samples(cfg.train.seq_len)
+    if samples < cfg.train.global_batch_size:
+        fact = (
+            f"{cfg.train.global_batch_size} samples a step, but the corpus has {samples} of "
+            f"{cfg.train.seq_len} tokens"
+        )
+        hint = "use fewer, or a larger corpus"
+        raise ConfigError([Problem("train.global_batch_size", fact, hint)])
+    given, size = cfg.model.vocab_size, manifest.tokenizer.vocab_size
+    if given is not None:
+        return CorpusFacts(path, samples, manifest.tokens, given, "model.vocab_size", manifest)
+    return CorpusFacts(path, samples, manifest.tokens, size, "corpus", manifest)
+
+
+def _vocabulary(
+    cfg: RunConfig,
+) -> tuple[int, Literal["model.vocab_size", "data.tokenizer", "assumed"]]:
+    if cfg.model.vocab_size is not None:
+        return cfg.model.vocab_size, "model.vocab_size"
+    if cfg.data.tokenizer is not None and Path(cfg.data.tokenizer).is_file():
+        from lmscale.tokenizer.tokenizer import Tokenizer
+
+        return Tokenizer.load(Path(cfg.data.tokenizer)).vocab_size, "data.tokenizer"
+    return ASSUMED_VOCAB, "assumed"
+
+
+def node_facts(
+    cfg: RunConfig,
+    corpus: CorpusFacts,
+    place: PlannedTopology,
+    stands: PlannedResume,
+    *,
+    steps: int,
+) -> dict[str, Any] | None:
+    """What nodes read in the steps to come, at most to the end of the epoch; None: no corpus, or no step.
+
+    Numbers are [fewest, most] of any node.
+    """
+    manifest, seq_len = corpus.manifest, cfg.train.seq_len
+    if manifest is None or steps <= stands.step:
+        return None
+    from lmscale.corpus.order import Order
+    from lmscale.corpus.shares import BatchSplit, ChunkLayout, node_shares
+
+    order = Order(
+        manifest.num_samples(seq_len),
+        manifest.samples_per_chunk(seq_len),
+        stands.streams,
+        window=cfg.data.shuffle_window_chunks,
+        seed=cfg.train.seed,
+    )
+    split = BatchSplit(
+        cfg.train.global_batch_size, place.nodes, place.ranks_per_node, place.mesh.tp
+    )
+    found = node_shares(
+        order,
+        ChunkLayout.of(manifest),
+        split,
+        steps=steps - stands.step,
+        position=stands.position,
+    )
+    ranges = {
+        name: [int(values.min()), int(values.max())]
+        for name, values in (
+            ("samples", found.samples),
+            ("chunks", found.chunks),
+            ("shards", found.shards),
+            ("bytes", found.bytes),
+        )
+    }
+    return {
+        "steps": found.steps,
+        **ranges,
+        "of_shards": len(manifest.shards),
+        "shared_chunks": found.shared_chunks,
+        "idle_nodes": len(found.idle),
+        "streams_stay": found.streams_stay,
+        "exact": found.exact,
+    }
+
+
+def data_rows(cfg: RunConfig, steps: str | None, env: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """One row a sample of the steps A:B (both included, from 1; all steps without)."""
+    from lmscale.corpus.manifest import resolve
+    from lmscale.corpus.order import Order
+    from lmscale.corpus.reader import CorpusReader
+    from lmscale.corpus.schedule import rows
+
+    place, stands = placed(cfg, env), standing(cfg)
+    reader = CorpusReader(
+        resolve(Path(cfg.data.corpora[0].path)), seq_len=cfg.train.seq_len, memory_bytes=0
+    )
+    if reader.num_samples == 0:
+        raise DataError(f"{reader.path} holds no sample of {cfg.train.seq_len} tokens")
+    order = Order(
+        reader.num_samples,
+        reader.samples_per_chunk,
+        stands.streams,
+        window=cfg.data.shuffle_window_chunks,
+        seed=cfg.train.seed,
+    )
+    last = total_steps(cfg, lambda: reader.num_samples, step=stands.step, position=stands.position)
+    found = rows(
+        reader,
+        order,
+        steps=_steps(steps, last),
+        phases=stands.phases,
+        dp_size=place.mesh.dp,
+        tp_size=place.mesh.tp,
+    )
+    return (dict(row) for row in found)
+
+
+def row_in_words(row: dict[str, Any]) -> str:
+    """A row for people."""
+    return (
+        f"{row['position']:>10}  epoch {row['epoch']}  sample {row['sample']:>8}  "
+        f"rank {row['rank']:>4}  {row['shard']} at {row['offset']}, {row['bytes']} bytes"
+    )
+
+
+def _steps(text: str | None, last: int) -> range:
+    match = re.fullmatch(r"(\d+):(\d+)", text or f"1:{last}")
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        hint = "write first:last, both included, from 1, e.g. 1:10"
+        raise ConfigError([Problem("--steps", f"cannot read {text!r}", hint)])
+    return range(int(match[1]), int(match[2]) + 1)

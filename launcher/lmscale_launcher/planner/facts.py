@@ -1,0 +1,336 @@
+"""Where a run stands and how it came there, from its newest checkpoint: what a plan goes on from.
+
+Everything `lmscale plan` knows of a run, as one value for programs; words.py says it to people.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmscale.base.errors import ConfigError, Problem
+from lmscale.config.schema import RunConfig
+from lmscale.run_folder.checkpoints import newest_valid, read_manifest
+from lmscale.run_folder.paths import RunFolder
+
+if TYPE_CHECKING:  # it loads numpy
+    from lmscale.corpus.schedule import Phase
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from statistics import median
+
+from lmscale.config import rules as checks
+from lmscale.config.identity import total_steps
+from lmscale.modelspec.activations import BYTES, Work, activation_bytes, smallest_budget
+from lmscale.modelspec.parameters import Parameter, parameters, total, trainable
+from lmscale_launcher.planner import warnings
+from lmscale_launcher.planner.data_plan import CorpusFacts, corpus_facts, node_facts
+from lmscale_launcher.planner.memory_estimate import Memory, MeshSizes, checkpoint_bytes, memory_of
+from lmscale_launcher.planner.topology import (
+    PlannedTopology,
+    host_room_of,
+    mesh_of,
+    placed,
+    room_of,
+)
+
+_KEY = "train.global_batch_size"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedResume:
+    """The state that the next start goes on with."""
+
+    streams: int  # of the order: a run keeps those of its first start
+    step: int = 0
+    position: int = 0  # samples consumed
+    first_batch: int = 0  # global batch of step 1
+    changes: tuple[tuple[int, int, int], ...] = ()  # (step, position, global batch from there on)
+
+    @property
+    def phases(self) -> "tuple[Phase, ...]":
+        """The batches of the run, past and to come."""
+        from lmscale.corpus.schedule import Phase
+
+        first = Phase(self.first_batch)
+        later = (Phase(batch, step, position) for step, position, batch in self.changes)
+        return (first, *later)
+
+
+def standing(cfg: RunConfig) -> PlannedResume:
+    """Where the next start begins. Raises ConfigError for a batch that `lmscale train` would refuse."""
+    batch = cfg.train.global_batch_size
+    if (path := _source(cfg)) is None:
+        return PlannedResume(cfg.data.streams or batch, first_batch=batch)
+    body = read_manifest(path)
+    identity, state = body.get("identity", {}), body.get("state", {}).get("train", {})
+    step = int(body.get("step", 0))
+    before = int(identity.get(_KEY, batch))
+    changes = _journaled(state.get("journal", ()))
+    first = changes[0][3] if changes else before
+    later = [change[:3] for change in changes]
+    position = int(state.get("position", step * before))
+    if before != batch:
+        if _KEY not in cfg.train.allow_change:
+            fact = f"{batch}, but {path} was trained with {before}"
+            hint = (
+                f"set it back, or allow it with train.allow_change: [{_KEY}], or choose another "
+                "train.run_dir"
+            )
+            raise ConfigError([Problem(_KEY, fact, hint)])
+        later.append((step, position, batch))
+    kept = identity.get("data.streams")
+    streams = kept if isinstance(kept, int) else cfg.data.streams or first
+    return PlannedResume(streams, step, position, first, tuple(later))
+
+
+def _source(cfg: RunConfig) -> Path | None:
+    """The checkpoint that a start would go on from; of another run where train.resume names it."""
+    found = newest_valid(RunFolder(Path(cfg.train.run_dir)))
+    if found is not None:
+        return found.path
+    if cfg.train.resume in ("auto", "never"):
+        return None
+    path = Path(cfg.train.resume)
+    if not path.is_dir():
+        fact = f"{path} is no checkpoint, and neither auto nor never"
+        hint = "name a folder RUN/checkpoints/step-*, or leave the key out"
+        raise ConfigError([Problem("train.resume", fact, hint)])
+    return path
+
+
+def _journaled(journal: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int, int]]:
+    """(step, position, batch from there on, batch before) of each change of the global batch."""
+    return [
+        (int(entry["step"]), int(entry["position"]), int(entry["now"]), int(entry["before"]))
+        for entry in journal
+        if entry["key"] == _KEY
+    ]
+
+
+def facts(cfg: RunConfig, env: Mapping[str, str]) -> dict[str, Any]:
+    """The plan of a checked run file. Raises ConfigError for what no start could run, DataError."""
+    from lmscale.corpus.order import wasted_frac
+
+    place, stands, corpus = placed(cfg, env), standing(cfg), corpus_facts(cfg)
+    found = parameters(cfg.model, vocab_size=corpus.vocab_size, max_positions=_positions(cfg))
+    train = cfg.train
+    steps = _steps(cfg, stands, corpus)
+    need = _memory(cfg, found, corpus, place, place.mesh)
+    plan = {
+        "run_dir": str(train.run_dir),
+        "stands_at": stands.step,
+        "model": {
+            "layers": cfg.model.num_layers,
+            "width": cfg.model.hidden_size,
+            "parameters": total(found),
+            "trainable": total(trainable(cfg.model, found)),
+        },
+        **_length(cfg, stands, corpus, steps),
+        "global_batch_samples": train.global_batch_size,
+        "global_batch_tokens": train.global_batch_size * train.seq_len,
+        **_ranks(place),
+        "engine": _engine(cfg),
+        "micro_batch": train.micro_batch_size,
+        "micro_batches": _micro_batches(cfg, place.mesh),
+        "wasted_frac": wasted_frac(train.global_batch_size, place.mesh.dp, train.micro_batch_size),
+        **_corpus(corpus),
+        "node_reads": (
+            None if steps is None else node_facts(cfg, corpus, place, stands, steps=steps)
+        ),
+        "checkpoints": _checkpoints(cfg, found),
+        "memory": {
+            **asdict(need),
+            "total": need.total,
+            "room": room_of(place, env, cfg),
+            "host_room": host_room_of(place, cfg),
+        },
+        "memory_at_min_nodes": _at_min_nodes(cfg, found, corpus, place),
+    }
+    warned = _warnings(cfg, plan, place, found)
+    return {**plan, "warnings": [{"key": w.path, "fact": w.fact, "hint": w.hint} for w in warned]}
+
+
+def _engine(cfg: RunConfig) -> dict[str, Any]:
+    engine = cfg.engine
+    return {
+        "kind": engine.kind,
+        "zero_stage": engine.zero_stage if engine.kind == "deepspeed" else None,
+        "precision": engine.precision,
+        "offload": engine.offload,
+        "activation_checkpointing": engine.activation_checkpointing,
+        "sequence_parallel": cfg.parallel.sequence_parallel,
+    }
+
+
+def _ranks(place: PlannedTopology) -> dict[str, Any]:
+    return {
+        "cluster": {
+            "kind": place.kind,
+            "nodes": place.nodes,
+            "min_nodes": place.min_nodes,
+            "ranks_per_node": place.ranks_per_node,
+            "ranks_assumed": place.assumed,
+            "launch": place.launch,
+            "device": place.device,
+        },
+        "ranks": place.ranks,
+        "dp_size": place.mesh.dp,
+        "mesh": asdict(place.mesh),
+    }
+
+
+def _checkpoints(cfg: RunConfig, found: Sequence[Parameter]) -> dict[str, Any]:
+    size, cadence = checkpoint_bytes(found, cfg.model, cfg.engine), cfg.checkpoint
+    return {
+        "bytes": size,
+        "keep": cadence.keep,
+        "bytes_on_disk": size * (cadence.keep + 1),  # one more while it is being written
+        "every_steps": cadence.every_steps,
+        "every_minutes": cadence.every_minutes,
+    }
+
+
+def _positions(cfg: RunConfig) -> int:
+    return cfg.model.max_positions or cfg.train.seq_len
+
+
+def _steps(cfg: RunConfig, stands: PlannedResume, corpus: CorpusFacts) -> int | None:
+    """Steps of the whole run; None where only the corpus could tell."""
+    if cfg.train.epochs is not None and corpus.samples is None:
+        return None
+    return total_steps(cfg, lambda: corpus.samples or 0, step=stands.step, position=stands.position)
+
+
+def _length(
+    cfg: RunConfig, stands: PlannedResume, corpus: CorpusFacts, steps: int | None
+) -> dict[str, Any]:
+    from lmscale.corpus.schedule import begin_of
+
+    if steps is None:
+        return {"steps": None, "tokens": None, "epochs": cfg.train.epochs}
+    samples = sum(begin_of(steps, stands.phases))  # where the last step ends
+    epochs = None if corpus.samples is None else samples / corpus.samples
+    return {"steps": steps, "tokens": samples * cfg.train.seq_len, "epochs": epochs}
+
+
+def _corpus(corpus: CorpusFacts) -> dict[str, Any]:
+    return {
+        "corpus": corpus.path,
+        "corpus_samples": corpus.samples,
+        "corpus_tokens": corpus.tokens,
+        "vocab_size": corpus.vocab_size,
+        "vocab_from": corpus.vocab_from,
+    }
+
+
+def _micro_batches(cfg: RunConfig, mesh: MeshSizes) -> int:
+    from lmscale.corpus.order import micro_batches
+
+    return micro_batches(cfg.train.global_batch_size, mesh.dp, cfg.train.micro_batch_size)
+
+
+def _memory(
+    cfg: RunConfig,
+    found: Sequence[Parameter],
+    corpus: CorpusFacts,
+    place: PlannedTopology,
+    mesh: MeshSizes,
+) -> Memory:
+    work = _work(cfg, corpus.vocab_size, place)
+    return memory_of(
+        cfg.model, found, cfg.engine, mesh, work=work, micro_batches=_micro_batches(cfg, mesh)
+    )
+
+
+def _work(cfg: RunConfig, vocab_size: int, place: PlannedTopology) -> Work:
+    return Work(
+        device=place.device,
+        precision=cfg.engine.precision,
+        rows=cfg.train.micro_batch_size,
+        seq_len=cfg.train.seq_len,
+        vocab_size=vocab_size,
+        separate=cfg.data.documents == "separate",
+        recompute=cfg.engine.activation_checkpointing,
+        tp=place.mesh.tp,
+        sequence_parallel=cfg.parallel.sequence_parallel,
+    )
+
+
+def _at_min_nodes(
+    cfg: RunConfig, found: Sequence[Parameter], corpus: CorpusFacts, place: PlannedTopology
+) -> int | None:
+    """Bytes a rank needs on the fewest nodes; None where those are all, or cannot share the work."""
+    ranks = place.min_nodes * place.ranks_per_node
+    if place.min_nodes == place.nodes or list(checks.world_problems(cfg, world_size=ranks)):
+        return None
+    return _memory(cfg, found, corpus, place, mesh_of(cfg, ranks)).total
+
+
+def _warnings(
+    cfg: RunConfig, plan: Mapping[str, Any], place: PlannedTopology, found: Sequence[Parameter]
+) -> Iterator[Problem]:
+    cluster = cfg.cluster
+    if place.assumed:
+        yield from warnings.unknown_ranks(place.ranks_per_node)
+    yield from warnings.tp_spans_nodes(place.mesh.tp, place.ranks_per_node)
+    yield from warnings.unfit_nodes(cfg, place.ranks_per_node)
+    yield from warnings.fillers(plan["wasted_frac"], micro_batch=cfg.train.micro_batch_size)
+    if (reads := plan["node_reads"]) is not None:
+        yield from warnings.starving_nodes(
+            place.nodes, idle=reads["idle_nodes"], streams_stay=reads["streams_stay"]
+        )
+    if cfg.engine.kind == "fsdp":
+        block = total(p for p in found if p.in_block) // cfg.model.num_layers // place.mesh.tp
+        size = block * BYTES[cfg.engine.precision]
+        yield from warnings.small_shards(size, shard=place.mesh.shard, nodes=place.nodes)
+    yield from _memory_warnings(cfg, plan, place)
+    yield from warnings.rare_checkpoints(
+        cfg.checkpoint, seconds_a_step=_pace(cfg), time_limit=cluster.time_limit
+    )
+    if cluster.kind == "slurm":
+        yield from warnings.short_lead(
+            plan["checkpoints"]["bytes"],
+            nodes=place.nodes,
+            signal_lead=cluster.slurm.signal_lead,
+            time_limit=cluster.time_limit,
+        )
+
+
+def _memory_warnings(
+    cfg: RunConfig, plan: Mapping[str, Any], place: PlannedTopology
+) -> Iterator[Problem]:
+    need = Memory(**{name: plan["memory"][name] for name in Memory.__dataclass_fields__})
+    yield from warnings.too_small_a_budget(
+        cfg.engine.activation_checkpointing,
+        smallest=smallest_budget(cfg.model, _work(cfg, plan["vocab_size"], place)),
+    )
+    yield from warnings.too_much_memory(need, plan["memory"]["room"], cfg, nodes=place.nodes)
+    yield from warnings.too_much_on_the_host(
+        need, plan["memory"]["host_room"], ranks_per_node=place.ranks_per_node
+    )
+    yield from warnings.tokens_on_every_rank(
+        cfg, need.total, saved=_split_saves(cfg, plan["vocab_size"], place)
+    )
+    yield from warnings.costly_fewer_nodes(
+        need.total,
+        plan["memory_at_min_nodes"],
+        min_nodes=place.min_nodes,
+        room=plan["memory"]["room"],
+    )
+
+
+def _split_saves(cfg: RunConfig, vocab_size: int, place: PlannedTopology) -> int:
+    """Bytes of activations that sequence parallelism would save, where it is off."""
+    work = _work(cfg, vocab_size, place)
+    split = replace(work, sequence_parallel=True)
+    return activation_bytes(cfg.model, work) - activation_bytes(cfg.model, split)
+
+
+def _pace(cfg: RunConfig) -> float | None:
+    """Seconds a step took lately; None for a run that has not trained yet."""
+    from lmscale_launcher.jobs.logs import newest_lines
+
+    lines = newest_lines(RunFolder(Path(cfg.train.run_dir)).metrics, 20)
+    rates = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
+    return cfg.train.global_batch_size * cfg.train.seq_len / median(rates) if rates else None

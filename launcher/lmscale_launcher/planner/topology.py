@@ -1,0 +1,105 @@
+"""Where a run's ranks will be, and how much memory they find there: asked of the run file, not of a start."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lmscale.base.errors import ConfigError
+from lmscale.config import rules as checks
+from lmscale.config.schema import RunConfig
+from lmscale.modelspec.activations import Device
+from lmscale_launcher.gpus import count_gpus
+from lmscale_launcher.planner.memory_estimate import MeshSizes
+
+ASSUMED_RANKS = 8  # a node of a cluster that no key says anything about: most GPU nodes have eight
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTopology:
+    """What starts where."""
+
+    kind: str  # cluster.kind
+    nodes: int
+    min_nodes: int
+    ranks_per_node: int
+    assumed: bool  # nobody said how many ranks a node has
+    launch: Literal["node", "rank"] | None  # tasks that Slurm starts
+    device: Device
+    mesh: MeshSizes
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return self.nodes * self.ranks_per_node
+
+
+def placed(cfg: RunConfig, env: Mapping[str, str]) -> PlannedTopology:
+    """The ranks of a start on all of its nodes. Raises ConfigError for ranks that cannot share the work."""
+    cluster = cfg.cluster
+    here = cluster.kind != "slurm"  # a plan is made on any machine; Slurm's nodes are others
+    gpus = count_gpus(env) if here and cluster.gpus_per_node is None else cluster.gpus_per_node
+    ranks = cluster.ranks_per_node or gpus or (2 if here else None)
+    ranks_per_node = ranks or ASSUMED_RANKS
+    if found := list(checks.world_problems(cfg, world_size=cluster.nodes * ranks_per_node)):
+        raise ConfigError(found)
+    # A Slurm job that asks for no GPU has none, unless its nodes come whole (gpus: none).
+    device: Device = "cpu"
+    if gpus or ranks is None or (not here and gpus is None and cluster.slurm.gpus == "none"):
+        device = "cuda"
+    return PlannedTopology(
+        kind=cluster.kind,
+        nodes=cluster.nodes,
+        min_nodes=cluster.min_nodes or cluster.nodes,
+        ranks_per_node=ranks_per_node,
+        assumed=ranks is None,
+        launch=None if here else cluster.slurm.launch,
+        device=device,
+        mesh=mesh_of(cfg, cluster.nodes * ranks_per_node),
+    )
+
+
+def mesh_of(cfg: RunConfig, ranks: int) -> MeshSizes:
+    """The axes that so many ranks make. ddp replicates over all of them, ZeRO shards over all."""
+    tp = cfg.parallel.tp
+    if cfg.engine.kind == "ddp":
+        return MeshSizes(ranks // tp, 1, tp)
+    return MeshSizes(cfg.parallel.dp_replicate, checks.shard_size(cfg, world_size=ranks), tp)
+
+
+def room_of(place: PlannedTopology, env: Mapping[str, str], cfg: RunConfig) -> int | None:
+    """Bytes that one rank finds: of this host's smallest GPU, or its share of this host's memory.
+
+    None where the ranks will be on other machines, or where nobody knows.
+    """
+    if place.kind == "slurm" or cfg.cluster.mpi.hosts or place.nodes > 1:
+        return None
+    if place.device == "cuda":
+        return _gpu_bytes(env)
+    return _host_bytes() // place.ranks_per_node
+
+
+def host_room_of(place: PlannedTopology, cfg: RunConfig) -> int | None:
+    """Bytes of its host that one rank may have for what is offloaded; None where nobody knows the host."""
+    if place.kind == "slurm" or cfg.cluster.mpi.hosts or place.nodes > 1:
+        return None
+    return _host_bytes() // place.ranks_per_node
+
+
+def _gpu_bytes(env: Mapping[str, str]) -> int | None:
+    from lmscale_launcher.doctor.slurm_checks import run_command
+
+    argv = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    answer = run_command(argv, timeout_s=20, env=env)
+    sizes = [int(line) << 20 for line in answer.out.split() if line.isdecimal()]
+    return min(sizes) if answer.good and sizes else None
+
+
+def _host_bytes(*, cgroup: Path = _CGROUP) -> int:
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(size, int(cgroup.read_text()))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return size

@@ -1,0 +1,223 @@
+"""Before the ranks of a node start: copy the chunks that they read next to the node's own disk.
+
+    python -P -m lmscale_launcher.stage RUN.yaml [a.b=c ...] --node 0 --nodes 2 --ranks-per-node 8
+
+Ends with 0 also where the cache could not be filled: it only saves time. 78, 65 and 75 mean what they mean
+for a rank, and 85 that a signal asked it to end; what is staged by then stays and is not staged again.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from lmscale.base import log as logs
+from lmscale.base.errors import ConfigError, ExitCode, LmscaleError, Problem
+from lmscale.base.units import show_bytes, show_seconds
+from lmscale.base.world import World
+from lmscale.config import rules as checks
+from lmscale.config.identity import total_steps
+from lmscale.config.run_file import load
+from lmscale.config.schema import RunConfig
+from lmscale_launcher.planner.facts import standing
+
+if TYPE_CHECKING:  # it loads numpy
+    from lmscale.corpus.staging import Staged
+
+log = logging.getLogger("lmscale_launcher.stage")  # as a program this module is called __main__
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_LINE_S, _IN_PLACE_S = 10.0, 0.2
+_PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class StagingTarget:
+    """Which node this is."""
+
+    node: int
+    nodes: int
+    ranks_per_node: int
+
+
+def command(
+    config: str | Path,
+    *,
+    node: int,
+    nodes: int,
+    ranks_per_node: int,
+    overrides: Sequence[str] = (),
+) -> list[str] | None:
+    """What a supervisor runs before the ranks of this node; None where the run has no cache.
+
+    `config` and `overrides` as for `lmscale train`. Raises ConfigError as they do.
+    """
+    if load(config, overrides).data.cache_dir is None:
+        return None
+    place = ["--node", node, "--nodes", nodes, "--ranks-per-node", ranks_per_node]
+    words = [*place, "--", config, *overrides]
+    return [sys.executable, "-P", "-m", "lmscale_launcher.stage", *map(str, words)]
+
+
+def stage(cfg: RunConfig, place: StagingTarget, stop: threading.Event) -> ExitCode:
+    """Fill data.cache_dir for one node. Raises ConfigError, DataError, RetryableError."""
+    found = list(checks.world_problems(cfg, world_size=place.nodes * place.ranks_per_node))
+    if found := [*found, *_misplaced(cfg)]:
+        raise ConfigError(found)
+    if cfg.data.cache_dir is None:
+        return ExitCode.DONE
+    try:
+        _stage(cfg, place, Path(cfg.data.cache_dir), stop)
+    except (
+        OSError
+    ) as error:  # of the cache: what goes wrong with the corpus has become an LmscaleError
+        log.warning("stage: %s cannot be used (%s): the corpus is read instead", cfg.data.cache_dir,
+                    error)  # fmt: skip
+    if stop.is_set():
+        log.info("stage: ended on request")
+        return ExitCode.SAVED
+    return ExitCode.DONE
+
+
+def _misplaced(cfg: RunConfig) -> Iterator[Problem]:
+    if cfg.data.cache_dir is None:
+        return
+    cache = Path(cfg.data.cache_dir).resolve()
+    for path in (*(corpus.path for corpus in cfg.data.corpora), *cfg.eval.corpora):
+        if cache.is_relative_to(Path(path).resolve()):
+            fact = f"{cfg.data.cache_dir} lies in the corpus {path}, of which every file is accounted for"
+            yield Problem("data.cache_dir", fact, "name a folder outside of it")
+
+
+def _stage(cfg: RunConfig, place: StagingTarget, cache_dir: Path, stop: threading.Event) -> None:
+    from lmscale.corpus.manifest import load_part
+    from lmscale.corpus.node_cache import alone
+    from lmscale.corpus.order import Order
+    from lmscale.corpus.schedule import BatchSplit, chunks_ahead
+    from lmscale.corpus.staging import Stager
+
+    stands = standing(cfg)
+    corpus, manifest = load_part(Path(cfg.data.corpora[0].path))
+    samples = manifest.num_samples(cfg.train.seq_len)
+    last = total_steps(cfg, lambda: samples, step=stands.step, position=stands.position)
+    steps = min(last, cfg.train.stop_at or last) - stands.step
+    if samples == 0 or steps <= 0:
+        return  # the ranks will say it
+    k = manifest.samples_per_chunk(cfg.train.seq_len)
+    order = Order(
+        samples, k, stands.streams, window=cfg.data.shuffle_window_chunks, seed=cfg.train.seed
+    )
+    split = BatchSplit(
+        cfg.train.global_batch_size, place.nodes, place.ranks_per_node, cfg.parallel.tp
+    )
+    blocks = chunks_ahead(order, split, node=place.node, position=stands.position, steps=steps)
+    with alone(cache_dir, stop, say=lambda text: log.info("stage: %s", text)) as mine:
+        if not mine:
+            return
+        begun = time.monotonic()
+        stager = Stager(corpus, manifest, cache_dir, cache_bytes=cfg.data.cache_bytes)
+        with _Line(sys.stderr) as line:
+            done = stager.stage(blocks, most=-(-samples // k), stop=stop, progress=line.show)
+    if not stop.is_set():
+        log.info("stage: %s", _in_words(done, cache_dir, time.monotonic() - begun))
+
+
+def _in_words(done: "Staged", cache_dir: Path, seconds: float) -> str:
+    rate = f" ({show_bytes(done.copied_bytes / seconds)}/s)" if seconds > 0.1 else ""
+    text = (
+        f"{done.copied} chunks, {show_bytes(done.copied_bytes)}, copied to {cache_dir} in "
+        f"{show_seconds(seconds)}{rate}; {done.there} were there"
+    )
+    if done.evicted:
+        text += f"; {done.evicted} that are not needed next were removed"
+    if done.stopped_by:
+        return f"{text}. No more: {done.stopped_by}; the rest is read from the corpus"
+    if not done.all_fit:
+        return f"{text}. That is all there is room for; the rest is read from the corpus"
+    return f"{text}. This node needs no other chunk for the rest of this start"
+
+
+class _Line:
+    """Says how far the copying is: in place on a terminal, every 10 s in a log."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._in_place = stream.isatty()
+        self._begun = time.monotonic()
+        self._shown = self._begun
+
+    def show(self, done: int, total: int) -> None:
+        """To be called often."""
+        now = time.monotonic()
+        if now - self._shown < (_IN_PLACE_S if self._in_place else _LINE_S):
+            return
+        self._shown = now
+        rate = done / (now - self._begun)
+        left = f", {show_seconds((total - done) / rate)} left" if rate and total > done else ""
+        text = (
+            f"stage  {min(100, 100 * done // max(1, total))} %  {show_bytes(done)} of about "
+            f"{show_bytes(total)}, {show_bytes(rate)}/s{left}"
+        )
+        if self._in_place:
+            self._stream.write(f"\r\x1b[K{text}")
+            self._stream.flush()
+        else:
+            log.info("%s", text)
+
+    def __enter__(self) -> "_Line":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._in_place:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    stop = threading.Event()
+
+    def end(*_: object) -> None:
+        if not stop.is_set():
+            stop.set()
+            # Nothing is lost by it, and a read of a dead file system may never come back.
+            hard = threading.Timer(_PATIENCE_S, os._exit, (ExitCode.SAVED,))
+            hard.daemon = True
+            hard.start()
+
+    before = [signal.signal(number, end) for number in _SIGNALS]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lmscale_launcher.stage")
+    parser.add_argument("run")
+    parser.add_argument("overrides", nargs="*")
+    for name in ("--node", "--nodes", "--ranks-per-node"):
+        parser.add_argument(name, type=int, required=True)
+    args = parser.parse_args(argv)
+    with _asked_to_stop() as stop:
+        logs.configure(World())
+        place = StagingTarget(args.node, args.nodes, args.ranks_per_node)
+        try:
+            return stage(load(args.run, args.overrides), place, stop)
+        except LmscaleError as error:
+            log.error("error: %s", error)
+            return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

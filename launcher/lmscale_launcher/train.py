@@ -1,0 +1,171 @@
+"""`lmscale train RUN.yaml`: check everything that can be checked without torch, then supervise."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmscale.base.errors import ConfigError, ExitCode, LmscaleError, Problem, UsageError
+from lmscale.base.fs import storage_errors
+from lmscale.config import rules as checks
+from lmscale.config.run_file import load
+from lmscale.config.schema import RunConfig
+from lmscale.run_folder.events import start_name
+from lmscale.run_folder.liveness import wait_for_silence
+from lmscale.run_folder.paths import RunFolder
+from lmscale_launcher.handoff import command, hand_off
+from lmscale_launcher.rank_mode import rank_env
+from lmscale_launcher.resume_checks import farewell, finished, missing
+
+if TYPE_CHECKING:
+    from lmscale_launcher.supervisor.supervisor import SupervisorJob
+
+
+def train(source: str, overrides: Sequence[str], nproc: int | None) -> int:
+    """Be a rank where somebody has started ranks; else start them and see them to their end."""
+    if nproc is None and (added := rank_env(os.environ)) is not None:
+        hand_off("train", [source, *overrides], {**os.environ, **added})
+    if nproc is not None:
+        overrides = [*overrides, f"cluster.ranks_per_node={nproc}"]
+    try:
+        job = _job(source, overrides)
+    except LmscaleError as error:
+        if (own := _nodes_of(os.environ))[0] == 1:
+            raise
+        from lmscale_launcher.supervisor.supervisor import excuse
+
+        return excuse(_stub(own, nproc or 1), error)
+    if job.finished and job.place.nodes == 1:
+        sys.stderr.write(job.finished + "\n")
+        return ExitCode.DONE
+    from lmscale_launcher.supervisor.supervisor import supervise
+
+    return supervise(job)
+
+
+def _job(source: str, overrides: Sequence[str]) -> "SupervisorJob":
+    """What to supervise. Raises ConfigError for all that can be found wrong without torch."""
+    cfg = load(source, overrides)
+    num_ranks, nodes, node, master = world_of(cfg, os.environ)
+    if found := [*checks.world_problems(cfg, world_size=num_ranks * nodes), *missing(cfg)]:
+        raise ConfigError(found)
+    folder, by_hand = RunFolder(Path(cfg.train.run_dir)), "LMSCALE_START" not in os.environ
+    if by_hand:
+        wait_for_silence(folder)  # here, where Ctrl-C still ends the process at once
+    # Node 0 judges for all: others may see an older state of a shared folder.
+    step = finished(cfg, folder) if node == 0 else None
+    staging = None
+    if cfg.data.cache_dir is not None:
+        from lmscale_launcher import stage
+
+        staging = stage.command(
+            source, overrides=overrides, node=node, nodes=nodes, ranks_per_node=num_ranks
+        )
+    from lmscale_launcher.supervisor.rank_process import NodeTopology
+    from lmscale_launcher.supervisor.supervisor import SupervisorJob
+    from lmscale_launcher.supervisor.watchdog import StallLimits
+
+    return SupervisorJob(
+        command=command("train", [source, *overrides]),
+        folder=folder,
+        place=NodeTopology(num_ranks, nodes, node, master),
+        start=start_name(os.environ),
+        by_hand=by_hand,
+        max_restarts=cfg.cluster.max_restarts,
+        env={**os.environ, **cfg.cluster.env},
+        fresh=os.environ.get("LMSCALE_FRESH") == "1",
+        deadline=_deadline(os.environ),
+        stage=staging,
+        unfit=() if by_hand else _unfit(folder, node=node, ranks=num_ranks),
+        finished="" if step is None else farewell(folder, step),
+        patience=StallLimits(cfg.cluster.stall_limit, least_s=_least_stall_s(cfg)),
+    )
+
+
+def _stub(own: tuple[int, int, str | None], num_ranks: int) -> "SupervisorJob":
+    """A job without a run: enough to meet the other nodes and part from them."""
+    from lmscale_launcher.supervisor.rank_process import NodeTopology
+    from lmscale_launcher.supervisor.supervisor import SupervisorJob
+
+    return SupervisorJob(
+        command=(),
+        folder=RunFolder(Path()),
+        place=NodeTopology(num_ranks, *own),
+        start=start_name(os.environ),
+        by_hand=False,
+        max_restarts=0,
+        env=os.environ,
+    )
+
+
+def _least_stall_s(cfg: RunConfig) -> float:
+    # A compiler may come back at any step, when shapes or modes change.
+    return 600.0 if cfg.engine.compile else 30.0
+
+
+def _deadline(env: Mapping[str, str]) -> float | None:
+    text = env.get("LMSCALE_DEADLINE")
+    try:
+        return float(text) if text else None
+    except ValueError as error:
+        raise UsageError(
+            f"environment: LMSCALE_DEADLINE={text!r} is no time in seconds since 1970; let a template set it"
+        ) from error
+
+
+def _unfit(folder: RunFolder, *, node: int, ranks: int) -> list[str]:
+    """Why this node should not train; what else is odd about it is said once, on node 0."""
+    from lmscale_launcher.doctor.node import check_node
+
+    # A start that was not submitted makes its folder here; on a host without the file system of a submitted
+    # one, not even the run file could be read.
+    with storage_errors(f"making {folder.path}"):
+        folder.path.mkdir(parents=True, exist_ok=True)
+    found = check_node(folder, ranks=ranks)
+    for one in found:
+        if one.level == "warn" and node == 0:
+            sys.stderr.write(f"careful: {one}\n")
+    return [str(one) for one in found if one.level == "fail"]
+
+
+def world_of(cfg: RunConfig, env: Mapping[str, str]) -> tuple[int, int, int, str | None]:
+    """Ranks on this host, number of hosts, this host's number, and where the ranks meet."""
+    num_ranks = cfg.cluster.ranks_per_node
+    if num_ranks is None:
+        from lmscale_launcher.gpus import count_gpus
+
+        num_ranks = count_gpus(env) or 2
+    nodes, node, master = _nodes_of(env)
+    most = cfg.cluster.nodes
+    least = min(cfg.cluster.min_nodes or most, most)
+    if not least <= nodes <= most:
+        wanted = str(most) if least == most else f"{least} to {most}"
+        fact = f"{wanted}, but this start has {nodes} (LMSCALE_NODES)"
+        hint = "start it on every node with LMSCALE_NODES set, or use cluster.nodes=1"
+        raise ConfigError([Problem("cluster.nodes", fact, hint)])
+    return num_ranks, nodes, node, master
+
+
+def _nodes_of(env: Mapping[str, str]) -> tuple[int, int, str | None]:
+    """Number of hosts, this host's number, and where the supervisors meet. Raises UsageError."""
+    given = {name: env.get(name) for name in ("LMSCALE_NODES", "LMSCALE_NODE_RANK")}
+    if any(text is not None and not text.isdecimal() for text in given.values()):
+        raise UsageError(
+            f"environment: {given} are not counts; let a template set them, or unset them"
+        )
+    nodes = int(given["LMSCALE_NODES"] or 1)
+    node = int(given["LMSCALE_NODE_RANK"] or 0)
+    master = env.get("LMSCALE_MASTER")
+    port = (master or "").rpartition(":")[2]
+    if node >= nodes or (nodes > 1 and not (":" in (master or "") and port.isdecimal())):
+        raise UsageError(
+            f"environment: node {node} of {nodes} meeting at LMSCALE_MASTER={master!r}; "
+            "every node needs LMSCALE_NODES, LMSCALE_NODE_RANK and LMSCALE_MASTER=host:port"
+        )
+    if nodes > 1 and not env.get("LMSCALE_START"):
+        raise UsageError(
+            f"environment: {nodes} nodes need LMSCALE_START, a name of this start that is the same on "
+            "every node and new each time: by it they find each other (e.g. job id and restart count)"
+        )
+    return nodes, node, master

@@ -1,0 +1,106 @@
+"""`lmscale verify PATH`: hold every byte of a corpus, a checkpoint or a whole run against its digests."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lmscale.base.errors import ConfigError, LmscaleError, Problem
+from lmscale.base.records import read_lines
+from lmscale.run_folder.checkpoints import MANIFEST, damage, listing, read_manifest, unknown_files
+from lmscale.run_folder.paths import RunFolder
+
+Kind = Literal["corpus", "checkpoint", "run"]
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What was looked at and what was found."""
+
+    kind: Kind
+    problems: list[str]
+    notes: list[str] = field(default_factory=list)  # worth a word, no damage
+
+
+def verify(path: Path, progress: Progress) -> VerifyResult:
+    """Read everything under `path`. Raises ConfigError when it is nothing that can be verified."""
+    kind = kind_of(path)
+    if kind == "corpus":
+        from lmscale.corpus.integrity import verify as verify_corpus
+
+        return VerifyResult(kind, verify_corpus(path, progress))
+    if kind == "checkpoint":
+        return _checkpoints([path], progress)
+    return _run(RunFolder(path), progress)
+
+
+def kind_of(path: Path) -> Kind:
+    """What a path is, told from its files, also when some of them are damaged."""
+    folder = RunFolder(path)
+    if any(part.exists() for part in (folder.config, folder.attempts, folder.checkpoints)):
+        return "run"
+    if path.name.startswith("step-"):
+        return "checkpoint"
+    if (path / MANIFEST).exists():
+        return "checkpoint" if _is_checkpoint(path / MANIFEST) else "corpus"
+    if path.is_dir() and any(path.glob("*.tar")):
+        return "corpus"
+    hint = "give a folder made by `lmscale prepare`, a checkpoint (step-*), or a run folder"
+    raise ConfigError([Problem("", f"{path}: nothing here that can be verified", hint)])
+
+
+def _is_checkpoint(manifest: Path) -> bool:
+    try:
+        body = json.loads(manifest.read_bytes())
+    except (OSError, ValueError):
+        return any(manifest.parent.glob("*.safetensors"))
+    return isinstance(body, dict) and {"step", "files"} <= body.keys()
+
+
+def _checkpoints(paths: list[Path], progress: Progress) -> VerifyResult:
+    problems: list[str] = []
+    notes: list[str] = []
+    total = sum(file.stat().st_size for path in paths for file in path.glob("*") if file.is_file())
+    done = 0
+
+    def add(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(done, total)
+
+    for path in paths:
+        if not path.is_dir():
+            problems.append(f"{path}: missing")
+            continue
+        found = damage(path, deep=True, progress=add)
+        problems += found
+        if not found:
+            read_manifest(path)
+            notes += [f"{path / name}: not part of the checkpoint" for name in unknown_files(path)]
+    return VerifyResult("checkpoint", problems, notes)
+
+
+def _run(folder: RunFolder, progress: Progress) -> VerifyResult:
+    problems: list[str] = []
+    paths: list[Path] = []
+    notes: list[str] = []
+    try:
+        for found in listing(folder):
+            paths.append(found.path)
+            if found.fenced:
+                notes.append(f"{found.path.name} does not count: {found.fenced}")
+    except LmscaleError as error:
+        problems.append(str(error))
+        paths = sorted(p for p in folder.checkpoints.glob("step-*") if p.suffix != ".tmp")
+    for leftover in sorted(folder.checkpoints.glob("*.tmp")):
+        notes.append(f"{leftover.name}: a save that was not finished; it may be deleted")
+    found_in = _checkpoints(sorted(paths), progress)
+    for lines in (folder.metrics, folder.eval, *sorted((folder.path / "trace").glob("*.jsonl"))):
+        try:
+            for _ in read_lines(lines):
+                pass
+        except LmscaleError as error:
+            problems.append(str(error))
+    return VerifyResult("run", problems + found_in.problems, notes + found_in.notes)

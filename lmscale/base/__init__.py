@@ -1,0 +1,1 @@
+"""The base layer: what every package may use, each thing once. No torch."""

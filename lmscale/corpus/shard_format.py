@@ -1,0 +1,352 @@
+"""The last member of a shard, `__lmidx__`: where each chunk lies, and a CRC32C a block of it.
+
+All integers are little-endian:
+
+    "LMIDX" and version 1 as 8 bytes | u32 bytes of a token | u32 bytes of a block
+    u64 first chunk | u64 chunks
+    a row a chunk: u64 offset of its tokens in the tar, u64 tokens, u64 offset of its document
+        starts, u64 starts
+    u32 CRC32C a block: of chunk 0's tokens, of its starts, of chunk 1's tokens, ...
+    u32 CRC32C of everything before
+
+A member's first block starts with its first byte and only its last block is shorter, so a row can
+be checked without the rest of its chunk. A chunk without a list of document starts has offset 0.
+
+A JSON file with a digest of its own, so that no byte of it can change unseen.
+
+The digest stands in the last line and covers all bytes before that line, so that it does not depend
+on how a JSON library writes numbers, escapes or blanks.
+
+Writing one shard: a plain tar of chunks that ends with their index.
+
+The bytes are a function of the chunks alone (no time, no user, no mode of the writer), so that any
+number of workers, killed and started again, writes the same corpus.
+
+    00000017.u16        chunk_tokens + 1 raw little-endian tokens; the last is the first of chunk 18
+    00000017.docs.u32   where documents start inside the chunk (optional)
+    ...
+    __lmidx__           index.py
+"""
+
+import hashlib
+import json
+import struct
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from lmscale.base.errors import DataError
+from lmscale.base.fs import published
+
+INDEX_NAME = "__lmidx__"  # webdataset skips members named __*__
+BLOCK_BYTES = 65_536
+START_BYTES = 4  # a document start is a u32
+
+Member = Literal["tokens", "starts"]
+
+_MAGIC = b"LMIDX\0\0\1"
+_HEADER = struct.Struct("<8sIIQQ")
+_CRC = struct.Struct("<I")
+
+
+class Extent(NamedTuple):
+    """A member's bytes inside its tar, and the CRC32C of each of its blocks."""
+
+    offset: int
+    bytes: int
+    crcs: NDArray[np.uint32]
+
+
+class IndexEntry(NamedTuple):
+    """What the index says of one chunk."""
+
+    offset: int  # of its tokens, in the tar
+    tokens: int
+    starts_offset: int  # of its document starts, in the tar; 0 = the chunk has no such list
+    starts: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkIndex:
+    """The chunks of one shard. Chunk numbers are those of the corpus."""
+
+    first_chunk: int
+    token_bytes: int  # 2 | 4
+    block_bytes: int
+    rows: NDArray[np.int64]  # [chunks, 4], columns as Row
+    crcs: NDArray[np.uint32]
+    firsts: NDArray[np.int64]  # [2 * chunks + 1]: where each member's CRCs begin in crcs
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of this shard."""
+        return len(self.rows)
+
+    def tokens(self, chunk: int) -> Extent:
+        """The tokens of a chunk of the corpus."""
+        row = self._row(chunk)
+        return self._extent(
+            2 * (chunk - self.first_chunk), row.offset, row.tokens * self.token_bytes
+        )
+
+    def starts(self, chunk: int) -> Extent | None:
+        """The document starts of a chunk of the corpus; None where it has no such list."""
+        row = self._row(chunk)
+        if not row.starts_offset:
+            return None
+        which = 2 * (chunk - self.first_chunk) + 1
+        return self._extent(which, row.starts_offset, row.starts * START_BYTES)
+
+    def member(self, chunk: int, member: Member) -> Extent:
+        """Either of them; a list of document starts that is missing is empty."""
+        found = self.tokens(chunk) if member == "tokens" else self.starts(chunk)
+        return found or Extent(0, 0, self.crcs[:0])
+
+    def _row(self, chunk: int) -> IndexEntry:
+        return IndexEntry(*(int(value) for value in self.rows[chunk - self.first_chunk]))
+
+    def _extent(self, member: int, offset: int, size: int) -> Extent:
+        return Extent(offset, size, self.crcs[self.firsts[member] : self.firsts[member + 1]])
+
+
+def block_crcs(data: bytes | memoryview) -> list[int]:
+    """CRC32C of each block of a member."""
+    view = memoryview(data)
+    return [
+        crc32c.crc32c(view[start : start + BLOCK_BYTES])
+        for start in range(0, len(view), BLOCK_BYTES)
+    ]
+
+
+def pack(
+    rows: Sequence[IndexEntry],
+    crcs: Sequence[int],
+    *,
+    first_chunk: int,
+    token_bytes: int,
+    block_bytes: int = BLOCK_BYTES,
+) -> bytes:
+    """The bytes of an index."""
+    body = b"".join(
+        (
+            _HEADER.pack(_MAGIC, token_bytes, block_bytes, first_chunk, len(rows)),
+            np.array(rows, dtype="<u8").tobytes(),
+            np.array(crcs, dtype="<u4").tobytes(),
+        )
+    )
+    return body + _CRC.pack(crc32c.crc32c(body))
+
+
+def seal_of(data: bytes) -> int:
+    """The CRC32C that ends an index."""
+    return int.from_bytes(data[-_CRC.size :], "little")
+
+
+def parse(data: bytes | memoryview, *, seal: int) -> ChunkIndex:
+    """Read an index that ends with the CRC32C `seal`. Raises ValueError with the reason."""
+    view = memoryview(data)
+    if len(view) < _HEADER.size + _CRC.size:
+        raise ValueError(f"the index has only {len(view)} bytes")
+    body = view[: -_CRC.size]
+    found = crc32c.crc32c(body), *_CRC.unpack(view[-_CRC.size :])
+    if found != (seal, seal):
+        raise ValueError(f"the index has CRC32C {found[0]:08x}, expected {seal:08x}")
+    magic, token_bytes, block_bytes, first_chunk, chunks = _HEADER.unpack_from(body)
+    if magic != _MAGIC:
+        raise ValueError(f"the index begins with {magic!r}, expected {_MAGIC!r}")
+    table = np.frombuffer(body, dtype="<u8", count=4 * chunks, offset=_HEADER.size)
+    rows = table.astype(np.int64).reshape(chunks, 4)
+    sizes = rows[:, 1::2] * np.array([token_bytes, START_BYTES])
+    firsts = np.concatenate(([0], np.cumsum(-(-sizes.ravel() // block_bytes))))
+    crcs = np.frombuffer(body, dtype="<u4", offset=_HEADER.size + table.nbytes).astype(np.uint32)
+    if len(crcs) != firsts[-1]:
+        raise ValueError(
+            f"the index has {len(crcs)} block CRCs, its chunks have {firsts[-1]} blocks"
+        )
+    return ChunkIndex(first_chunk, token_bytes, block_bytes, rows, crcs, firsts)
+
+
+_LAST_LINE = ' "digest": "{}"\n}}\n'
+_LAST_LINE_BYTES = len(_LAST_LINE.format("0" * 64))
+
+
+def write_sealed(path: Path, body: dict[str, Any]) -> str:
+    """Publish `body` under `path`; returns its digest (SHA-256)."""
+    covered = json.dumps(body, indent=1, sort_keys=True).removesuffix("\n}") + ",\n"
+    digest = hashlib.sha256(covered.encode()).hexdigest()
+    with published(path) as file:
+        file.write((covered + _LAST_LINE.format(digest)).encode())
+    return digest
+
+
+def read_sealed(path: Path, *, restore: str) -> tuple[bytes, str]:
+    """The JSON text and the digest of a file whose every byte has been checked.
+
+    Raises DataError where it is missing, empty, unreadable or damaged; `restore` says what to do.
+    """
+    raw = _bytes(path, restore)
+    covered, last = memoryview(raw)[:-_LAST_LINE_BYTES], raw[-_LAST_LINE_BYTES:]
+    digest = hashlib.sha256(covered).hexdigest()
+    if not covered or last != _LAST_LINE.format(digest).encode():
+        raise DataError(
+            f"{path}: its {len(raw)} bytes do not match the digest in its last line: "
+            f"it is damaged; {restore}"
+        )
+    return raw, digest
+
+
+def _bytes(path: Path, restore: str) -> bytes:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: damaged, or never finished; {restore}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; {restore}") from error
+    if not raw:
+        raise DataError(f"{path} is empty: it is damaged; {restore}")
+    return raw
+
+
+Dtype = Literal["u16", "u32"]
+DTYPES: dict[Dtype, np.dtype[Any]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+
+
+class Chunk(NamedTuple):
+    """One chunk as prepare hands it over."""
+
+    tokens: NDArray[np.integer[Any]]  # [chunk_tokens + 1], the corpus' last chunk may be shorter
+    starts: NDArray[np.integer[Any]] | None  # ascending, in [0, len(tokens)); None: no such list
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """What the manifest says of one shard."""
+
+    name: str  # file name inside the corpus folder
+    bytes: int
+    sha256: str  # of the whole file
+    index_offset: int  # of the index' bytes in the file
+    index_bytes: int
+    index_crc32c: int  # binds the block CRCs to the manifest: another corpus' shard is not taken
+    chunks: int
+    tokens: int  # stored; neighbouring chunks share one
+
+
+def dtype_for(vocab_size: int) -> Dtype:
+    """The narrowest dtype that holds every id of a vocabulary."""
+    return "u16" if vocab_size <= 1 << 16 else "u32"
+
+
+def shard_name(number: int) -> str:
+    """File name of a corpus' shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def num_chunks(tokens: int, chunk_tokens: int) -> int:
+    """Chunks that hold a stream of so many tokens."""
+    return max(0, -(-(tokens - 1) // chunk_tokens))
+
+
+def chunk_range(chunk: int, *, tokens: int, chunk_tokens: int) -> tuple[int, int]:
+    """The tokens [first, stop) of the stream that a chunk stores; the last is the next one's first.
+
+    A document that starts at that last token belongs to the `starts` of both chunks: the row that
+    ends with it has to know that its last target is another document's.
+    """
+    first = chunk * chunk_tokens
+    return first, min(first + chunk_tokens + 1, tokens)
+
+
+def write_shard(
+    path: Path, chunks: Iterable[Chunk], *, first_chunk: int, dtype: Dtype
+) -> ShardEntry:
+    """Write chunks `first_chunk`, `first_chunk` + 1, ... to a tar that appears whole or not at all.
+
+    Holds one chunk in memory at a time. Raises RetryableError where the file system refuses, for
+    instance because it is full.
+    """
+    rows: list[IndexEntry] = []
+    crcs: list[int] = []
+    with published(path) as file:
+        tar = _Tar(file)
+        for number, chunk in enumerate(chunks, first_chunk):
+            tokens = _tokens(chunk, dtype)
+            offset = tar.add(f"{number:08d}.{dtype}", tokens)
+            crcs += block_crcs(tokens)
+            starts = _starts(chunk)
+            starts_offset = 0
+            if starts is not None:
+                starts_offset = tar.add(f"{number:08d}.docs.u32", starts)
+                crcs += block_crcs(starts)
+            rows.append(
+                IndexEntry(offset, len(chunk.tokens), starts_offset, len(starts or b"") // 4)
+            )
+        assert rows, f"{path} would have no chunk"
+        index = pack(rows, crcs, first_chunk=first_chunk, token_bytes=DTYPES[dtype].itemsize)
+        index_offset = tar.add(INDEX_NAME, index)
+        tar.end()
+    return ShardEntry(
+        name=path.name,
+        bytes=tar.offset,
+        sha256=tar.sha256.hexdigest(),
+        index_offset=index_offset,
+        index_bytes=len(index),
+        index_crc32c=seal_of(index),
+        chunks=len(rows),
+        tokens=sum(row.tokens for row in rows),
+    )
+
+
+class _Tar:
+    """A ustar archive written member by member; tarfile makes the headers."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.offset = 0
+        self.sha256 = hashlib.sha256()
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member; returns the offset of its data."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        offset = self.offset
+        self._write(data)
+        self._pad(tarfile.BLOCKSIZE)
+        return offset
+
+    def end(self) -> None:
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._pad(tarfile.RECORDSIZE)
+
+    def _pad(self, multiple: int) -> None:
+        self._write(bytes(-self.offset % multiple))
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.sha256.update(data)
+        self.offset += len(data)
+
+
+def _tokens(chunk: Chunk, dtype: Dtype) -> bytes:
+    tokens = chunk.tokens
+    assert tokens.ndim == 1, f"a chunk of shape {tokens.shape}"
+    assert len(tokens) >= 2, f"a chunk of {len(tokens)} tokens has no target"
+    assert tokens.min() >= 0, f"an id of {tokens.min()}"
+    assert tokens.max() <= np.iinfo(DTYPES[dtype]).max, f"id {tokens.max()} in {dtype}"
+    return tokens.astype(DTYPES[dtype]).tobytes()
+
+
+def _starts(chunk: Chunk) -> bytes | None:
+    starts = chunk.starts
+    if starts is None:
+        return None
+    edges = np.concatenate(([-1], starts.astype(np.int64), [len(chunk.tokens)]))
+    assert (np.diff(edges) > 0).all(), "document starts must ascend inside the chunk"
+    return starts.astype("<u4").tobytes()

@@ -1,0 +1,1 @@
+"""The torch-free description of an architecture: parameters, activations and FLOPs."""

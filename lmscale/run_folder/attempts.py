@@ -1,0 +1,183 @@
+"""Attempts fence each other: of all that is published in a folder, one history is valid.
+
+An attempt claims a number before it loads (`claim`), and says from which step it goes on once the
+load has succeeded (`settle`). Whatever an older, still running attempt publishes afterwards beyond
+that step is invalid (`Fence.valid`), however late it arrives: no clock, lease or lock is trusted.
+"""
+
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lmscale.base.errors import CheckpointError, Overtaken
+from lmscale.base.fs import fsync_dir, replace_file, storage_error, storage_errors
+from lmscale.run_folder.paths import RunFolder
+
+_NAME = re.compile(r"([1-9]\d*)\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempts/k.json."""
+
+    number: int
+    from_step: int | None = None  # None: claimed, fences nothing
+    source: str | None = None  # checkpoint of another run that it went on from
+    finished: int | None = None  # the step at which it completed the run
+    placement: Mapping[str, Any] = field(default_factory=dict)  # world, mesh, engine
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """The rule that decides which checkpoints count, over the attempts as they stood when read."""
+
+    attempts: Mapping[int, Attempt]
+
+    def valid(self, step: int, attempt: int, *, ignoring: int | None = None) -> bool:
+        """Whether no newer attempt went on from an earlier step than this checkpoint's."""
+        return self.fenced_by(step, attempt, ignoring=ignoring) is None
+
+    def fenced_by(self, step: int, attempt: int, *, ignoring: int | None = None) -> Attempt | None:
+        """The attempt that makes the checkpoint invalid. `ignoring` leaves one attempt out."""
+        for number, newer in self.attempts.items():
+            has_a_say = number > attempt and number != ignoring and newer.from_step is not None
+            if has_a_say and step > (newer.from_step or 0):
+                return newer
+        return None
+
+    def reached(self) -> int:
+        """The highest step an attempt went on from here: a checkpoint of it existed."""
+        own = (a.from_step or 0 for a in self.attempts.values() if a.source is None)
+        return max(own, default=0)
+
+
+def newest(folder: RunFolder) -> int:
+    """The highest number claimed; 0 before the first attempt."""
+    return max(_numbers(folder), default=0)
+
+
+def claim(folder: RunFolder, placement: Mapping[str, Any]) -> int:
+    """Take the next number: ends older attempts at their next publish, fences nothing yet.
+
+    Rank 0 only, before it loads. Creation is exclusive, so two claimants get two numbers.
+    """
+    with storage_errors(f"claiming an attempt in {folder.attempts}"):
+        folder.attempts.mkdir(parents=True, exist_ok=True)
+        while True:
+            number = newest(folder) + 1
+            with (
+                suppress(FileExistsError),  # another claimant took it: try the next
+                open(_path(folder, number), "xb") as file,  # x: O_EXCL
+            ):
+                file.write(_encode(Attempt(number, placement=placement)))
+                file.flush()
+                os.fsync(file.fileno())
+                fsync_dir(folder.attempts)
+                return number
+
+
+def settle(folder: RunFolder, k: int, from_step: int | None, *, source: str | None = None) -> None:
+    """Say from which step attempt k goes on (0: from the start), or with None take it back.
+
+    `source` names another run's checkpoint (`train.resume: PATH`): its step is not of this folder.
+    """
+    if from_step is not None:
+        check_not_overtaken(folder, k)
+    old = read_attempt(folder, k)
+    _rewrite(folder, Attempt(k, from_step, source, None, old.placement))
+
+
+def mark_finished(folder: RunFolder, k: int, step: int) -> None:
+    """Record that attempt k completed the run at this step (its checkpoint is published)."""
+    check_not_overtaken(folder, k)
+    old = read_attempt(folder, k)
+    _rewrite(folder, Attempt(k, old.from_step, old.source, step, old.placement))
+
+
+def finished_at(folder: RunFolder) -> int | None:
+    """The step at which the run was completed, unless a newer attempt has gone on since."""
+    number = newest(folder)
+    return read_attempt(folder, number).finished if number else None
+
+
+def check_not_overtaken(folder: RunFolder, k: int) -> None:
+    """Raise Overtaken when a newer attempt exists. Before every publish and every deletion."""
+    number = newest(folder)
+    if number > k:
+        raise Overtaken(
+            f"{folder.path}: attempt {number} has taken over from attempt {k}, which ends here "
+            "without writing anything more; watch the newer one"
+        )
+
+
+def fence(folder: RunFolder) -> Fence:
+    """Read all attempts once and return the rule over them."""
+    return Fence(MappingProxyType({k: read_attempt(folder, k) for k in sorted(_numbers(folder))}))
+
+
+def read_attempt(folder: RunFolder, k: int) -> Attempt:
+    """Read one attempt. A claim torn by a crash counts as one that never settled.
+
+    That is safe: only settling gives an attempt a say, and settling is a rename of a synced file.
+    """
+    path = _path(folder, k)
+    with storage_errors(f"reading {path}"):
+        data = path.read_bytes()
+    if not data.endswith(b"}\n"):
+        return Attempt(k)
+    try:
+        raw = json.loads(data)
+        attempt = Attempt(k, raw["from"], raw["source"], raw["finished"], raw["placement"])
+        steps = (attempt.from_step, attempt.finished)
+        sound = raw["attempt"] == k and all(s is None or type(s) is int for s in steps)
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(
+            f"{path} is damaged, so it is unknown which checkpoints count; restore it, or set its "
+            '"from" to the step that attempt went on from (see its events)'
+        )
+    return attempt
+
+
+def _numbers(folder: RunFolder) -> list[int]:
+    try:
+        names = os.listdir(folder.attempts)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        # A folder that cannot be read must not look like one without attempts.
+        raise storage_error(f"listing {folder.attempts}", error) from error
+    return [int(match[1]) for match in map(_NAME.fullmatch, names) if match]
+
+
+def _rewrite(folder: RunFolder, attempt: Attempt) -> None:
+    path = _path(folder, attempt.number)
+    with storage_errors(f"writing {path}"):
+        replace_file(path, _encode(attempt))
+
+
+def _encode(attempt: Attempt) -> bytes:
+    body = {
+        "attempt": attempt.number,
+        "from": attempt.from_step,
+        "source": attempt.source,
+        "finished": attempt.finished,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": time.time(),
+        "placement": dict(attempt.placement),
+    }
+    return (json.dumps(body, indent=1) + "\n").encode()
+
+
+def _path(folder: RunFolder, k: int) -> Path:
+    return folder.attempts / f"{k}.json"

@@ -1,0 +1,44 @@
+"""RUN/bad-nodes: hosts that whoever starts the run next leaves out. One file a host; its text says why."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmscale.base.fs import replace_file, storage_errors
+from lmscale.run_folder.paths import RunFolder
+
+_NO_REASON = "no reason given"
+
+
+@dataclass(frozen=True, slots=True)
+class BadNode:
+    """A host that failed its check, or whose copies of the weights drifted."""
+
+    host: str
+    why: str  # the first line of its file
+    path: Path
+    written_ns: int
+
+
+def read_bad_nodes(folder: RunFolder) -> list[BadNode]:
+    """By host name. Files may come and go meanwhile, and one that cannot be read still names its host."""
+    found = []
+    for path in sorted(folder.bad_nodes.glob("[!.]*")):  # .nfs0001 is no file of ours
+        try:
+            written_ns = path.stat().st_mtime_ns
+            why = next(iter(path.read_text(errors="replace").strip().splitlines()), _NO_REASON)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            written_ns, why = 0, f"its file cannot be read: {error.strerror}"
+        found.append(BadNode(path.name, why, path, written_ns))
+    return found
+
+
+def write_bad_nodes(folder: RunFolder, reasons: Mapping[str, str]) -> None:
+    """Add hosts. Raises what storage_errors makes of a disk that is full or refuses."""
+    for host, why in reasons.items():
+        path = folder.bad_nodes / host.replace("/", "_")
+        with storage_errors(f"writing {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, f"{why}\n".encode())

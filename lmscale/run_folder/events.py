@@ -1,0 +1,121 @@
+"""What happened to a run, one file a start, and the heartbeat that says it is still happening.
+
+How often a run was started again without getting anywhere.
+"""
+
+import logging
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lmscale.base.fs import storage_errors
+from lmscale.base.proc import started_ticks, this_host
+from lmscale.base.records import LineFile, readable_lines
+from lmscale.run_folder.paths import RunFolder
+
+BEAT_S = 10.0
+_log = logging.getLogger(__name__)
+
+
+class EventLog:
+    """Appends to events/START.jsonl; node 0's supervisor and rank 0 write into the same file.
+
+    As a context manager it also beats every 10 s from a daemon thread, which does not keep the
+    process alive. Kinds in use: start, attempt, save, fall-back, damage, skip, loss_scale, drift, stop, restart,
+    exit; and, with the host concerned as `node` beside the writer's own `host`: died, stuck, lost_node, bad_node.
+    """
+
+    def __init__(self, folder: RunFolder, start: str) -> None:
+        self.path = events_path(folder, start)
+        self._start = start
+        with storage_errors(f"writing {self.path}"):
+            self._file = LineFile(self.path)
+        pid = os.getpid()
+        self._origin = {"host": this_host(), "pid": pid, "ticks": started_ticks(pid)}
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one event: time, kind, start, host, pid and the given fields. Visible at once."""
+        event = {"time": time.time(), "kind": kind, "start": self._start, **self._origin, **fields}
+        with storage_errors(f"writing {self.path}"):
+            self._file.append(event)
+
+    def beat(self) -> None:
+        """Say that the run is alive: sets the file's modification time."""
+        self._file.touch()
+
+    def close(self) -> None:
+        """Stop beating and close the file."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _beat_on(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            try:
+                self.beat()
+            except OSError as error:  # a stale NFS handle, say: the next beat may succeed
+                _log.warning("%s: heartbeat failed: %s", self.path, error)
+
+
+def events_path(folder: RunFolder, start: str) -> Path:
+    """The file of one start; characters that file names do not take are replaced."""
+    return folder.events / (re.sub(r"[^\w.+-]", "_", start) + ".jsonl")
+
+
+def read_events(folder: RunFolder) -> list[dict[str, Any]]:
+    """All events of all starts, in the order of their times."""
+    files = sorted(folder.events.glob("*.jsonl")) if folder.events.is_dir() else []
+    events = [event for file in files for event in readable_lines(file)]
+    return sorted(events, key=lambda event: float(event.get("time", 0)))
+
+
+def start_name(env: Mapping[str, str]) -> str:
+    """LMSCALE_START (a scheduler's job id and restart count), else host-pid-time by hand."""
+    given = env.get("LMSCALE_START")
+    return given or f"{socket.gethostname()}-{os.getpid()}-{int(time.time())}"
+
+
+def starts_since_progress(events: Iterable[Mapping[str, Any]]) -> int:
+    """Restarts since the newest checkpoint moved: what `cluster.max_restarts` limits.
+
+    Counted over all starts, whoever made them (supervisor, scheduler, JobSet). The first start and a
+    start that a person asked for (by hand, or `fresh`: the first one of a submission) are no
+    restarts and begin a new count. A save is progress when its step is
+    beyond every one before it: a run that falls back and saves the same steps again must end too.
+    """
+    restarts = -1
+    highest = -1
+    seen: set[str] = set()
+    for event in events:
+        if event["kind"] == "start" and event["start"] not in seen:
+            seen.add(event["start"])  # the supervisor and rank 0 may both report one start
+            if event.get("by_hand") or event.get("fresh"):
+                restarts, highest = 0, -1
+            else:
+                restarts += 1
+        elif event["kind"] == "save" and event["step"] > highest:
+            restarts, highest = 0, event["step"]
+    return max(restarts, 0)

@@ -1,0 +1,284 @@
+"""The parts of one rank that follow from the run file: model, data, validation, books, trace.
+
+Builds one rank's parts, floor by floor, and runs the loop to its end.
+"""
+
+import contextlib
+import logging
+from pathlib import Path
+
+import torch
+
+from lmscale.base.errors import ConfigError, ExitCode, Problem
+from lmscale.base.world import World
+from lmscale.config.identity import total_steps
+from lmscale.config.schema import RunConfig
+from lmscale.corpus.order import wasted_frac
+from lmscale.data.loader import Loader, RankShare
+from lmscale.distributed.mesh import make_mesh
+from lmscale.distributed.process_group import choose_device, distributed
+from lmscale.engine.build import build_engine
+from lmscale.model.build import build_model
+from lmscale.model.transformer import LanguageModel
+from lmscale.modelspec.flops import flops_per_token, num_parameters
+from lmscale.run_folder.attempts import check_not_overtaken
+from lmscale.run_folder.events import EventLog
+from lmscale.run_folder.paths import RunFolder
+from lmscale.run_folder.rank_progress import RankProgress
+from lmscale.train.callbacks import Callbacks, Recorder, cut_after, open_callbacks
+from lmscale.train.checkpointing import Saver
+from lmscale.train.context import RunContext
+from lmscale.train.corpora import Corpora, build_order, open_corpora
+from lmscale.train.environment import environment, layout, peak_of
+from lmscale.train.evaluation import Validation
+from lmscale.train.finish import farewell, finish
+from lmscale.train.layer_stats import LayerStats, LossScaleRecorder
+from lmscale.train.loop import Trace, TrainLoop
+from lmscale.train.main import write_config
+from lmscale.train.out_of_memory import explained, is_out_of_memory
+from lmscale.train.profile import profile_of
+from lmscale.train.replicas import Replicas
+from lmscale.train.restore import (
+    AttemptStart,
+    ResumePoint,
+    TrainState,
+    check_identity,
+    checkpoint_body,
+    choose,
+    note_changes,
+    placement_facts,
+    resumed_state,
+    run_identity,
+)
+from lmscale.train.stop_request import StopRequest
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+def model_of(cfg: RunConfig, vocab_size: int) -> LanguageModel:
+    """The whole model with its initial weights, on the CPU; vocab_size: the tokenizer's."""
+    return build_model(
+        cfg.model,
+        vocab_size=cfg.model.vocab_size or vocab_size,
+        max_positions=cfg.model.max_positions or cfg.train.seq_len,
+        seed=cfg.train.seed,
+    )
+
+
+def loader_of(rank: RunContext, corpora: Corpora, state: TrainState, *, mesh_share: bool) -> Loader:
+    """This rank's share of each step; without mesh_share whole steps, to count what the run was trained on."""
+    cfg, mesh = rank.cfg, rank.mesh
+    dp_rank, dp_size = (mesh.dp_rank, mesh.dp_size) if mesh_share else (0, 1)
+    return Loader(
+        corpora.train,
+        build_order(cfg, corpora.train, streams=state.streams),
+        RankShare(cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, dp_size),
+        documents=cfg.data.documents,
+        prefetch=cfg.data.prefetch_steps,
+    )
+
+
+def validation_of(rank: RunContext, corpora: Corpora) -> Validation:
+    """What scores the held-out corpora."""
+    cfg = rank.cfg
+    return Validation(
+        corpora.held_out,
+        token_bytes=corpora.tokenizer.token_bytes(),
+        documents=cfg.data.documents,
+        micro_batch=cfg.train.micro_batch_size,
+        max_samples=cfg.eval.max_samples,
+    )
+
+
+def recorder_of(
+    rank: RunContext, corpora: Corpora, ears: Callbacks, *, parameters: int
+) -> Recorder:
+    """The books of metrics.jsonl; what the run runs on goes to the events, too. All ranks at the same time."""
+    cfg, mesh = rank.cfg, rank.mesh
+    peak = peak_of(rank.device, _DTYPES[cfg.engine.precision])
+    full, causal = (
+        flops_per_token(
+            cfg.model,
+            seq_len=cfg.train.seq_len,
+            vocab_size=cfg.model.vocab_size or corpora.manifest.tokenizer.vocab_size,
+            causal=causal,
+        )
+        for causal in (False, True)
+    )
+    facts = environment(mesh.world, rank.device, engine=cfg.engine.kind, peak=peak)
+    facts["parallel"] = layout(cfg, mesh)
+    facts["FLOPs per token"] = f"{full:,.0f} (full, used for MFU); {causal:,.0f} (causal)"
+    rank.write_event("environment", parameters=parameters, **facts)
+
+    def mfu_at(tokens_per_s: float) -> float | None:
+        if peak.flops_per_s is None:
+            return None
+        return tokens_per_s * full / (peak.flops_per_s * mesh.world.size)
+
+    return Recorder(
+        ears.recorded,
+        seq_len=cfg.train.seq_len,
+        max_skips=cfg.optim.max_nonfinite_steps,
+        mfu_at=mfu_at,
+    )
+
+
+def trace_of(
+    rank: RunContext,
+    corpora: Corpora,
+    state: TrainState,
+    *,
+    attempt: int,
+    ears: Callbacks,
+    stack: contextlib.ExitStack,
+) -> Trace | None:
+    """Where this rank writes its samples, with data.trace; of a tp group only the first rank has one."""
+    if not rank.cfg.data.trace or rank.mesh.tp_rank != 0:
+        return None
+    mine = rank.folder.trace(rank.mesh.world.rank)
+    if rank.is_root:  # files of ranks that wrote in an earlier attempt and do not in this one
+        writers = range(0, rank.mesh.world.size, rank.mesh.tp_size)
+        for number in set(_ranks_traced(mine.parent)).difference(writers):
+            cut_after(rank.folder.trace(number), state.step).close()
+    file = stack.enter_context(cut_after(mine, state.step))
+    ears.files.append(file)
+    order = build_order(rank.cfg, corpora.train, streams=state.streams)
+    return Trace(file, attempt, order, corpora.train.dtype)
+
+
+def _ranks_traced(folder: Path) -> list[int]:
+    names = (path.name for path in folder.glob("rank-*.jsonl"))
+    return [int(name.removeprefix("rank-").removesuffix(".jsonl")) for name in names]
+
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    cfg: RunConfig,
+    world: World,
+    stop: StopRequest,
+    *,
+    folder: RunFolder,
+    events: EventLog | None,
+    pulse: RankProgress,
+) -> ExitCode:
+    """Open the corpora, meet the other ranks, train. Raises LmscaleError with what to do."""
+    corpora = open_corpora(cfg, world_size=world.size)
+    device = choose_device(world)
+    # Refuses kernels whose sums depend on timing; the CPU kernels used here are deterministic anyway.
+    torch.use_deterministic_algorithms(cfg.train.deterministic)
+    with distributed(world, device=device):
+        pulse.tick("load")
+        mesh = make_mesh(cfg.parallel, world, device.type)
+        rank = RunContext(cfg, mesh, device, folder, events, pulse)
+        try:
+            return _train(rank, corpora, stop)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise explained(cfg, error) from error
+            raise
+
+
+def _train(rank: RunContext, corpora: Corpora, stop: StopRequest) -> ExitCode:
+    cfg = rank.cfg
+    source = rank.on_root(lambda: choose(rank))
+    state = resumed_state(source, cfg)
+    same = run_identity(cfg, corpora, streams=state.streams)
+    if source is not None:
+        check_identity(cfg, source.body, same)
+        if source.step >= (steps := _total_steps(cfg, corpora, state)):
+            return _nothing_left(rank, source, steps)
+    rank.on_root(lambda: write_config(rank.folder, cfg))
+    _say_waste(rank)
+    model = model_of(cfg, corpora.manifest.tokenizer.vocab_size)
+    parameters = num_parameters(model).total
+    engine = build_engine(cfg, model, rank.mesh, rank.device)
+    attempt = AttemptStart(rank)
+    source = attempt.begin(engine, source, placement=placement_facts(rank), same=same)
+    state = resumed_state(source, cfg)
+    note_changes(state, source, same)
+    steps = _total_steps(cfg, corpora, state)
+    _say_begin(rank, attempt, source, total_steps=steps)
+    own_step = source.step if source is not None and not source.foreign else None
+    saver = Saver(
+        rank,
+        engine,
+        attempt=attempt.number,
+        body=checkpoint_body(rank, same, state),
+        newest_step=own_step,
+    )
+    with contextlib.ExitStack() as stack:
+        # Lines are cut as close to this look as can be: a start that was asleep must not cut its heir's.
+        rank.on_root(lambda: check_not_overtaken(rank.folder, attempt.number))
+        ears = stack.enter_context(open_callbacks(rank, total_steps=steps, from_step=state.step))
+        loop = TrainLoop(
+            rank=rank,
+            engine=engine,
+            loader=loader_of(rank, corpora, state, mesh_share=True),
+            state=state,
+            total_steps=steps,
+            recorder=recorder_of(rank, corpora, ears, parameters=parameters),
+            layers=LayerStats(rank, engine, ears.layers),
+            scale=LossScaleRecorder(rank, engine),
+            replicas=Replicas(rank, engine),
+            validation=validation_of(rank, corpora),
+            saver=saver,
+            stop=stop,
+            ears=ears,
+            trace=trace_of(rank, corpora, state, attempt=attempt.number, ears=ears, stack=stack),
+            profile=stack.enter_context(profile_of(rank)),
+        )
+        return _to_the_end(loop, corpora, counted=loader_of(rank, corpora, state, mesh_share=False))
+
+
+def _to_the_end(loop: TrainLoop, corpora: Corpora, *, counted: Loader) -> ExitCode:
+    code = loop.fit()
+    if loop.state.step >= loop.total_steps:
+        code = finish(loop, corpora, counted=counted)
+    farewell(loop, code)
+    # Together: mpirun kills within 0.3 s whoever is left when one rank has ended with another code than 0.
+    loop.rank.on_root(lambda: None)
+    return code
+
+
+def _total_steps(cfg: RunConfig, corpora: Corpora, state: TrainState) -> int:
+    samples = corpora.train.num_samples
+    return total_steps(cfg, lambda: samples, step=state.step, position=state.position)
+
+
+def _nothing_left(rank: RunContext, source: ResumePoint, steps: int) -> ExitCode:
+    """A checkpoint of the last step: of this run, then it is finished; of another, then it is a mistake."""
+    if source.foreign:
+        fact = f"{source.path} stands at step {source.step}, the last of this run's {steps}"
+        hint = "raise train.steps with train.allow_change='[train.steps]'"
+        raise ConfigError([Problem("train.resume", fact, hint)])
+    log.info(
+        "finished: %s stands at step %d of %d. Its report: %s. To train on, raise train.steps with "
+        "train.allow_change='[train.steps]'", rank.folder.path, source.step, steps, rank.folder.report,
+    )  # fmt: skip
+    return ExitCode.DONE
+
+
+def _say_begin(
+    rank: RunContext, attempt: AttemptStart, source: ResumePoint | None, *, total_steps: int
+) -> None:
+    step = source.step if source else 0
+    if source:
+        log.info("going on from step %d (%s) as attempt %d", step, source.path.name, attempt.number)
+    rank.write_event("attempt", attempt=attempt.number, from_step=step, total_steps=total_steps)
+
+
+def _say_waste(rank: RunContext) -> None:
+    train, mesh = rank.cfg.train, rank.mesh
+    wasted = wasted_frac(train.global_batch_size, mesh.dp_size, train.micro_batch_size)
+    if wasted:
+        log.info(
+            "%.1f %% of the rows computed are masked: train.global_batch_size=%d on %d ranks in micro-batches of %d",
+            100 * wasted, train.global_batch_size, mesh.dp_size, train.micro_batch_size,
+        )  # fmt: skip
