@@ -15,8 +15,8 @@ from lmscale.base.fs import storage_error
 
 VERBS = {
     "train": ("lmscale.train.main", "main"),
-    "eval": ("lmscale.train.commands", "main"),
-    "generate": ("lmscale.train.commands", "main"),
+    "eval": ("lmscale.train.commands", "eval_main"),
+    "generate": ("lmscale.train.commands", "generate_main"),
     "prepare": ("lmscale.prepare.command", "prepare_main"),
     "probe": ("lmscale.distributed.probe", "main"),
 }

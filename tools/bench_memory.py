@@ -156,7 +156,8 @@ def page(found: list[dict[str, Any]]) -> list[str]:
         "# Memory of a rank",
         "Written by `tools/bench_memory.py`. Kilobytes of the fullest rank in real engines over gloo, and in brackets "
         "what was measured over what `lmscale plan` says (lmscale_launcher.planner). Parameters, "
-        "gradients (when the update is made) and optimizer state (with fp32 masters where weights are lower) are storages; saved activations are "
+        "gradients (when the update is made) and optimizer state (with fp32 masters where weights are lower) are "
+        "storages; saved activations are "
         "what the decoder's forward leaves for the backward, by the hooks of saved tensors; the peak is the most that "
         "a whole step has allocated at once, from the profiler's memory events.",
         f"The model: {shape}, vocabulary {VOCAB}; {ROWS} x {LENGTH} tokens a step on each data-parallel rank.",

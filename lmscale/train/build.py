@@ -123,7 +123,7 @@ def recorder_of(
     return Recorder(
         ears.recorded,
         seq_len=cfg.train.seq_len,
-        max_skips=cfg.optim.max_nonfinite_steps,
+        max_nonfinite_steps=cfg.optim.max_nonfinite_steps,
         mfu_at=mfu_at,
     )
 

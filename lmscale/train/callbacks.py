@@ -51,12 +51,12 @@ class Recorder:
         listeners: Sequence[Callable[[Line], object]],
         *,
         seq_len: int,
-        max_skips: int,
+        max_nonfinite_steps: int,
         mfu_at: Callable[[float], float | None],
     ) -> None:
         self._listeners = listeners
         self._seq_len = seq_len
-        self._max_skips = max_skips
+        self._max_nonfinite_steps = max_nonfinite_steps
         self._mfu_at = mfu_at
         self._pending: _Pending | None = None
         self._since = time.perf_counter()
@@ -81,7 +81,7 @@ class Recorder:
         self._since = now
 
     def flush(self) -> None:
-        """Write the line that is still owed. Raises Diverged after more than max_skips skips in a row."""
+        """Write the line that is still owed. Raises Diverged after more than max_nonfinite_steps skips in a row."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -92,11 +92,11 @@ class Recorder:
         self._before = pending.position
         for listener in self._listeners:
             listener(line)
-        if self.skipped > self._max_skips:
+        if self.skipped > self._max_nonfinite_steps:
             raise Diverged(
                 f"step {pending.step}: gradient norm {pending.result.grad_norm.item()} and loss "
                 f"{pending.result.loss.item()} are not finite ({self.skipped} in a row, optim.max_nonfinite_steps is "
-                f"{self._max_skips}); the update was not applied. Lower optim.lr, lengthen "
+                f"{self._max_nonfinite_steps}); the update was not applied. Lower optim.lr, lengthen "
                 "optim.warmup_steps or set optim.max_grad_norm, then start again: it goes on from the newest checkpoint"
             )
 

@@ -23,8 +23,8 @@ def explained(cfg: RunConfig, error: BaseException) -> ConfigError:
     levers = []
     if cfg.train.micro_batch_size > 1:
         levers.append(
-            f"train.micro_batch_size={max(1, cfg.train.micro_batch_size // 2)} (now {cfg.train.micro_batch_size}): the same "
-            "losses, for the global batch stays"
+            f"train.micro_batch_size={max(1, cfg.train.micro_batch_size // 2)} "
+            f"(now {cfg.train.micro_batch_size}): the losses stay the same"
         )
     levers += [*_recompute(cfg), *_split(cfg)]
     levers.append(

@@ -162,7 +162,9 @@ def test_a_rank_becomes_the_rank_program_unless_nproc_is_given(
         raise Became(verb, argv, env["RANK"])
 
     monkeypatch.setattr(train_module, "hand_off", became)
-    monkeypatch.setattr(train_module, "supervise", lambda job: list(job.command)[4:])
+    monkeypatch.setattr(
+        "lmscale_launcher.supervisor.supervisor.supervise", lambda job: list(job.command)[4:]
+    )
     monkeypatch.chdir(folder)
     for name in ("LMSCALE_START", "LMSCALE_NODES", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)

@@ -92,7 +92,7 @@ standings = st.builds(
 @given(found=st.lists(standings, max_size=6), width=st.integers(20, 160))
 @pytest.mark.parametrize("colour", [False, True])
 def test_nothing_is_wider_than_the_terminal(
-    found: list[RunStatus], hidden_size: int, colour: bool
+    found: list[RunStatus], width: int, colour: bool
 ) -> None:
     for line in table(found, width=width, colour=colour):
         bare = re.sub(r"\x1b\[\d+m", "", line)

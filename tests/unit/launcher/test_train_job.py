@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in list(os.environ):
         if name.startswith(("LMSCALE_", "RANK", "WORLD_SIZE", "SLURM", "OMPI_", "PMIX")):
             monkeypatch.delenv(name)
-    monkeypatch.setattr(train_module, "supervise", lambda job: job)
+    monkeypatch.setattr("lmscale_launcher.supervisor.supervisor.supervise", lambda job: job)
     return tmp_path
 
 
@@ -72,7 +72,7 @@ def test_a_template_tells_the_rest(folder: Path, monkeypatch: pytest.MonkeyPatch
         job.stage is not None and "lmscale_launcher.stage" in job.stage and "run.yaml" in job.stage
     )
     monkeypatch.setenv("LMSCALE_DEADLINE", "soon")
-    monkeypatch.setattr(train_module, "excuse", lambda job, error: error)
+    monkeypatch.setattr("lmscale_launcher.supervisor.supervisor.excuse", lambda job, error: error)
     assert "LMSCALE_DEADLINE" in str(train_module.train("run.yaml", ["cluster.nodes=2"], 2))
 
 

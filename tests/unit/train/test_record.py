@@ -14,7 +14,9 @@ def result(loss: float, *, applied: bool = True) -> StepResult:
 
 
 def recorder(lines: list[Line], *, max_nonfinite_steps: int = 0) -> Recorder:
-    made = Recorder([lines.append], seq_len=4, max_skips=max_skips, mfu_at=lambda rate: None)
+    made = Recorder(
+        [lines.append], seq_len=4, max_nonfinite_steps=max_nonfinite_steps, mfu_at=lambda rate: None
+    )
     made.resume(position=0, updates=0, skipped=0)
     return made
 
@@ -46,7 +48,7 @@ def test_a_pause_is_left_out_of_the_speed() -> None:
 
 def test_not_finite_is_null_and_diverges_after_the_allowed_skips() -> None:
     lines: list[Line] = []
-    record = recorder(lines, max_skips=1)
+    record = recorder(lines, max_nonfinite_steps=1)
     record.note(step=1, position=8, lr=0.1, result=result(math.nan, applied=False))
     record.note(step=2, position=16, lr=0.1, result=result(1.0))
     assert lines[-1]["loss"] is None
