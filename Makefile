@@ -50,12 +50,12 @@ WORKERS := --dist loadfile -n
 test: setup
 	@echo LMSCALE_TEST_SEED=$(LMSCALE_TEST_SEED)
 	$(BIN)/pytest $(WORKERS) 3 tests/unit tests/e2e --durations=15
-	$(BIN)/pytest tests/arch tests/dist --durations=15
+	$(BIN)/pytest tests/arch tests/distributed tests/gradients --durations=15
 
 test-long: setup
 	@echo LMSCALE_TEST_SEED=$(LMSCALE_TEST_SEED)
 	$(BIN)/pytest -m 'slow and not gpu and not cluster' $(WORKERS) 2 tests/unit tests/e2e --durations=15
-	$(BIN)/pytest -m 'slow and not gpu and not cluster' tests/dist --durations=15
+	$(BIN)/pytest -m 'slow and not gpu and not cluster' tests/distributed tests/gradients --durations=15
 
 # A real Slurm cluster of four nodes on this machine: needs root and the packages that README.md names.
 test-cluster: setup

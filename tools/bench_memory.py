@@ -14,17 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dist"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lmscale_launcher.planner.memory_estimate import MeshSizes, held_by
 from memory_probe import LENGTH, MODEL, ROWS, VOCAB, Setting, held
-from pool import CaseFailed, Pool
 from results import facts, provenance, table, write_page
 
 from lmscale.config.schema import ModelConfig
 from lmscale.modelspec.activations import Work, activation_bytes, block_bytes, modes_of
 from lmscale.modelspec.parameters import parameters
+from lmscale_launcher.planner.memory_estimate import MeshSizes, held_by
+from tests.support.rank_pool import CaseFailed, Pool
 
 DEADLINE_S = 600.0
 WITHIN = {"parameters": 0.05, "gradients": 0.05, "optimizer": 0.05, "saved": 0.15}

@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from results import ROOT, provenance
-from small_job import LMSCALE, clean_env
+
+from tests.support.jobs import LMSCALE, clean_env
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

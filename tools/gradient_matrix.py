@@ -7,7 +7,7 @@ them. A line counts for the code that computes (`digest`): a change there begins
 its line, lmscale/config/proven.json is written, by which the config check decides; docs/gradients.md is written always.
 
 --only WORDS   run the cases that have all these words ("hsdp bf16"), or the one that they name; write nothing
---mutations    plant every bug of tests/dist/gradient_mutations.py and print which case of the pairs catches it
+--mutations    plant every bug of tests/gradients/mutations.py and print which case of the pairs catches it
 """
 
 import argparse
@@ -20,19 +20,19 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "dist"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pool
 import torch
-from gradient_case import GradientCase, by_world
-from gradient_cover import triples
-from gradient_errors import verdict
-from gradient_mutations import BUGS, caught_by
-from gradient_page import page, write_proven
-from gradient_run import on_ranks, one_process
-from pool import CaseFailed, Pool
 from results import PRODUCT, ROOT, Line, Results, code_of, write_page
+
+from tests.gradients.case import GradientCase, by_world
+from tests.gradients.cover import triples
+from tests.gradients.errors import verdict
+from tests.gradients.mutations import BUGS, caught_by
+from tests.gradients.page import page, write_proven
+from tests.gradients.run import on_ranks, one_process
+from tests.support import rank_pool as pool
+from tests.support.rank_pool import CaseFailed, Pool
 
 ROOMS = (
     "batch.py",

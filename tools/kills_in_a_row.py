@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 from results import ROOT, facts, provenance, table, write_page
-from small_job import Job, descendants, prepare_corpus, rank_pids, small_run, wait_until
 from small_jobs import start
 from strike import abandoned, kill_all, shared_memory
+
+from tests.support.jobs import Job, descendants, prepare_corpus, rank_pids, small_run, wait_until
 
 WITHIN_S = 15.0  # to be training again, with the smoke model on two cores
 STEPS = 100_000  # never reached

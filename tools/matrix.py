@@ -20,12 +20,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import judge
 from results import ROOT, Line, Results, facts, provenance, sources, table, write_page
-from small_job import Job, processes_of, small_run
 from small_jobs import ENGINES, SharedJobs, plan_rows
+
+from tests.support.jobs import Job, processes_of, small_run
 
 STEPS, SAVED_AT, BATCH = 12, 6, 8
 RANKS = (1, 2, 3)  # 8 samples do not divide by 3: fillers

@@ -1,4 +1,4 @@
-"""What one rank really holds, in bytes: run on the ranks of a pool (tests/dist/pool.py) for bench_memory.py."""
+"""What one rank really holds, in bytes: run on the ranks of a pool (tests/support/rank_pool.py) for bench_memory.py."""
 
 import gc
 from collections.abc import Iterable, Iterator

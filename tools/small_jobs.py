@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from small_job import LMSCALE, Job, clean_env, lmscale, prepare_corpus
+from tests.support.jobs import LMSCALE, Job, clean_env, lmscale, prepare_corpus
 
 ENGINES: dict[str, dict[str, Any]] = {
     "fsdp": {"kind": "fsdp"},

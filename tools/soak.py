@@ -17,14 +17,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import judge
 from kills import IN_PLACE, MOMENTS, VICTIMS, Trial, in_words, plan_trial
 from results import ROOT, Line, Results, facts, provenance, sources, table, write_page
-from small_job import Job, lmscale, small_run
 from small_jobs import ENGINES, SharedJobs, plan_rows
 from strike import Struck, Usual, abandoned, kill_all, shared_memory
+
+from tests.support.jobs import Job, lmscale, small_run
 
 STEPS = 60
 BATCH = 8  # small_run's global_batch

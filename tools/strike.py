@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kills import IN_PLACE, Kill, Trial
-from small_job import Job, descendants, processes_of, rank_pids
 from small_jobs import Started, start
+
+from tests.support.jobs import Job, descendants, processes_of, rank_pids
 
 KILLED = 128 + signal.SIGKILL
 GONE_S, HANG_S = 20.0, 150.0

@@ -210,7 +210,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Say what this machine and its cluster can run, and what to do about the rest."""
-    from lmscale_launcher.doctor.findings import doctor as run_doctor
+    from lmscale_launcher.doctor.doctor import doctor as run_doctor
 
     raise typer.Exit(run_doctor(cluster=cluster, as_json=as_json, nodes=nodes or 0))
 

@@ -27,7 +27,7 @@ from lmscale.config import rules as checks
 from lmscale.config.identity import total_steps
 from lmscale.config.run_file import load
 from lmscale.config.schema import RunConfig
-from lmscale_launcher.planner.facts import standing
+from lmscale_launcher.planner.planned_resume import standing
 
 if TYPE_CHECKING:  # it loads numpy
     from lmscale.corpus.staging import Staged

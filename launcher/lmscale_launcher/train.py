@@ -19,7 +19,7 @@ from lmscale_launcher.rank_mode import rank_env
 from lmscale_launcher.resume_checks import farewell, finished, missing
 
 if TYPE_CHECKING:
-    from lmscale_launcher.supervisor.supervisor import SupervisorJob
+    from lmscale_launcher.supervisor.context import SupervisorJob
 
 
 def train(source: str, overrides: Sequence[str], nproc: int | None) -> int:
@@ -62,9 +62,9 @@ def _job(source: str, overrides: Sequence[str]) -> "SupervisorJob":
         staging = stage.command(
             source, overrides=overrides, node=node, nodes=nodes, ranks_per_node=num_ranks
         )
+    from lmscale_launcher.supervisor.context import SupervisorJob
     from lmscale_launcher.supervisor.rank_process import NodeTopology
-    from lmscale_launcher.supervisor.supervisor import SupervisorJob
-    from lmscale_launcher.supervisor.watchdog import StallLimits
+    from lmscale_launcher.supervisor.stall import StallLimits
 
     return SupervisorJob(
         command=command("train", [source, *overrides]),
@@ -85,8 +85,8 @@ def _job(source: str, overrides: Sequence[str]) -> "SupervisorJob":
 
 def _stub(own: tuple[int, int, str | None], num_ranks: int) -> "SupervisorJob":
     """A job without a run: enough to meet the other nodes and part from them."""
+    from lmscale_launcher.supervisor.context import SupervisorJob
     from lmscale_launcher.supervisor.rank_process import NodeTopology
-    from lmscale_launcher.supervisor.supervisor import SupervisorJob
 
     return SupervisorJob(
         command=(),

@@ -118,7 +118,7 @@ def _axes_of_the_engine(cfg: RunConfig) -> Iterator[Problem]:
     kind = cfg.engine.kind
     if kind == "fsdp":
         return
-    for name, default in (("shard", "auto"), ("replicate", 1)):
+    for name, default in (("dp_shard", "auto"), ("dp_replicate", 1)):
         if getattr(cfg.parallel, name) != default:
             fact = f"engine.kind {kind} uses all data-parallel ranks; only fsdp reads this key"
             hint = f"leave it at {default}, or set engine.kind=fsdp"

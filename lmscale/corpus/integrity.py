@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lmscale.base.errors import LmscaleError
+from lmscale.corpus.checked_files import CheckedFiles
 from lmscale.corpus.manifest import (
     MANIFEST_NAME,
     Collection,
@@ -20,7 +21,7 @@ from lmscale.corpus.manifest import (
     kind_of,
     tokenizer_path,
 )
-from lmscale.corpus.reader import CheckedFiles, ChunkReader
+from lmscale.corpus.reader import ChunkReader
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 

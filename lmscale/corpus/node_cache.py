@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from lmscale.base.errors import ConfigError, DataError, LmscaleError, Problem
+from lmscale.corpus.checked_files import ByteRange, Bytes, CheckedFiles
 from lmscale.corpus.manifest import Manifest
-from lmscale.corpus.reader import ByteRange, Bytes, CheckedFiles
 from lmscale.corpus.shard_format import (
     BLOCK_BYTES,
     ChunkIndex,

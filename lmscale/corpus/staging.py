@@ -20,6 +20,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from lmscale.corpus.checked_files import CheckedFiles
 from lmscale.corpus.manifest import Manifest
 from lmscale.corpus.node_cache import (
     chunk_path,
@@ -33,7 +34,7 @@ from lmscale.corpus.node_cache import (
     trailer_bytes,
 )
 from lmscale.corpus.order import Ints
-from lmscale.corpus.reader import CheckedFiles, ChunkReader
+from lmscale.corpus.reader import ChunkReader
 from lmscale.corpus.shard_format import START_BYTES
 
 _POLL_S = 0.1

@@ -25,7 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from lmscale.base.batch import Stream
 from lmscale.base.errors import ConfigError, Problem
-from lmscale.model.layers import Dropout, at_least_fp32
+from lmscale.model.dropout import Dropout, at_least_fp32
 from lmscale.modelspec.spec import Architecture
 
 # Versions of a function that one run may need, each compiled for seconds: a mode of checkpointing x training, a

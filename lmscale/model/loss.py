@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmscale.base.batch import Sums
-from lmscale.model.layers import at_least_fp32
+from lmscale.model.dropout import at_least_fp32
 
 # Logits of one chunk: 16 MiB of fp32 stay near the cache of a CPU; a GPU wants large products.
 _CHUNK_LOGITS = {"cpu": 1 << 22}

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lmscale.base.batch import Batch, Stream, Sums
 from lmscale.model.attention import AttentionContext
-from lmscale.model.layers import Block, Dropout, at_least_fp32, make_norm
+from lmscale.model.dropout import Dropout, at_least_fp32
+from lmscale.model.layers import Block, make_norm
 from lmscale.model.loss import cross_entropy
 from lmscale.modelspec.spec import Architecture
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from lmscale.base.batch import Batch, Sums
 from lmscale.distributed.mesh import Mesh
-from lmscale.model.layers import at_least_fp32
+from lmscale.model.dropout import at_least_fp32
 from lmscale.model.loss import cross_entropy
 from lmscale.model.tp_plan import PLAN, REGIONS, Cut, cut_dim
 from lmscale.parallel.blocks import set_forward

@@ -17,7 +17,8 @@ from lmscale.base.errors import ExitCode, LmscaleError, UsageError
 from lmscale.base.units import parse_count, parse_percent, show_bytes, show_count, show_seconds
 from lmscale.prepare.cuts import HELDOUT, TRAIN
 from lmscale.prepare.options import PrepareOptions
-from lmscale.prepare.run import PrepareProgress, Summary, prepare
+from lmscale.prepare.run import Summary, prepare
+from lmscale.prepare.stages import PrepareProgress
 
 
 def prepare_main(argv: Sequence[str]) -> int:

@@ -7,104 +7,32 @@
 Slices follow from the input, cuts from the ids, shards from the cuts: never from the workers.
 """
 
+import hashlib
+import json
+import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
+import lmscale
 from lmscale.base.errors import ConfigError, DataError, UsageError
-from lmscale.corpus.manifest import MANIFEST_NAME, Collection, Manifest
-from lmscale.corpus.shard_format import DTYPES, dtype_for
-from lmscale.prepare.cuts import cut
+from lmscale.corpus.manifest import MANIFEST_NAME, Collection, Manifest, digest_of, tokenizer_entry
+from lmscale.corpus.shard_format import DTYPES, ShardEntry, dtype_for, num_chunks
+from lmscale.prepare.cuts import HELDOUT, TRAIN, Cuts, cut
 from lmscale.prepare.documents import sample
-from lmscale.prepare.inputs import Slice, discover, slices
+from lmscale.prepare.inputs import InputFile, Slice, discover, slices
 from lmscale.prepare.options import PrepareOptions
-from lmscale.prepare.scratch import (
-    SCRATCH_NAME,
-    Scratch,
-    check_same,
-    claim,
-    combined,
-    disk,
-    scratch_of,
-)
-from lmscale.prepare.tokenize import SliceResult, finished_slice, write_part
-from lmscale.prepare.workers import Job, run_all
+from lmscale.prepare.scratch import SCRATCH_NAME, Scratch, disk, read_json, write_json
+from lmscale.prepare.stages import PrepareProgress, PrepareRun, ProgressCallback, stage
+from lmscale.prepare.tokenize import SliceResult, finished_slice
+from lmscale.prepare.workers import finished_shard
 from lmscale.tokenizer.tokenizer import Tokenizer
 from lmscale.tokenizer.training import bytes_tokenizer, train_bpe
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareProgress:
-    """Where a run stands, what earlier runs did included."""
-
-    stage: str  # "check input" | "train tokenizer" | "tokenize" | "write train" | "write heldout"
-    done: int  # bytes of this stage
-    total: int
-
-
-ProgressCallback = Callable[[PrepareProgress], None]
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareRun:
-    """What all stages of one run share."""
-
-    out: Path
-    scratch: Scratch
-    options: PrepareOptions
-    work: list[Slice]
-    progress: ProgressCallback
-    lock: int  # descriptor; workers hold it too, so that no later run meets an orphan
-
-    @property
-    def input_bytes(self) -> int:
-        """Size of the input on disk."""
-        return sum(each.size for each in self.work)
-
-    def stage(
-        self, name: str, jobs: Sequence[tuple[Job, int]], *, total: int
-    ) -> Iterator[tuple[int, Any]]:
-        """Do jobs given with their bytes; yields (number, result). `total` counts earlier runs' jobs too."""
-        return stage(
-            name,
-            jobs,
-            total=total,
-            workers=self.options.num_workers,
-            progress=self.progress,
-            keep_open=(self.lock,),
-        )
-
-
-def stage(
-    name: str,
-    jobs: Sequence[tuple[Job, int]],
-    *,
-    total: int,
-    workers: int,
-    progress: ProgressCallback,
-    keep_open: Sequence[int] = (),
-) -> Iterator[tuple[int, Any]]:
-    """Do jobs given with their bytes, yielding (number, result) in any order."""
-    done = total - sum(size for _, size in jobs)
-    running: dict[int, int] = {}
-
-    def tell() -> None:
-        progress(PrepareProgress(name, min(total, done + sum(running.values())), total))
-
-    def report(number: int, consumed: int) -> None:
-        running[number] = min(consumed, jobs[number][1])
-        tell()
-
-    tell()
-    plain = [job for job, _ in jobs]
-    for number, result in run_all(plain, workers=workers, report=report, keep_open=keep_open):
-        running.pop(number, None)
-        done += jobs[number][1]
-        tell()
-        yield number, result
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,3 +147,139 @@ def _tokenize(run: PrepareRun, tokenizer: Tokenizer) -> list[SliceResult]:
     finished = [result for _, result in sorted(results.items()) if result is not None]
     assert len(finished) == len(run.work), "a worker said that its slice is finished"
     return finished
+
+
+log = logging.getLogger(__name__)
+
+
+def check_same(
+    out: Path,
+    work: Sequence[Slice],
+    made_from: dict[str, Any],
+    *,
+    workers: int,
+    progress: ProgressCallback,
+) -> None:
+    """Raise UsageError unless a finished OUT was made from this very input with these options.
+
+    Reads all input once: content counts, not names or times.
+    """
+    source = Collection.load(out).source
+    other = [key for key, value in made_from.items() if source.get(key) != value]
+    if other:
+        facts = ", ".join(f"{key} {source.get(key)!r}, now {made_from[key]!r}" for key in other)
+        raise UsageError(
+            f"{out} holds a finished corpus made with other options ({facts}); "
+            "choose another OUT, or delete this one"
+        )
+    jobs = [({"call": "digest", "slice": each.as_json()}, each.size) for each in work]
+    total = sum(size for _, size in jobs)
+    found = dict(stage("check input", jobs, total=total, workers=workers, progress=progress))
+    if combined(found[number] for number in range(len(jobs))) != source.get("input"):
+        raise UsageError(
+            f"{out} holds a finished corpus made from other input; "
+            "choose another OUT, or delete this one"
+        )
+
+
+def scratch_of(out: Path) -> Scratch:
+    """The scratch folder of an OUT that is new, empty or left by a killed run. Raises UsageError for any other."""
+    scratch = Scratch(out / SCRATCH_NAME)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; choose a new folder as OUT")
+    if out.is_dir() and not scratch.path.is_dir() and any(out.iterdir()):
+        raise UsageError(
+            f"{out} is not empty and holds no unfinished corpus; choose a new folder as OUT"
+        )
+    scratch.path.mkdir(parents=True, exist_ok=True)
+    return scratch
+
+
+def claim(scratch: Scratch, sources: Sequence[InputFile], made_from: dict[str, Any]) -> None:
+    """Keep what an earlier run of the same job left, drop anything else.
+
+    Stricter than check_same, because nothing is read: a file that was only touched counts as changed.
+    """
+    listing = json.dumps([asdict(source) for source in sources]).encode()
+    job = {
+        **made_from,
+        "sources": hashlib.sha256(listing).hexdigest(),
+        "versions": [lmscale.__version__, tokenizers.__version__],
+    }
+    left = read_json(scratch.job)
+    if left == job:
+        log.info("going on where an earlier run stopped")
+        return
+    if left is not None:
+        log.info("input or options have changed since an unfinished run: starting anew")
+    for part in (TRAIN, HELDOUT):  # before job.json goes, so that a kill here is seen again
+        shutil.rmtree(scratch.path.parent / part, ignore_errors=True)
+    scratch.clear()
+    scratch.slices.mkdir()
+    write_json(scratch.job, job)
+
+
+def combined(digests: Iterable[str]) -> str:
+    """One digest of the input from those of its slices, in order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+_TOKENIZER_NAME = "tokenizer.json"
+
+
+def write_part(run: PrepareRun, cuts: Cuts, part: str, tokenizer: Tokenizer) -> str:
+    """Make OUT/PART a whole corpus; returns its manifest's digest."""
+    final = run.out / part
+    if final.exists():  # an earlier run came that far: only whole parts are moved there
+        return digest_of(final)
+    folder, size = run.scratch.part(part), cuts.sizes[part]
+    folder.mkdir(exist_ok=True)
+    shards = _shards(run, cuts, part, tokenizer)
+    tokenizer.save(folder / _TOKENIZER_NAME)
+    entry = tokenizer_entry(
+        folder / _TOKENIZER_NAME,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        special=tokenizer.special.as_dict(),
+    )
+    manifest = Manifest(
+        dtype=dtype_for(tokenizer.vocab_size),
+        chunk_tokens=run.options.chunk_tokens,
+        tokens=size.tokens,
+        documents=size.documents,
+        text_bytes=size.text_bytes,
+        tokenizer=entry,
+        shards=tuple(shards),
+    )
+    digest = manifest.save(folder)
+    folder.rename(final)
+    return digest
+
+
+def _shards(run: PrepareRun, cuts: Cuts, part: str, tokenizer: Tokenizer) -> list[ShardEntry]:
+    options, tokens = run.options, cuts.sizes[part].tokens
+    run.scratch.shard_entry(part, 0).parent.mkdir(exist_ok=True)
+    entries = {}
+    missing = []
+    for shard in range(-(-num_chunks(tokens, options.chunk_tokens) // options.shard_chunks)):
+        known = read_json(run.scratch.shard_entry(part, shard))
+        if entry := finished_shard(known, run.scratch.part(part)):
+            entries[shard] = entry
+        else:
+            missing.append(shard)
+    plain = {
+        "call": "shard",
+        "scratch": str(run.scratch.path),
+        "part": part,
+        "chunk_tokens": options.chunk_tokens,
+        "shard_chunks": options.shard_chunks,
+        "vocab_size": tokenizer.vocab_size,
+    }
+    item = DTYPES[dtype_for(tokenizer.vocab_size)].itemsize
+    whole = options.chunk_tokens * options.shard_chunks
+    jobs = [
+        ({**plain, "shard": shard}, min(whole, tokens - shard * whole) * item) for shard in missing
+    ]
+    for number, entry in run.stage(f"write {part}", jobs, total=tokens * item):
+        entries[missing[number]] = ShardEntry(**entry)
+    return [entries[shard] for shard in sorted(entries)]

@@ -5,6 +5,7 @@ Builds one rank's parts, floor by floor, and runs the loop to its end.
 
 import contextlib
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from lmscale.base.errors import ConfigError, ExitCode, Problem
 from lmscale.base.world import World
 from lmscale.config.identity import total_steps
+from lmscale.config.run_file import dump
 from lmscale.config.schema import RunConfig
 from lmscale.corpus.order import wasted_frac
 from lmscale.data.loader import Loader, RankShare
@@ -34,7 +36,6 @@ from lmscale.train.evaluation import Validation
 from lmscale.train.finish import farewell, finish
 from lmscale.train.layer_stats import LayerStats, LossScaleRecorder
 from lmscale.train.loop import Trace, TrainLoop
-from lmscale.train.main import write_config
 from lmscale.train.out_of_memory import explained, is_out_of_memory
 from lmscale.train.profile import profile_of
 from lmscale.train.replicas import Replicas
@@ -282,3 +283,11 @@ def _say_waste(rank: RunContext) -> None:
             "%.1f %% of the rows computed are masked: train.global_batch_size=%d on %d ranks in micro-batches of %d",
             100 * wasted, train.global_batch_size, mesh.dp_size, train.micro_batch_size,
         )  # fmt: skip
+
+
+def write_config(folder: RunFolder, cfg: RunConfig) -> None:
+    """The resolved run file, written whole or not at all."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    scratch = folder.config.with_suffix(f".{os.getpid()}.tmp")
+    scratch.write_text(dump(cfg), encoding="utf-8")
+    scratch.replace(folder.config)

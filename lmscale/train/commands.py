@@ -124,7 +124,7 @@ def _engine(cfg: RunConfig) -> dict[str, Any]:
 
 def _parallel(cfg: RunConfig, ranks: int) -> dict[str, Any]:
     """The run's tensor parallelism where the ranks make up whole groups of it, else none."""
-    changed: dict[str, Any] = {"shard": "auto", "replicate": 1}
+    changed: dict[str, Any] = {"dp_shard": "auto", "dp_replicate": 1}
     tp = cfg.parallel.tp
     if ranks % tp:
         log.info("trained with parallel.tp=%d, scoring on %d rank(s) with tp=1", tp, ranks)

@@ -11,8 +11,7 @@ from lmscale.base import log as logs
 from lmscale.base.errors import ConfigError, ExitCode, LmscaleError
 from lmscale.base.world import World
 from lmscale.config import rules as checks
-from lmscale.config.run_file import dump, load
-from lmscale.config.schema import RunConfig
+from lmscale.config.run_file import load
 from lmscale.distributed.mpi_rendezvous import meet
 from lmscale.run_folder.events import EventLog, start_name
 from lmscale.run_folder.liveness import begin
@@ -74,14 +73,6 @@ def by_hand(world: World, env: Mapping[str, str]) -> bool:
     # Ranks of mpirun have named the start themselves.
     unnamed = not world.start or "LMSCALE_BY_HAND" in env
     return unnamed and env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-
-
-def write_config(folder: RunFolder, cfg: RunConfig) -> None:
-    """The resolved run file, written whole or not at all."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    scratch = folder.config.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(dump(cfg), encoding="utf-8")
-    scratch.replace(folder.config)
 
 
 def _tell_end(events: EventLog | None, code: ExitCode, reason: str) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from small_job import Job, clean_env, finished_process, prepare_corpus, small_run
-from testbed import Testbed, wait_for, why_not
+
+from tests.support.jobs import Job, clean_env, finished_process, prepare_corpus, small_run
+from tests.support.testbed import Testbed, wait_for, why_not
 
 LMSCALE = Path(os.sys.executable).with_name("lmscale")
 # Slow enough (about 50 ms a step on two idle cores) that Slurm, which takes seconds, can be followed by step.

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 from conftest import LMSCALE, User
-from small_job import clean_env
-from testbed import Testbed, wait_for
+
+from tests.support.jobs import clean_env
+from tests.support.testbed import Testbed, wait_for
 
 README = Path(__file__).parents[2] / "README.md"
 FIVE_MINUTES_S = 300.0

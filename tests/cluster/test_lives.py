@@ -6,8 +6,9 @@ The faults share runs: each costs the time that Slurm needs to notice it.
 import time
 
 from conftest import STEPS, User, losses_agree
-from small_job import Job
-from testbed import Testbed, wait_for
+
+from tests.support.jobs import Job
+from tests.support.testbed import Testbed, wait_for
 
 # Other numbers of ranks sum in another order. Measured in fp64, 2 against 3 ranks over these steps: 4e-16.
 WITHIN = 1e-12

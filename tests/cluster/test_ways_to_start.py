@@ -5,9 +5,10 @@ import subprocess
 
 import pytest
 from conftest import LMSCALE, User, losses_agree
-from small_job import Job, clean_env, finished_process
 from test_lives import WITHIN
-from testbed import Testbed, wait_for
+
+from tests.support.jobs import Job, clean_env, finished_process
+from tests.support.testbed import Testbed, wait_for
 
 SHORT = ["train.steps=300", "train.stop_at=30"]  # the schedule is that of the undisturbed run
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from conftest import LMSCALE, User
-from small_job import clean_env, finished_process
-from testbed import Testbed, wait_for
+
+from tests.support.jobs import clean_env, finished_process
+from tests.support.testbed import Testbed, wait_for
 
 AT_ONCE_S = 15.0
 ON = "cluster.slurm"

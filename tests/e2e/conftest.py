@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_job import Job, prepare_corpus, processes_of
+
+from tests.support.jobs import Job, prepare_corpus, processes_of
 
 
 @pytest.fixture(scope="session")

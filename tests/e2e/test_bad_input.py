@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_job import Job, lmscale, small_run, write_texts
+
+from tests.support.jobs import Job, lmscale, small_run, write_texts
 
 
 def refused(job: Job, *overrides: str, code: int, words: list[str]) -> str:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from small_job import lmscale
+from tests.support.jobs import lmscale
 
 GROUPS = ["this machine", "torch", "GPUs", "deepspeed", "mpi", "slurm", "storage", "clock"]
 

@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_job import Job, lmscale, small_run
+
+from tests.support.jobs import Job, lmscale, small_run
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_job import clean_env, small_run
+
+from tests.support.jobs import clean_env, small_run
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_job import Job, lmscale, processes_of, small_run, wait_until
+
+from tests.support.jobs import Job, lmscale, processes_of, small_run, wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_job import Job, descendants, processes_of, rank_pids, small_run, wait_until
 from test_train import plan_rows
+
+from tests.support.jobs import Job, descendants, processes_of, rank_pids, small_run, wait_until
 
 pytestmark = pytest.mark.slow
 

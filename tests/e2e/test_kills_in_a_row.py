@@ -2,13 +2,9 @@
 
 import os
 import random
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
-
 from kills_in_a_row import kill_in_a_row
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_job import Job, clean_env, finished_process, small_run
+
+from tests.support.jobs import Job, clean_env, finished_process, small_run
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_job import (
+
+from tests.support.jobs import (
     LMSCALE,
     Job,
     clean_env,

@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lmscale_launcher.doctor.host import SHM, unused
-from ports import free_port
-from small_job import LMSCALE, Job, clean_env, processes_of, rank_pids, small_run, wait_until
+from tests.support.jobs import (
+    LMSCALE,
+    Job,
+    clean_env,
+    processes_of,
+    rank_pids,
+    small_run,
+    wait_until,
+)
+from tests.support.ports import free_port
 
 STEPS = 40
 SAME = ("step", "loss", "grad_norm", "position", "tokens", "lr")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_job import Job, lmscale, rank_pids, small_run
+
+from tests.support.jobs import Job, lmscale, rank_pids, small_run
 
 TP2 = "parallel.tp=2"
 STEPS = 12

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from small_job import Job, lmscale, small_run
+
+from tests.support.jobs import Job, lmscale, small_run
 
 ALLOW = "train.allow_change=[train.global_batch_size]"
 

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_job import Job, clean_env, finished_process, lmscale
+
+from tests.support.jobs import Job, clean_env, finished_process, lmscale
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lmscale_launcher.stage import command
-from small_job import Job, clean_env, small_run
+from tests.support.jobs import Job, clean_env, small_run
 
 STEPS = 12
 CACHED = {"data": {"cache_dir": "cache"}, "train": {"steps": STEPS}}

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_job import LMSCALE, Job, clean_env, lmscale, rank_pids, small_run, wait_until
+
+from tests.support.jobs import LMSCALE, Job, clean_env, lmscale, rank_pids, small_run, wait_until
 
 _MOVES = re.compile(r"\x1b\[(\d*)([A-Za-z])")
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from small_job import Job, small_run
+
+from tests.support.jobs import Job, small_run
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from small_job import Job, lmscale, small_run
+
+from tests.support.jobs import Job, lmscale, small_run
 
 
 def plan_rows(job: Job, steps: int) -> dict[int, tuple[int, ...]]:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_job import Job, clean_env, finished_process, lmscale, rank_pids, small_run
+
+from tests.support.jobs import Job, clean_env, finished_process, lmscale, rank_pids, small_run
 
 BIN = Path(sys.executable).parent
 

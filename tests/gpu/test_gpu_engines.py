@@ -1,26 +1,21 @@
 """On one GPU: engines with the GPU's own kernels take the steps that one process takes on a CPU."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "dist"))
-
-import gradient_case
-import gradient_run
-from gradient_case import GradientCase, rows_of
-from gradient_errors import compared
-from gradient_run import on_ranks, one_process
 from torch.nn.attention.flex_attention import BlockMask
 
 from lmscale.base.world import World
 from lmscale.distributed.process_group import distributed
 from lmscale.model import attention as one_graph
 from lmscale.model.attention import causal_mask, on_device
+from tests.gradients import case as gradient_case
+from tests.gradients import run as gradient_run
+from tests.gradients.case import GradientCase, rows_of
+from tests.gradients.errors import compared
+from tests.gradients.run import on_ranks, one_process
 
 pytestmark = [
     pytest.mark.gpu,

@@ -100,7 +100,7 @@ def test_compiled_blocks_give_the_same_gradients(packed):
 
 def test_packed_attention_is_fused():
     """No tensor of the size of all scores: 8 heads x 8192 x 8192 in bf16 would be 1 GiB."""
-    model = build("cuda", torch.bfloat16, width=128, heads=8, layers=1)
+    model = build("cuda", torch.bfloat16, hidden_size=128, num_heads=8, num_layers=1)
     length = 8192
     tokens_BL = torch.zeros(1, length, dtype=torch.long, device="cuda")
     positions_BL = torch.arange(length, device="cuda")[None]

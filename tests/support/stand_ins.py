@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ports import free_port
-
 from lmscale.run_folder.events import read_events
 from lmscale.run_folder.paths import RunFolder
+from tests.support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,18 +23,19 @@ import os, signal, sys, json
 from pathlib import Path
 import lmscale
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who started the tests may have had it ignored (nohup)
-from lmscale_launcher.supervisor.rank_process import Place
-from lmscale_launcher.supervisor.watchdog import Patience
-from lmscale_launcher.supervisor.supervisor import Job, supervise
+from lmscale_launcher.supervisor.rank_process import NodeTopology
+from lmscale_launcher.supervisor.stall import StallLimits
+from lmscale_launcher.supervisor.context import SupervisorJob
+from lmscale_launcher.supervisor.supervisor import supervise
 from lmscale.run_folder.paths import RunFolder
 from lmscale.base.errors import LmscaleError
 options = json.loads(sys.argv[1])
 nodes = options.pop("nodes", {})
-options["patience"] = Patience(*options.pop("patience", ()))
+options["patience"] = StallLimits(*options.pop("patience", ()))
 lmscale.__version__ = options.pop("version", lmscale.__version__)
-job = Job(
+job = SupervisorJob(
     command=[sys.executable, "-S", options.pop("script")], folder=RunFolder(Path(options.pop("folder"))),
-    place=Place(options.pop("ranks"), **nodes), env=os.environ,
+    place=NodeTopology(options.pop("ranks"), **nodes), env=os.environ,
     **{"start": "s", "by_hand": True, "max_restarts": 0, "grace_s": 1.0, "pause_s": 0.01, **options},
 )
 try:

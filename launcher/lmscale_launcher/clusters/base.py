@@ -47,20 +47,3 @@ class Cluster(Protocol):
         A running job is left to see RUN/stop and to save.
         """
         ...
-
-
-def cluster_of(kind: str) -> Cluster:
-    """The cluster of this kind."""
-    match kind:
-        case "slurm":
-            from lmscale_launcher.slurm.slurm_cluster import SlurmCluster
-
-            return SlurmCluster()
-        case "mpi":
-            from lmscale_launcher.clusters.mpi import MpiCluster
-
-            return MpiCluster()
-        case _:
-            from lmscale_launcher.clusters.local import LocalCluster
-
-            return LocalCluster()

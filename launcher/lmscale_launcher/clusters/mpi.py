@@ -84,8 +84,9 @@ def supervised(config: Path) -> int:
     """Run the job of RUN/jobs/K.yaml to its end, as `lmscale train` does with ranks of its own."""
     from lmscale.config.run_file import load
     from lmscale.run_folder.events import start_name
+    from lmscale_launcher.supervisor.context import SupervisorJob
     from lmscale_launcher.supervisor.rank_process import NodeTopology
-    from lmscale_launcher.supervisor.supervisor import SupervisorJob, supervise
+    from lmscale_launcher.supervisor.supervisor import supervise
 
     cfg = load(config)
     plan = plan_job(cfg, number=int(config.stem), cwd=Path.cwd())

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.base.units import show_bytes, show_seconds
+from lmscale_launcher.doctor.command_result import CommandResult, Question
 from lmscale_launcher.doctor.findings import Finding, fail, ok, warn
-from lmscale_launcher.doctor.slurm_checks import CommandResult, Question
 
 ANSWER_S = 20.0  # a loaded file server takes seconds; longer means that it hangs
 SKEW_WARN_S, SKEW_FAIL_S = 5.0, 60.0  # 60 s is how old a heartbeat may be

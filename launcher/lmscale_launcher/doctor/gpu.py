@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lmscale_launcher.doctor.command_result import CommandResult, Question, run_command
 from lmscale_launcher.doctor.findings import Finding, fail, ok, warn
-from lmscale_launcher.doctor.slurm_checks import CommandResult, Question, run_command
 from lmscale_launcher.gpus import count_gpus
 
 # Without persistence mode the driver wakes each GPU for the query: 8 to 10 s with eight of them.

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lmscale.base.units import show_bytes
+from lmscale_launcher.doctor.command_result import CommandResult, Question, run_command
 from lmscale_launcher.doctor.findings import Finding, fail, ok, warn
-from lmscale_launcher.doctor.slurm_checks import CommandResult, Question, run_command
 from lmscale_launcher.gpus import count_cores
 
 

@@ -9,8 +9,8 @@ from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.doctor import file_systems as storage
 from lmscale_launcher.doctor import gpu as nvidia
 from lmscale_launcher.doctor import host
+from lmscale_launcher.doctor.command_result import CommandResult
 from lmscale_launcher.doctor.findings import Finding, warn
-from lmscale_launcher.doctor.slurm_checks import CommandResult
 
 _ROOM_FOR_RUN = 2 << 30
 _ROOM_FOR_SCRATCH, _NO_SCRATCH = 1 << 30, 16 << 20

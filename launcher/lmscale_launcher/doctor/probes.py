@@ -12,9 +12,9 @@ from typing import Any
 from lmscale.base.listener import RENDEZVOUS_FD, listen
 from lmscale.base.units import show_bytes
 from lmscale_launcher.doctor import gpu as nvidia
+from lmscale_launcher.doctor.command_result import CommandResult, Question, run_command
 from lmscale_launcher.doctor.findings import Finding, fail, ok, warn
 from lmscale_launcher.doctor.host import interface_problem
-from lmscale_launcher.doctor.slurm_checks import CommandResult, Question, run_command
 from lmscale_launcher.handoff import command
 from lmscale_launcher.jobs.submit import scrubbed
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 
 from lmscale.base.errors import LmscaleError
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.clusters.base import Cluster, JobState, cluster_of
+from lmscale_launcher.clusters.base import Cluster, JobState
+from lmscale_launcher.clusters.kinds import cluster_of
 from lmscale_launcher.jobs.job_plan import JobRecord
 from lmscale_launcher.jobs.run_facts import RunFacts, belongs, newest_start_of
 from lmscale_launcher.jobs.run_state import is_final

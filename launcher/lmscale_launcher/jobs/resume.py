@@ -14,24 +14,9 @@ from lmscale.config.schema import RunConfig
 from lmscale.run_folder.bad_nodes import read_bad_nodes
 from lmscale.run_folder.checkpoints import CheckpointEntry, newest_valid
 from lmscale.run_folder.paths import RunFolder
+from lmscale_launcher.jobs.run_facts import find_run_folder
 from lmscale_launcher.jobs.submit import hand_over, refuse_a_live_run, run_name
 from lmscale_launcher.resume_checks import changes
-
-
-def is_run_folder(path: Path) -> bool:
-    """Whether a run has been started, or submitted, in this folder."""
-    folder = RunFolder(path)
-    return folder.events.is_dir() or folder.config.is_file() or folder.jobs.is_dir()
-
-
-def find_run_folder(run: str) -> RunFolder:
-    """The run folder that a user means: its path, or its name in runs/. Raises ConfigError."""
-    for path in (Path(run), Path("runs") / run):
-        if is_run_folder(path):
-            return RunFolder(path.absolute())
-    hint = "give the folder that holds config.yaml, jobs/ and events/ (train.run_dir)"
-    raise ConfigError([Problem("", f"{run} is no run folder, and neither is runs/{run}", hint)])
-
 
 _JOB_CONFIG = re.compile(r"([1-9]\d*)\.yaml")
 

@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmscale.base.errors import LmscaleError
+from lmscale.base.errors import ConfigError, LmscaleError, Problem
 from lmscale.base.proc import is_alive, this_host
+from lmscale.config.run_file import load
 from lmscale.run_folder.attempts import Fence, fence
 from lmscale.run_folder.checkpoints import MANIFEST
 from lmscale.run_folder.paths import RunFolder, parse_checkpoint_name
 from lmscale_launcher.jobs.job_plan import JobRecord, newest_record
-from lmscale_launcher.jobs.logs import ends_of, newest_lines, objects
-from lmscale_launcher.jobs.resume import is_run_folder
+from lmscale_launcher.jobs.json_tail import ends_of, newest_lines, objects
 
 Event = Mapping[str, Any]
 _LINES = 50  # behind loss, tokens/s and time left
@@ -154,7 +154,6 @@ def _planned_steps(
 
 def _steps_of(path: Path) -> int | None:
     from lmscale.config.identity import total_steps
-    from lmscale.config.run_file import load
     from lmscale_launcher.resume_checks import corpus_samples
 
     try:
@@ -307,3 +306,18 @@ def _last_one(events: Sequence[Event]) -> Sequence[Event]:
 
 def _writer(event: Event) -> tuple[object, object]:
     return event.get("host"), event.get("pid")
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether a run has been started, or submitted, in this folder."""
+    folder = RunFolder(path)
+    return folder.events.is_dir() or folder.config.is_file() or folder.jobs.is_dir()
+
+
+def find_run_folder(run: str) -> RunFolder:
+    """The run folder that a user means: its path, or its name in runs/. Raises ConfigError."""
+    for path in (Path(run), Path("runs") / run):
+        if is_run_folder(path):
+            return RunFolder(path.absolute())
+    hint = "give the folder that holds config.yaml, jobs/ and events/ (train.run_dir)"
+    raise ConfigError([Problem("", f"{run} is no run folder, and neither is runs/{run}", hint)])

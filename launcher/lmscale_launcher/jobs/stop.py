@@ -14,9 +14,10 @@ from lmscale.run_folder.events import read_events
 from lmscale.run_folder.liveness import LiveRun, live
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters.background import signal_to
-from lmscale_launcher.clusters.base import Cluster, JobState, cluster_of
+from lmscale_launcher.clusters.base import Cluster, JobState
+from lmscale_launcher.clusters.kinds import cluster_of
 from lmscale_launcher.jobs.job_plan import JobRecord, newest_record
-from lmscale_launcher.jobs.resume import find_run_folder
+from lmscale_launcher.jobs.run_facts import find_run_folder
 from lmscale_launcher.jobs.run_state import code_in_words
 from lmscale_launcher.jobs.submit import Say, in_words, run_name
 

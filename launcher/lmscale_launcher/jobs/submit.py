@@ -21,7 +21,8 @@ from lmscale.config.run_file import dump, load
 from lmscale.config.schema import RunConfig
 from lmscale.run_folder.liveness import live, refusal, wait_for_silence
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.clusters.base import Cluster, JobState, cluster_of
+from lmscale_launcher.clusters.base import Cluster, JobState
+from lmscale_launcher.clusters.kinds import cluster_of
 from lmscale_launcher.jobs.job_plan import (
     JobPlan,
     JobRecord,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lmscale.base.errors import ConfigError, Problem
 from lmscale.config.schema import RunConfig
-from lmscale_launcher.planner.facts import PlannedResume
+from lmscale_launcher.planner.planned_resume import PlannedResume
 from lmscale_launcher.planner.topology import PlannedTopology
 
 if TYPE_CHECKING:  # it loads numpy
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from lmscale.base.errors import DataError
 from lmscale.config.identity import total_steps
-from lmscale_launcher.planner.facts import standing
+from lmscale_launcher.planner.planned_resume import standing
 from lmscale_launcher.planner.topology import placed
 
 ASSUMED_VOCAB = 32_000  # Llama's; a model's size should be known before a corpus is prepared

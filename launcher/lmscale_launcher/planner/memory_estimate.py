@@ -1,10 +1,10 @@
 """What each engine holds of weights, gradients and optimizer, by formula; offloading moves some of it to the host.
 
-tests/dist/test_plan_memory.py holds these against real engines of one, two and four ranks, byte for byte.
+tests/distributed/test_plan_memory.py holds these against real engines of one, two and four ranks, byte for byte.
 
 Memory of one rank by formula: what its engine holds, and what a step needs besides.
 
-tests/dist/test_plan_memory.py holds the sum against the allocator's peak in real engines. It is the sum of what each
+tests/distributed/test_plan_memory.py holds the sum against the allocator's peak in real engines. It is the sum of what each
 part needs at its worst; not all parts are at their worst at the same moment, so it is a little above the peak.
 """
 

@@ -89,7 +89,7 @@ def host_room_of(place: PlannedTopology, cfg: RunConfig) -> int | None:
 
 
 def _gpu_bytes(env: Mapping[str, str]) -> int | None:
-    from lmscale_launcher.doctor.slurm_checks import run_command
+    from lmscale_launcher.doctor.command_result import run_command
 
     argv = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     answer = run_command(argv, timeout_s=20, env=env)

@@ -17,7 +17,6 @@ from lmscale.config.cluster_schema import ContainerConfig
 from lmscale.config.run_file import cluster_dir
 from lmscale.run_folder.bad_nodes import read_bad_nodes
 from lmscale_launcher.jobs.job_plan import JobPlan
-from lmscale_launcher.slurm.preflight import passed_through
 
 # What the script and `status`, `logs` and `stop` rely on, and where to say it instead.
 _OURS = {
@@ -368,3 +367,16 @@ def _exports(plan: JobPlan) -> str:
         env |= plan.cluster.env
         env.setdefault("OMP_NUM_THREADS", str(plan.cluster.slurm.cpus_per_task or 1))
     return "\n".join(f"export {name}={quoted(value)}" for name, value in env.items()) or "# nothing"
+
+
+def passed_through(options: Sequence[str], names: Sequence[str]) -> str | None:
+    """The value of the last of these options of sbatch that a user passes through; None without one."""
+    found = None
+    for index, option in enumerate(options):
+        name, equals, value = option.partition("=")
+        if name in names:
+            found = value if equals else " ".join(options[index + 1 : index + 2])
+        else:
+            for short in (name for name in names if len(name) == 2 and option.startswith(name)):
+                found = option.removeprefix(short).strip()
+    return found

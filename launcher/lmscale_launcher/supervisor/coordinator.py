@@ -11,7 +11,7 @@ from lmscale.base.errors import ExitCode, LmscaleError
 from lmscale.run_folder import events as run_events
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.supervisor.node_round import EventLoop
+from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.output import Output, describe
 from lmscale_launcher.supervisor.protocol import (
     BEAT_S,
@@ -25,7 +25,7 @@ from lmscale_launcher.supervisor.protocol import (
     lost,
 )
 from lmscale_launcher.supervisor.signals import Signals
-from lmscale_launcher.supervisor.watchdog import StepPace, Suspect, stuck
+from lmscale_launcher.supervisor.stall import StepPace, Suspect, stuck
 
 _FAREWELL_S = 5.0
 

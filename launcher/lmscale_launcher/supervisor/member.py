@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from lmscale.base.errors import ExitCode, decisive
 from lmscale_launcher.supervisor import node_round as crew
-from lmscale_launcher.supervisor.node_round import EventLoop
+from lmscale_launcher.supervisor.context import SupervisorContext
+from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.protocol import (
     BEAT_S,
     Channel,
@@ -23,8 +24,7 @@ from lmscale_launcher.supervisor.protocol import (
 )
 from lmscale_launcher.supervisor.rendezvous import find
 from lmscale_launcher.supervisor.signals import Signals
-from lmscale_launcher.supervisor.supervisor import SupervisorContext
-from lmscale_launcher.supervisor.watchdog import StepPace
+from lmscale_launcher.supervisor.stall import StepPace
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from lmscale.base.errors import FINAL, ExitCode
-from lmscale_launcher.supervisor.node_round import EventLoop
-from lmscale_launcher.supervisor.watchdog import StepPace
+from lmscale_launcher.supervisor.event_loop import EventLoop
+from lmscale_launcher.supervisor.stall import StepPace
 
 Message = dict[str, Any]
 _READ_BYTES = 1 << 18

@@ -18,10 +18,10 @@ from typing import Any, Self
 import lmscale
 from lmscale.base.errors import ExitCode, RetryableError
 from lmscale.base.listener import listen
+from lmscale_launcher.supervisor.context import SupervisorContext, SupervisorJob
 from lmscale_launcher.supervisor.coordinator import Coordinator, NodeState
-from lmscale_launcher.supervisor.node_round import EventLoop
+from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.protocol import BEAT_S, Channel, Message
-from lmscale_launcher.supervisor.supervisor import SupervisorContext, SupervisorJob
 
 PORTS = 8
 _ANSWER_S = 3.0  # for a greeting to come, or its answer

@@ -13,9 +13,9 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from lmscale.base.errors import ExitCode, LmscaleError, RetryableError, decisive
 from lmscale.base.fs import replace_file, storage_errors
@@ -23,65 +23,15 @@ from lmscale.base.listener import listen
 from lmscale.run_folder.bad_nodes import BadNode, read_bad_nodes, write_bad_nodes
 from lmscale.run_folder.events import read_events, starts_since_progress
 from lmscale.run_folder.liveness import begin
-from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.supervisor import node_round as crew
+from lmscale_launcher.supervisor.context import SupervisorContext, SupervisorJob
+from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.guard import Guard
 from lmscale_launcher.supervisor.member import follow
-from lmscale_launcher.supervisor.node_round import EventLoop
 from lmscale_launcher.supervisor.output import Output, describe
 from lmscale_launcher.supervisor.protocol import Round, What, parted
-from lmscale_launcher.supervisor.rank_process import NodeTopology
 from lmscale_launcher.supervisor.rendezvous import Rendezvous, StartupFailure, meet
 from lmscale_launcher.supervisor.signals import Signals
-from lmscale_launcher.supervisor.watchdog import StallLimits
-
-
-@dataclass(frozen=True, slots=True)
-class SupervisorJob:
-    """What to run, how often at most, and where it is written down."""
-
-    command: Sequence[str]  # of a rank
-    folder: RunFolder
-    place: NodeTopology
-    start: str  # LMSCALE_START, or host-pid-time
-    by_hand: bool
-    max_restarts: int
-    env: Mapping[str, str]
-    fresh: bool = (
-        False  # the first start of a submission that a person has made: the budget counts anew
-    )
-    deadline: float | None = None  # LMSCALE_DEADLINE, unix seconds: ask the ranks to save then
-    stage: Sequence[str] | None = None  # what to run on this node before its ranks
-    unfit: Sequence[str] = ()  # why no rank should run on this node
-    finished: str = ""  # words for a run that has nothing left to do
-    patience: StallLimits = field(default_factory=StallLimits)
-    grace_s: float = 15.0  # for peers of a dead rank to leave a collective
-    pause_s: float = 1.0  # before the first restart; doubles with each that brought no progress
-    meeting_s: float = 300.0  # for all nodes to come
-
-    @property
-    def host(self) -> str:
-        """This node's name, as its scheduler knows it where there is one."""
-        return self.env.get("SLURMD_NODENAME") or _host_name()
-
-
-def _host_name() -> str:
-    import socket
-
-    return socket.gethostname()
-
-
-@dataclass(frozen=True, slots=True)
-class SupervisorContext:
-    """A job, and the means to run this node's part of it."""
-
-    job: SupervisorJob
-    loop: EventLoop
-    output: Output
-    signals: Signals
-    guard: Guard
-    terminal: int | None  # one whose size rank 0's own terminal follows
-
 
 __all__ = ["SupervisorJob", "supervise"]
 

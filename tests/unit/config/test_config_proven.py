@@ -292,10 +292,10 @@ def test_the_table_is_read_and_searched_quickly_and_without_torch(folder: Path) 
 import sys, time
 from pathlib import Path
 from lmscale.config.run_file import load
-from lmscale.config.proven import Table, problems
+from lmscale.config.proven import ProvenTable, problems
 cfg = load({str(folder / "r.yaml")!r}, ["engine.compile=true"])
 before = time.process_time()
-assert list(problems(cfg, Table.read(Path({str(path)!r}))))
+assert list(problems(cfg, ProvenTable.read(Path({str(path)!r}))))
 print(time.process_time() - before)
 assert not {{"numpy", "torch"}} & set(sys.modules)
 """

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_corpus import Made, make
 
 from lmscale.base.errors import ConfigError, DataError
 from lmscale.corpus import staging
@@ -22,6 +21,7 @@ from lmscale.corpus.node_cache import alone, chunk_path, folder_of
 from lmscale.corpus.order import Ints
 from lmscale.corpus.reader import CorpusReader
 from lmscale.corpus.staging import Staged, Stager
+from tests.support.corpora import Made, make
 
 SEQ_LEN = 16
 CHUNKS = 10

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_corpus import Made, make
 
 from lmscale.base.errors import ConfigError
 from lmscale.corpus import node_cache as room
 from lmscale.corpus import staging
 from lmscale.corpus.node_cache import alone, chunk_path, folder_of, sizes
 from lmscale.corpus.staging import Staged, Stager
+from tests.support.corpora import Made, make
 
 
 @pytest.fixture

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_corpus import Made, make, make_collection
 
 from lmscale.base.errors import DataError
+from lmscale.corpus.checked_files import CheckedFiles
 from lmscale.corpus.integrity import verify
 from lmscale.corpus.manifest import tokenizer_path
-from lmscale.corpus.reader import CheckedFiles, CorpusReader
+from lmscale.corpus.reader import CorpusReader
 from lmscale.corpus.shard_format import BLOCK_BYTES, Extent, block_crcs
+from tests.support.corpora import Made, make, make_collection
 
 SEQ_LEN = 16
 

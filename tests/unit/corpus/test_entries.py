@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_corpus import make, make_collection
 
 from lmscale.base.errors import DataError
 from lmscale.corpus import manifest as entries_module
 from lmscale.corpus.manifest import Manifest, Shards, TokenizerEntry, load_part, resolve
 from lmscale.corpus.shard_format import ShardEntry, shard_name, write_sealed
+from tests.support.corpora import make, make_collection
 
 numbers = st.one_of(st.integers(0, 9), st.integers(0, (1 << 63) - 1))
 names = st.one_of(

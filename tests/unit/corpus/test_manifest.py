@@ -4,11 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_corpus import make, make_collection
 
 from lmscale.base.errors import ConfigError, DataError
 from lmscale.corpus.manifest import Collection, Manifest, kind_of, resolve, tokenizer_path
 from lmscale.corpus.shard_format import write_sealed
+from tests.support.corpora import make, make_collection
 
 
 def test_manifest_round_trips(tmp_path: Path) -> None:

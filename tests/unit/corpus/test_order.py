@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from order_reference import Reference
 
 from lmscale.corpus.order import VERSION, Order, permute, round_keys
+from tests.support.order_reference import Reference
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "order.json"
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_corpus import Made, make
 
 from lmscale.base.errors import DataError, RetryableError
 from lmscale.corpus.order import Order
 from lmscale.corpus.reader import CorpusReader, memory_needed
 from lmscale.corpus.schedule import Phase, rows
+from tests.support.corpora import Made, make
 
 PLENTY, NONE = 1 << 20, 0
 

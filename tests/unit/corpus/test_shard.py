@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_corpus import make
 
 from lmscale.base.errors import RetryableError
 from lmscale.corpus.shard_format import (
@@ -23,6 +22,7 @@ from lmscale.corpus.shard_format import (
     seal_of,
     write_shard,
 )
+from tests.support.corpora import make
 
 
 def test_tar_reads_what_was_written(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from small_corpus import make
 
 from lmscale.corpus import shares as shares_module
 from lmscale.corpus.order import Order, step_positions
 from lmscale.corpus.schedule import BatchSplit, chunks_ahead, stream_readers
 from lmscale.corpus.shares import ChunkLayout, node_shares
+from tests.support.corpora import make
 
 small = st.integers(1, 6)
 

@@ -11,12 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmscale_launcher import train as train_module
-from lmscale_launcher.cli import app
-from lmscale_launcher.jobs.resume import find_run_folder
-from lmscale_launcher.jobs.stop import stop
-from lmscale_launcher.train import finished, world_of
-from lmscale_launcher.verify import kind_of, verify
 from typer.testing import CliRunner
 
 from lmscale.base.errors import ConfigError, UsageError
@@ -28,6 +22,12 @@ from lmscale.run_folder.checkpoints import describe_file, write_manifest
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.liveness import begin
 from lmscale.run_folder.paths import RunFolder
+from lmscale_launcher import train as train_module
+from lmscale_launcher.cli import app
+from lmscale_launcher.jobs.run_facts import find_run_folder
+from lmscale_launcher.jobs.stop import stop
+from lmscale_launcher.train import finished, world_of
+from lmscale_launcher.verify import kind_of, verify
 
 ROOT = Path(__file__).parents[3]
 RUN = """

@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.doctor import file_systems as storage
 from lmscale_launcher.doctor import gpu as nvidia
 from lmscale_launcher.doctor.findings import Finding, failures
 from lmscale_launcher.doctor.node import check_node
-
-from lmscale.run_folder.paths import RunFolder
 
 Smi = Callable[[str], None]
 
@@ -297,7 +297,7 @@ def test_an_old_driver_is_asked_for_less(tmp_path: Path, smi: Smi) -> None:
 
 def test_a_driver_that_fails_is_told_from_a_machine_without_gpus(tmp_path: Path) -> None:
     words = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
-    answer = nvidia.Answer("ended", 9, words)
+    answer = nvidia.CommandResult("ended", 9, words)
     pci, nowhere = tmp_path / "pci", tmp_path / "nowhere"
     assert nvidia.read(answer, driver=nowhere, pci=nowhere).state == "none"
     device = pci / "0000:17:00.0"

@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
+
+from lmscale.config.cluster_schema import ClusterConfig
 from lmscale_launcher.doctor import file_systems as storage
 from lmscale_launcher.doctor import host, probes
 from lmscale_launcher.doctor import slurm_checks as slurm
+from lmscale_launcher.doctor.command_result import CommandResult, run_command
 from lmscale_launcher.doctor.findings import Finding
 from lmscale_launcher.doctor.gpu import Driver
-from lmscale_launcher.doctor.slurm_checks import CommandResult, run_command
-
-from lmscale.config.cluster_schema import ClusterConfig
 
 MOUNTS = r"""22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
 30 22 0:40 / /home rw,relatime shared:1 - nfs4 server:/home rw,vers=4.2,acregmax=30,local_lock=none

@@ -12,13 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmscale_launcher.clusters.base import JobState
-from lmscale_launcher.jobs import stop as stopping
-from lmscale_launcher.jobs import submit as submitting
-from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord, read_records
-from lmscale_launcher.jobs.resume import find_run_folder, newest_config, resume
-from lmscale_launcher.jobs.stop import stop
-from lmscale_launcher.jobs.submit import submit
 
 from lmscale.base.errors import ConfigError, ExitCode, RetryableError, UsageError
 from lmscale.config.identity import identity
@@ -27,6 +20,14 @@ from lmscale.run_folder.attempts import claim, settle
 from lmscale.run_folder.checkpoints import describe_file, write_manifest
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
+from lmscale_launcher.clusters.base import JobState
+from lmscale_launcher.jobs import stop as stopping
+from lmscale_launcher.jobs import submit as submitting
+from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord, read_records
+from lmscale_launcher.jobs.resume import newest_config, resume
+from lmscale_launcher.jobs.run_facts import find_run_folder
+from lmscale_launcher.jobs.stop import stop
+from lmscale_launcher.jobs.submit import submit
 
 RUN = """
 model: {num_layers: 2, hidden_size: 32, num_heads: 2}

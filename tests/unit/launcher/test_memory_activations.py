@@ -77,7 +77,7 @@ def test_the_formula_is_what_autograd_saves(name: str, separate: bool, precision
 
 def test_a_recomputed_block_keeps_its_input_only() -> None:
     # Without rotary positions: their angles travel with the batch, where autograd's hooks do not look.
-    cfg, (rows, length) = model_of(layers=6, positions="none"), (2, 64)
+    cfg, (rows, length) = model_of(num_layers=6, positions="none"), (2, 64)
     batch = batch_of(rows, length, separate=False)
     work = {
         mode: Work(
@@ -86,8 +86,8 @@ def test_a_recomputed_block_keeps_its_input_only() -> None:
         )
         for mode in ("none", "full", "every:2", "every:4")
     }  # fmt: skip
-    one_block = activation_bytes(model_of(layers=2), work["none"]) - activation_bytes(
-        model_of(layers=1), work["none"]
+    one_block = activation_bytes(model_of(num_layers=2), work["none"]) - activation_bytes(
+        model_of(num_layers=1), work["none"]
     )
     for mode in ("full", "every:2", "every:4"):
         model = build_model(cfg, vocab_size=VOCAB, max_positions=length)
@@ -151,7 +151,7 @@ def test_on_a_gpu_no_scores_are_kept_and_rows_count_alike() -> None:
 def test_tensor_parallelism_divides_as_in_korthikanti() -> None:
     """Per layer s b h (10 + 24/t) without sequence parallelism (their table 2). With it theirs is all over t;
     of ours the inputs of attention and feed-forward, 4 s b h bytes, stay whole."""
-    cfg = model_of(layers=1, positions="none", norm_place="post", norm="layer", dropout=0.1)
+    cfg = model_of(num_layers=1, positions="none", norm_order="post", norm="layer", dropout=0.1)
     whole = activation_bytes(cfg, gpu())
     cut = activation_bytes(cfg, gpu(tp=4))
     split = activation_bytes(cfg, gpu(tp=4, sequence_parallel=True))
@@ -161,7 +161,7 @@ def test_tensor_parallelism_divides_as_in_korthikanti() -> None:
 
 
 def test_the_loss_holds_a_chunk_of_logits_and_never_all() -> None:
-    cfg = model_of(width=4096, heads=32)
+    cfg = model_of(hidden_size=4096, num_heads=32)
     one, many = (
         loss_bytes(cfg, gpu(vocab_size=128_256)),
         loss_bytes(cfg, gpu(rows=64, vocab_size=128_256)),
@@ -180,7 +180,7 @@ def test_the_head_is_as_wide_as_it_is_stored(tp: int) -> None:
 
 
 def test_a_gpu_repeats_grouped_keys_where_its_kernels_know_no_groups() -> None:
-    grouped, plain = model_of(kv_heads=2), model_of()
+    grouped, plain = model_of(num_kv_heads=2), model_of()
     for work, repeated in (
         (gpu(precision="fp32", separate=False), True),
         (gpu(precision="fp32"), False),

@@ -1,18 +1,18 @@
-"""How memory follows the mesh; the byte-exact check against real engines is tests/dist/test_plan_memory.py."""
+"""How memory follows the mesh; the byte-exact check against real engines is tests/distributed/test_plan_memory.py."""
 
 from typing import Any
 
 import pytest
+
+from lmscale.config.schema import EngineConfig, ModelConfig
+from lmscale.modelspec.activations import Device
+from lmscale.modelspec.parameters import parameters, total
 from lmscale_launcher.planner.memory_estimate import (
     HeldMemory,
     MeshSizes,
     checkpoint_bytes,
     held_by,
 )
-
-from lmscale.config.schema import EngineConfig, ModelConfig
-from lmscale.modelspec.activations import Device
-from lmscale.modelspec.parameters import parameters, total
 
 MODEL = ModelConfig(num_layers=4, hidden_size=256, num_heads=8, ffn_hidden_size=1024)
 FOUND = parameters(MODEL, vocab_size=1024, max_positions=64)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmscale_launcher.plan import data_rows, facts, in_words
 
 from lmscale.base.errors import ConfigError, DataError
 from lmscale.config.run_file import load
+from lmscale_launcher.plan import data_rows, facts, in_words
 
 ROOT = Path(__file__).parents[3]
 SMALL = [

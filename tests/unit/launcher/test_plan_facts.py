@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmscale_launcher.plan import as_json, facts, in_words
-from lmscale_launcher.planner import topology as places
-from lmscale_launcher.planner.data_plan import ASSUMED_VOCAB
 
 from lmscale.base.errors import ConfigError
 from lmscale.config.run_file import load
+from lmscale_launcher.plan import as_json, facts, in_words
+from lmscale_launcher.planner import topology as places
+from lmscale_launcher.planner.data_plan import ASSUMED_VOCAB
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 SLURM = ["cluster.kind=slurm", "cluster.nodes=64"]

@@ -83,7 +83,7 @@ def test_a_tied_head_counts_once_and_the_vocabulary_is_padded() -> None:
         model = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, **more)
         return total(parameters(model, vocab_size=130, max_positions=16))
 
-    assert size(tied=False) - size(tied=True) == 256 * 8
+    assert size(tie_embeddings=False) - size(tie_embeddings=True) == 256 * 8
 
 
 def test_slices_of_tensor_parallel_ranks_make_up_the_whole() -> None:

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmscale_launcher.planner.facts import standing
 
 from lmscale.base.errors import ConfigError
 from lmscale.config.run_file import load
 from lmscale.config.schema import RunConfig
 from lmscale.corpus.schedule import Phase, begin_of
 from lmscale.run_folder.checkpoints import write_manifest
+from lmscale_launcher.planner.planned_resume import standing
 
 ALLOW = "train.allow_change=[train.global_batch_size]"
 

@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 
 import pytest
-from lmscale_launcher.planner import warnings
-from lmscale_launcher.planner.memory_estimate import Memory
 
 from lmscale.base.errors import Problem
 from lmscale.config.run_file import load
 from lmscale.config.schema import CheckpointConfig, RunConfig
+from lmscale_launcher.planner import warnings
+from lmscale_launcher.planner.memory_estimate import Memory
 
 GIB = 1 << 30
 

@@ -5,14 +5,14 @@ import signal
 from pathlib import Path
 
 import pytest
+
+from lmscale.base.errors import UsageError
+from lmscale.base.world import World
 from lmscale_launcher.gpus import count_cores, count_gpus
 from lmscale_launcher.rank_mode import rank_env
 from lmscale_launcher.supervisor.output import Output
 from lmscale_launcher.supervisor.rank_process import NodeTopology
 from lmscale_launcher.supervisor.signals import Signals
-
-from lmscale.base.errors import UsageError
-from lmscale.base.world import World
 
 
 @pytest.mark.parametrize(

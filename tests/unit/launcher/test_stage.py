@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from lmscale_launcher.stage import command
 
 from lmscale.base.errors import ConfigError
 from lmscale.config.run_file import load
 from lmscale.corpus.manifest import Manifest, TokenizerEntry, tokenizer_entry
 from lmscale.corpus.order import Order, step_positions
 from lmscale.corpus.shard_format import Chunk, chunk_range, num_chunks, shard_name, write_shard
+from lmscale_launcher.stage import command
 
 SPECIAL: dict[str, int | None] = {"bos": 0}
 BATCH, SEQ_LEN, CHUNK = 4, 16, 64
@@ -229,9 +229,8 @@ def test_it_loads_no_torch(run: Path) -> None:
 
 
 def test_a_start_that_waits_for_another_one_can_be_ended(run: Path) -> None:
-    from lmscale_launcher.stage import StagingTarget, stage
-
     from lmscale.corpus.node_cache import alone
+    from lmscale_launcher.stage import StagingTarget, stage
 
     cfg = load(run, [], cwd=run.parent)
     stop = threading.Event()

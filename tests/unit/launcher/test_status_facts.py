@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from lmscale_launcher.clusters.base import JobState
-from lmscale_launcher.jobs.answers import ClusterAnswers
-from lmscale_launcher.jobs.job_plan import JobRecord, write_record
-from lmscale_launcher.jobs.logs import ends_of, newest_lines
-from lmscale_launcher.jobs.run_facts import RunFacts, RunFolderReader, run_folders
-from lmscale_launcher.jobs.run_state import State, judge
-from lmscale_launcher.jobs.status import as_object
 
 from lmscale.base.errors import RetryableError
 from lmscale.run_folder.attempts import claim, mark_finished, settle
 from lmscale.run_folder.events import EventLog, events_path
 from lmscale.run_folder.paths import RunFolder
+from lmscale_launcher.clusters.base import JobState
+from lmscale_launcher.jobs.answers import ClusterAnswers
+from lmscale_launcher.jobs.job_plan import JobRecord, write_record
+from lmscale_launcher.jobs.json_tail import ends_of, newest_lines
+from lmscale_launcher.jobs.run_facts import RunFacts, RunFolderReader, run_folders
+from lmscale_launcher.jobs.run_state import State, judge
+from lmscale_launcher.jobs.status import as_object
 
 RECORD = JobRecord(1, "slurm", "17", "login", 1.0, 2, 1, 4)
 

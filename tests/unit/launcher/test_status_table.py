@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lmscale_launcher.jobs.run_state import RunStatus, State
 from lmscale_launcher.jobs.status import table
 

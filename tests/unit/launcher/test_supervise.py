@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stand_ins import ROOT, Start, alive, clean_env, mentioning, until, watched
 
 from lmscale.run_folder.paths import RunFolder
+from tests.support.stand_ins import ROOT, Start, alive, clean_env, mentioning, until, watched
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lmscale_launcher.supervisor.rank_process import NodeTopology
-from stand_ins import Nodes, Start, watched
 
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
+from lmscale_launcher.supervisor.rank_process import NodeTopology
+from tests.support.stand_ins import Nodes, Start, watched
 
 
 @pytest.fixture

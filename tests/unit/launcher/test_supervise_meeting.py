@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmscale_launcher.supervisor.node_round import EventLoop
-from lmscale_launcher.supervisor.protocol import SILENT_S, Channel, lost
-from lmscale_launcher.supervisor.rendezvous import PORTS
-from ports import free_port
-from stand_ins import Nodes, Start, clean_env, kind, until, watched
 
 import lmscale
+from lmscale_launcher.supervisor.event_loop import EventLoop
+from lmscale_launcher.supervisor.protocol import SILENT_S, Channel, lost
+from lmscale_launcher.supervisor.rendezvous import PORTS
+from tests.support.ports import free_port
+from tests.support.stand_ins import Nodes, Start, clean_env, kind, until, watched
 
 
 @pytest.fixture
@@ -180,8 +180,8 @@ def test_an_end_is_told_though_the_rank_was_about_to_be_examined(start: Start) -
     root = str(Path(__file__).parents[3])
     body = f"""
     sys.path.insert(0, {root!r})
-    from lmscale.run_folder.rank_progress import Pulse
-    pulse = Pulse.inherited(os.environ)
+    from lmscale.run_folder.rank_progress import RankProgress
+    pulse = RankProgress.inherited(os.environ)
     signal.signal(signal.SIGQUIT, lambda *_: os._exit(65))
     for step in (1, 2, 3):
         pulse.tick("data", step), pulse.tick("step")

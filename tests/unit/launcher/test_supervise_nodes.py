@@ -11,10 +11,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ports import free_port
-from stand_ins import ROOT, Nodes, Start, alive, clean_env, kind, mentioning, until, watched
 
 from lmscale.run_folder.paths import RunFolder
+from tests.support.ports import free_port
+from tests.support.stand_ins import (
+    ROOT,
+    Nodes,
+    Start,
+    alive,
+    clean_env,
+    kind,
+    mentioning,
+    until,
+    watched,
+)
 
 
 @pytest.fixture

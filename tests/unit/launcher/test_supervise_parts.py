@@ -13,13 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lmscale_launcher.supervisor.coordinator import Coordinator
-from lmscale_launcher.supervisor.guard import Guard
-from lmscale_launcher.supervisor.node_round import EventLoop
-from lmscale_launcher.supervisor.output import Output
-from stand_ins import ROOT, Start, alive, watched
 
 from lmscale.run_folder.paths import RunFolder
+from lmscale_launcher.supervisor.coordinator import Coordinator
+from lmscale_launcher.supervisor.event_loop import EventLoop
+from lmscale_launcher.supervisor.guard import Guard
+from lmscale_launcher.supervisor.output import Output
+from tests.support.stand_ins import ROOT, Start, alive, watched
 
 
 @pytest.fixture

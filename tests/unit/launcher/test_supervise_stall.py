@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins import ROOT, Nodes, Start, alive, kind, watched
+
+from tests.support.stand_ins import ROOT, Nodes, Start, alive, kind, watched
 
 TICKING = f"""
 sys.path.insert(0, {str(ROOT)!r})
-from lmscale.run_folder.rank_progress import Pulse
-pulse = Pulse.inherited(os.environ)
+from lmscale.run_folder.rank_progress import RankProgress
+pulse = RankProgress.inherited(os.environ)
 def steps(count, seconds=0.05):
     for step in range(1, count + 1):
         pulse.tick("data", step)

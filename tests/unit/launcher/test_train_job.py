@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lmscale_launcher import train as train_module
-from lmscale_launcher.doctor.findings import Finding
-from lmscale_launcher.supervisor.supervisor import SupervisorJob
-from lmscale_launcher.train import world_of
 
 from lmscale.base.errors import ConfigError, UsageError
 from lmscale.config.run_file import load
+from lmscale_launcher import train as train_module
+from lmscale_launcher.doctor.findings import Finding
+from lmscale_launcher.supervisor.context import SupervisorJob
+from lmscale_launcher.train import world_of
 
 RUN = """
 model: {num_layers: 1, hidden_size: 32, num_heads: 2}

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import VARIANTS, VOCAB, random_batch, row, tiny
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from lmscale.base.batch import Batch, Stream
@@ -17,6 +16,7 @@ from lmscale.model.attention import (
     for_each_query,
     on_device,
 )
+from tests.support.tiny_model import VARIANTS, VOCAB, random_batch, row, tiny
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 documents = st.lists(
@@ -96,7 +96,7 @@ def test_padding_makes_no_nan_and_no_gradient(changes, dtype):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_grouped_heads_equal_repeated_heads(packed):
-    grouped, full = tiny(kv_heads=2), tiny(kv_heads=4)
+    grouped, full = tiny(num_kv_heads=2), tiny(num_kv_heads=4)
     weights = dict(grouped.named_parameters())
     with torch.no_grad():
         for name, parameter in full.named_parameters():

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import gradients, random_batch, take, tiny
 from torch import Tensor
 
-from lmscale.model.layers import Dropout
+from lmscale.model.dropout import Dropout
 from lmscale.parallel.activation_checkpointing import checkpoint_activations
 from lmscale.parallel.compile import compile_blocks
+from tests.support.tiny_model import gradients, random_batch, take, tiny
 
 RATE = 0.25
 LAYERS = 10  # more than the compiler's limit of 8 versions of one function
@@ -159,7 +159,7 @@ def test_every_site_of_a_model_has_its_own_mask(monkeypatch):
         return called(self, x)
 
     monkeypatch.setattr(Dropout, "__call__", listening)
-    tiny(layers=3, dropout=0.5)(random_batch(4, 16))
+    tiny(num_layers=3, dropout=0.5)(random_batch(4, 16))
     assert len(masks) == 1 + 2 * 3
     for one, other in combinations(masks, 2):
         assert deviations(one == other, 0.5, (0, 1, 2)).abs() < 5
@@ -179,8 +179,8 @@ def test_equal_blocks_share_one_graph_whatever_layer_and_seed(recompute, monkeyp
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kw: compiler(f, backend=counting, **kw))
     torch._dynamo.reset()
-    model, batch = tiny(layers=LAYERS, dropout=RATE), random_batch(3, 9)
-    compiled = tiny(layers=LAYERS, dropout=RATE)
+    model, batch = tiny(num_layers=LAYERS, dropout=RATE), random_batch(3, 9)
+    compiled = tiny(num_layers=LAYERS, dropout=RATE)
     checkpoint_activations(compiled, recompute)
     compile_blocks(compiled)
     for seed in range(3):

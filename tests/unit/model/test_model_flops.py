@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_model import VARIANTS, VOCAB, config, random_batch, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmscale.modelspec.flops import flops_per_token, matrix_parameters, num_parameters
+from tests.support.tiny_model import VARIANTS, VOCAB, config, random_batch, tiny
 
 ROWS, LENGTH = 2, 16
 
@@ -20,7 +20,9 @@ def test_formula_equals_the_counted_flops(changes):
     ):
         model(batch).loss.backward()
     formula = flops_per_token(config(**changes), seq_len=LENGTH, vocab_size=VOCAB, causal=False)
-    padding = 6 * (model.arch.padded_vocab - VOCAB) * model.arch.width  # computed, and of no use
+    padding = (
+        6 * (model.arch.padded_vocab - VOCAB) * model.arch.hidden_size
+    )  # computed, and of no use
     assert counter.get_total_flops() == ROWS * LENGTH * (formula + padding)
 
 
@@ -41,7 +43,7 @@ def test_causal_convention_counts_the_keys_a_token_may_see():
     keys = [token + 1 for token in range(LENGTH)]
     full = flops_per_token(cfg, seq_len=LENGTH, vocab_size=VOCAB, causal=False)
     half = flops_per_token(cfg, seq_len=LENGTH, vocab_size=VOCAB, causal=True)
-    per_key = 12 * cfg.layers * cfg.width
+    per_key = 12 * cfg.num_layers * cfg.hidden_size
     assert full - half == per_key * (LENGTH - sum(keys) / LENGTH)
 
 

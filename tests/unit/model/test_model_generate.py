@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_model import POSITIONS, VARIANTS, VOCAB, row, tiny
 
 from lmscale.base.errors import UsageError
 from lmscale.model.generate import _choose, generate
+from tests.support.tiny_model import POSITIONS, VARIANTS, VOCAB, row, tiny
 
 PROMPT = [3, 14, 15, 9]
 

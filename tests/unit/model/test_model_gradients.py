@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_model import VARIANTS, VOCAB, gradients, random_batch, tiny
+
+from tests.support.tiny_model import VARIANTS, VOCAB, gradients, random_batch, tiny
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
@@ -46,7 +47,7 @@ def test_bf16_runs_and_its_sums_are_wide(changes):
 
 
 def test_tied_weights_are_one_parameter_that_gets_both_gradients():
-    tied, untied = tiny(tied=True), tiny(tied=False)
+    tied, untied = tiny(tie_embeddings=True), tiny(tie_embeddings=False)
     assert "heads.lm.weight" not in dict(tied.named_parameters())
     with torch.no_grad():
         untied.heads.lm.weight.copy_(untied.decoder.embedding.weight)
@@ -59,7 +60,7 @@ def test_tied_weights_are_one_parameter_that_gets_both_gradients():
 
 def test_vocabulary_padding_has_no_logit_and_no_gradient():
     for tied in (True, False):
-        model, batch = tiny(tied=tied), random_batch(3, 9)
+        model, batch = tiny(tie_embeddings=tied), random_batch(3, 9)
         assert model.logits(batch).shape == (3, 9, VOCAB)
         before = model(batch).loss
         for name in ("decoder.embedding.weight", *(() if tied else ("heads.lm.weight",))):
@@ -83,7 +84,7 @@ def test_dropout_only_in_training_and_by_the_global_seed():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_block_compiles_into_one_graph(packed):
-    model, batch = tiny(kv_heads=2), random_batch(2, 9, documents=packed)
+    model, batch = tiny(num_kv_heads=2), random_batch(2, 9, documents=packed)
     want = gradients(model, batch)
     for block in model.decoder.blocks:
         block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)

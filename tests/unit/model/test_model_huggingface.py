@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_model import VOCAB, random_batch, tiny
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -13,6 +12,7 @@ from lmscale.config.yaml import parse
 from lmscale.model.transformer import LanguageModel
 from lmscale.modelspec.flops import num_parameters
 from lmscale.modelspec.spec import Architecture
+from tests.support.tiny_model import VOCAB, random_batch, tiny
 
 CONFIGS = Path(__file__).parents[3] / "configs/models"
 LENGTH = 24
@@ -40,15 +40,15 @@ LLAMA_NAMES = {
     "decoder.embedding": "model.embed_tokens",
     "decoder.norm": "model.norm",
     "heads.lm": "lm_head",
-    "*.norm_attention": "model.num_layers.*.input_layernorm",
-    "*.attention.q": "model.num_layers.*.self_attn.q_proj",
-    "*.attention.k": "model.num_layers.*.self_attn.k_proj",
-    "*.attention.v": "model.num_layers.*.self_attn.v_proj",
-    "*.attention.out": "model.num_layers.*.self_attn.o_proj",
-    "*.norm_feed_forward": "model.num_layers.*.post_attention_layernorm",
-    "*.feed_forward.gate": "model.num_layers.*.mlp.gate_proj",
-    "*.feed_forward.up": "model.num_layers.*.mlp.up_proj",
-    "*.feed_forward.down": "model.num_layers.*.mlp.down_proj",
+    "*.norm_attention": "model.layers.*.input_layernorm",
+    "*.attention.q": "model.layers.*.self_attn.q_proj",
+    "*.attention.k": "model.layers.*.self_attn.k_proj",
+    "*.attention.v": "model.layers.*.self_attn.v_proj",
+    "*.attention.out": "model.layers.*.self_attn.o_proj",
+    "*.norm_feed_forward": "model.layers.*.post_attention_layernorm",
+    "*.feed_forward.gate": "model.layers.*.mlp.gate_proj",
+    "*.feed_forward.up": "model.layers.*.mlp.up_proj",
+    "*.feed_forward.down": "model.layers.*.mlp.down_proj",
 }
 GPT2_NAMES = {
     "decoder.embedding": "transformer.wte",

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_model import POSITIONS, VARIANTS, VOCAB, config, tiny
 
 from lmscale.base.errors import ConfigError
 from lmscale.model.build import build_model
 from lmscale.model.init import initial_value, initialise
+from tests.support.tiny_model import POSITIONS, VARIANTS, VOCAB, config, tiny
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 
@@ -25,8 +25,8 @@ def test_every_parameter_is_its_initial_value(changes):
 
 def test_shared_parts_of_different_models_start_equal():
     """Depth, tying and build order leave a parameter alone: only its name counts."""
-    short = values(tiny(layers=2, tied=True))
-    long = values(tiny(layers=5, tied=False))
+    short = values(tiny(num_layers=2, tie_embeddings=True))
+    long = values(tiny(num_layers=5, tie_embeddings=False))
     same = [n for n in short if not n.endswith(("out.weight", "down.weight"))]
     assert all(torch.equal(short[name], long[name]) for name in same)
     assert not torch.equal(
@@ -71,7 +71,7 @@ def test_a_layout_may_write_only_its_part():
 
 
 def test_residual_matrices_are_scaled_by_depth():
-    model = tiny(layers=8, width=64, feed_forward=64, heads=4, init_std=0.1)
+    model = tiny(num_layers=8, hidden_size=64, ffn_hidden_size=64, num_heads=4, init_std=0.1)
     scaled = 0.1 / (2 * 8) ** 0.5
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import VOCAB, gradients, random_batch, take, tiny
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmscale.model import loss as loss_module
 from lmscale.model.loss import cross_entropy
+from tests.support.tiny_model import VOCAB, gradients, random_batch, take, tiny
 
 TOKENS, WIDTH = 37, 8
 

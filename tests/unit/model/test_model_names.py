@@ -3,10 +3,10 @@
 from fnmatch import fnmatchcase
 
 import pytest
-from tiny_model import VARIANTS, random_batch, tiny
 
 from lmscale.model.tp_plan import PLAN, REGIONS, cut_of
 from lmscale.modelspec.spec import Architecture
+from tests.support.tiny_model import VARIANTS, random_batch, tiny
 
 LLAMA = {
     "decoder.embedding.weight": (128, 16),
@@ -42,16 +42,16 @@ GPT2 = {
 
 
 def test_llama_like_names_and_shapes():
-    model = tiny(layers=1, kv_heads=2, head_dim=6)
+    model = tiny(num_layers=1, num_kv_heads=2, head_dim=6)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == LLAMA
 
 
 def test_gpt2_like_names():
-    assert set(dict(tiny(layers=1, **VARIANTS["gpt2"]).named_parameters())) == GPT2
+    assert set(dict(tiny(num_layers=1, **VARIANTS["gpt2"]).named_parameters())) == GPT2
 
 
 def test_post_norm_ends_without_a_norm():
-    assert "decoder.norm.weight" not in dict(tiny(norm_place="post").named_parameters())
+    assert "decoder.norm.weight" not in dict(tiny(norm_order="post").named_parameters())
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -98,7 +98,7 @@ def test_what_the_plan_names_is_called_as_a_module(changes):
     for name in wanted:
         module = model.get_submodule(name)
         module.forward = listening(name, module.forward)
-    model.num_heads["lm"].logits = listening("logits", model.num_heads["lm"].logits)
+    model.heads["lm"].logits = listening("logits", model.heads["lm"].logits)
     model(batch)
     assert called == wanted
     model.logits(batch)

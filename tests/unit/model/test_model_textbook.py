@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_model import VARIANTS, VOCAB, config, random_batch, tiny
+
+from tests.support.tiny_model import VARIANTS, VOCAB, config, random_batch, tiny
 
 
 class Textbook:
@@ -18,7 +19,7 @@ class Textbook:
         x = self.weights["decoder.embedding.weight"][stream.tokens_BL]
         if self.cfg.positions == "learned":
             x = x + self.weights["decoder.positions.weight"][stream.positions_BL]
-        for n in range(self.cfg.layers):
+        for n in range(self.cfg.num_layers):
             at = f"decoder.blocks.{n}."
             if self.cfg.norm_place == "pre":
                 x = x + self.attention(self.norm(x, at + "norm_attention"), at, stream)
@@ -28,7 +29,7 @@ class Textbook:
                 x = self.norm(x + self.feed_forward(x, at), at + "norm_feed_forward")
         if self.cfg.norm_place == "pre":
             x = self.norm(x, "decoder.norm")
-        head = "decoder.embedding.weight" if self.cfg.tied else "heads.lm.weight"
+        head = "decoder.embedding.weight" if self.cfg.tie_embeddings else "heads.lm.weight"
         return x @ self.weights[head][:VOCAB].T
 
     def linear(self, x, name):
@@ -59,7 +60,7 @@ class Textbook:
         q, k, v = heads
         if self.cfg.positions == "rotary":
             q, k = self.rotate(q, stream.positions_BL), self.rotate(k, stream.positions_BL)
-        repeat = self.cfg.heads // self.cfg.kv_heads
+        repeat = self.cfg.num_heads // self.cfg.num_kv_heads
         k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
         scores = torch.einsum("bqnh,bknh->bnqk", q, k) / math.sqrt(self.cfg.head_dim)
         length = x.shape[1]

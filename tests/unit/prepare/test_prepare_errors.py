@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from prepared_text import SMALL, nobody_can_be_denied, some_texts, write_lines
 
 from lmscale.base.errors import ConfigError, DataError, LmscaleError, RetryableError, UsageError
 from lmscale.corpus.manifest import resolve
@@ -15,6 +14,7 @@ from lmscale.prepare import inputs, scratch
 from lmscale.prepare.documents import documents
 from lmscale.prepare.options import PrepareOptions
 from lmscale.prepare.run import prepare
+from tests.support.prepared_text import SMALL, nobody_can_be_denied, some_texts, write_lines
 
 BIG = "\n".join(json.dumps({"text": text}) for text in some_texts(400)).encode()
 
@@ -136,7 +136,7 @@ def test_a_denied_open_is_explained_for_root_too(
 def test_a_read_that_fails_may_succeed_later() -> None:
     """/proc/self/mem opens and fails to read with EIO, as a bad disk does."""
     facts = os.stat("/proc/self/mem")
-    source = inputs.Source("/proc/self/mem", "text", "", facts.st_size, facts.st_mtime_ns)
+    source = inputs.InputFile("/proc/self/mem", "text", "", facts.st_size, facts.st_mtime_ns)
     work = inputs.Slice(0, (inputs.Span(source, 0, 0),))
     reading = documents(work, "text")
     document = next(reading)

@@ -2,7 +2,6 @@ import os
 from pathlib import Path
 
 import pytest
-from prepared_text import SMALL, contents, read_documents, run, some_texts, write_lines
 
 from lmscale.base.errors import LmscaleError, UsageError
 from lmscale.corpus.integrity import verify
@@ -10,8 +9,17 @@ from lmscale.corpus.manifest import Manifest
 from lmscale.prepare import inputs, tokenize
 from lmscale.prepare.command import prepare_main
 from lmscale.prepare.options import PrepareOptions
-from lmscale.prepare.run import PrepareProgress, prepare
+from lmscale.prepare.run import prepare
+from lmscale.prepare.stages import PrepareProgress
 from lmscale.tokenizer.tokenizer import Tokenizer
+from tests.support.prepared_text import (
+    SMALL,
+    contents,
+    read_documents,
+    run,
+    some_texts,
+    write_lines,
+)
 
 
 @pytest.fixture(autouse=True)

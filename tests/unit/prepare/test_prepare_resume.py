@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prepared_text import SMALL, command, contents, run, some_texts, write_lines
 
 from lmscale.base.errors import DataError
 from lmscale.corpus.integrity import verify
@@ -17,6 +16,7 @@ from lmscale.prepare import inputs
 from lmscale.prepare import run as passes
 from lmscale.prepare.options import PrepareOptions
 from lmscale.prepare.run import prepare
+from tests.support.prepared_text import SMALL, command, contents, run, some_texts, write_lines
 
 FLAGS = ["--tokenizer", "bpe:400", "--chunk-tokens", "64", "--shard-chunks", "16", "--workers", "2"]
 

@@ -6,12 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
+
+from lmscale.base.errors import ConfigError
+from lmscale.config.cluster_schema import ClusterConfig
+from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord, next_number
 from lmscale_launcher.slurm import (
-    preflight,
+    partitions as partition,
 )
 from lmscale_launcher.slurm import (
-    preflight as partition,
+    preflight,
 )
 from lmscale_launcher.slurm import (
     query as commands,
@@ -25,10 +29,6 @@ from lmscale_launcher.slurm import (
 from lmscale_launcher.slurm.query import SlurmResult, SlurmUnavailable
 from lmscale_launcher.slurm.script import command
 from lmscale_launcher.slurm.slurm_cluster import SlurmCluster, _job_id
-
-from lmscale.base.errors import ConfigError
-from lmscale.config.cluster_schema import ClusterConfig
-from lmscale.run_folder.paths import RunFolder
 
 GOLDEN = Path(__file__).parents[2] / "golden/slurm-answers"
 
@@ -47,7 +47,7 @@ def make_plan(
     )  # fmt: skip
 
 
-def partitions() -> list[partition.Partition]:
+def partitions() -> list[partition.SlurmPartition]:
     def text(name: str) -> str:
         return (GOLDEN / name).read_text()
 

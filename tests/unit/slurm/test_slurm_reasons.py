@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from lmscale_launcher.slurm import slurm_messages as reasons
 from lmscale_launcher.slurm.slurm_messages import reason
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from lmscale.base.errors import ConfigError
+from lmscale.config.run_file import cluster_dir
 from lmscale_launcher.slurm.script import (
     container_command,
     mounts,
@@ -18,10 +21,7 @@ from lmscale_launcher.slurm.script import (
     sbatch_options,
     srun_options,
 )
-from slurm_plans import CACHE, CORPUS, plan, plans
-
-from lmscale.base.errors import ConfigError
-from lmscale.config.run_file import cluster_dir
+from tests.support.slurm_plans import CACHE, CORPUS, plan, plans
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "slurm"
 TEMPLATE = cluster_dir() / "slurm" / "job.sh"

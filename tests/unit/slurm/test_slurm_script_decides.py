@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from lmscale_launcher.jobs.job_plan import JobRecord, write_record
-from lmscale_launcher.slurm.script import render
-from slurm_plans import plan
 
 from lmscale.run_folder.paths import RunFolder
+from lmscale_launcher.jobs.job_plan import JobRecord, write_record
+from lmscale_launcher.slurm.script import render
+from tests.support.slurm_plans import plan
 
 # One program under the names of all commands; it writes down what changes anything.
 STAND_IN = r"""#!/bin/bash

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from lmscale_launcher.clusters.base import JobState
 from lmscale_launcher.slurm import query as answers
 from lmscale_launcher.slurm.query import QueueEntry, Unreadable

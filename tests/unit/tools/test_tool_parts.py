@@ -1,18 +1,14 @@
 """The pure parts of the long programs: a judge that overlooks nothing, trials from a seed, files that survive."""
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import crc32c
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "tools"))
-
 import judge
 import kills
+import pytest
 import results
 
 BATCH = 2

@@ -47,7 +47,7 @@ def test_who_draws_what_the_first_rank_draws(
             loop, "seed_step", lambda seed, seen=seen, **at: seen.append((seed, at))
         )
         of_rank = SimpleNamespace(rank=rank_of(cfg, dp_rank=place[0], tp_rank=place[1]))
-        loop.Loop._seed(cast(loop.Loop, of_rank), 7)
+        loop.TrainLoop._seed(cast(loop.TrainLoop, of_rank), 7)
         (drawn[place],) = seen
     assert [place for place, at in drawn.items() if at == drawn[0, 0]] == alike
 

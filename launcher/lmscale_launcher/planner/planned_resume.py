@@ -1,0 +1,88 @@
+"""Where a run stands and how it came there, from its newest checkpoint: what a plan goes on from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmscale.base.errors import ConfigError, Problem
+from lmscale.config.schema import RunConfig
+from lmscale.run_folder.checkpoints import newest_valid, read_manifest
+from lmscale.run_folder.paths import RunFolder
+
+if TYPE_CHECKING:  # it loads numpy
+    from lmscale.corpus.schedule import Phase
+
+
+_KEY = "train.global_batch_size"
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedResume:
+    """The state that the next start goes on with."""
+
+    streams: int  # of the order: a run keeps those of its first start
+    step: int = 0
+    position: int = 0  # samples consumed
+    first_batch: int = 0  # global batch of step 1
+    changes: tuple[tuple[int, int, int], ...] = ()  # (step, position, global batch from there on)
+
+    @property
+    def phases(self) -> "tuple[Phase, ...]":
+        """The batches of the run, past and to come."""
+        from lmscale.corpus.schedule import Phase
+
+        first = Phase(self.first_batch)
+        later = (Phase(batch, step, position) for step, position, batch in self.changes)
+        return (first, *later)
+
+
+def standing(cfg: RunConfig) -> PlannedResume:
+    """Where the next start begins. Raises ConfigError for a batch that `lmscale train` would refuse."""
+    batch = cfg.train.global_batch_size
+    if (path := _source(cfg)) is None:
+        return PlannedResume(cfg.data.streams or batch, first_batch=batch)
+    body = read_manifest(path)
+    identity, state = body.get("identity", {}), body.get("state", {}).get("train", {})
+    step = int(body.get("step", 0))
+    before = int(identity.get(_KEY, batch))
+    changes = _journaled(state.get("journal", ()))
+    first = changes[0][3] if changes else before
+    later = [change[:3] for change in changes]
+    position = int(state.get("position", step * before))
+    if before != batch:
+        if _KEY not in cfg.train.allow_change:
+            fact = f"{batch}, but {path} was trained with {before}"
+            hint = (
+                f"set it back, or allow it with train.allow_change: [{_KEY}], or choose another "
+                "train.run_dir"
+            )
+            raise ConfigError([Problem(_KEY, fact, hint)])
+        later.append((step, position, batch))
+    kept = identity.get("data.streams")
+    streams = kept if isinstance(kept, int) else cfg.data.streams or first
+    return PlannedResume(streams, step, position, first, tuple(later))
+
+
+def _source(cfg: RunConfig) -> Path | None:
+    """The checkpoint that a start would go on from; of another run where train.resume names it."""
+    found = newest_valid(RunFolder(Path(cfg.train.run_dir)))
+    if found is not None:
+        return found.path
+    if cfg.train.resume in ("auto", "never"):
+        return None
+    path = Path(cfg.train.resume)
+    if not path.is_dir():
+        fact = f"{path} is no checkpoint, and neither auto nor never"
+        hint = "name a folder RUN/checkpoints/step-*, or leave the key out"
+        raise ConfigError([Problem("train.resume", fact, hint)])
+    return path
+
+
+def _journaled(journal: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int, int]]:
+    """(step, position, batch from there on, batch before) of each change of the global batch."""
+    return [
+        (int(entry["step"]), int(entry["position"]), int(entry["now"]), int(entry["before"]))
+        for entry in journal
+        if entry["key"] == _KEY
+    ]
