@@ -99,7 +99,7 @@ VALUES: Mapping[str, tuple[str, ...]] = {
     "accumulation": ("1", "3"),
     "targets": ("equal", "unequal"),
     "world": ("smallest", "largest"),
-    "max_grad_norm": ("off", "on"),
+    "clip": ("off", "on"),
 }
 
 

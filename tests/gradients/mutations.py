@@ -63,7 +63,7 @@ def caught(name: str, case: GradientCase, ranks: Any) -> list[str]:
 
 
 def caught_by(name: str, of_size: Callable[[int], Any]) -> tuple[str, list[str]]:
-    """The first case of the pairs that catches a bug: of few ranks, in a precision that hides little. ("", []) if none."""
+    """The first pair case that detects the bug, with few ranks and high precision first; ("", []) if none."""
     bug = BUGS[name]
     for case in by_world(sorted(pairs(), key=lambda case: case.precision in NARROW)):
         if bug.shows(case) and (problems := caught(name, case, of_size(case.ranks))):
@@ -141,7 +141,7 @@ BUGS: Mapping[str, Bug] = {
     ),
     "clipping before the division by the tokens": Bug(
         replaced(account, "clip", plants.later_clip),
-        where={"max_grad_norm": "on"},
+        where={"clip": "on"},
         case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),
     "tokens go to the next rank": Bug(

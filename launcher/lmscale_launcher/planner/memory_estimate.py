@@ -4,7 +4,8 @@ tests/distributed/test_plan_memory.py holds these against real engines of one, t
 
 Memory of one rank by formula: what its engine holds, and what a step needs besides.
 
-tests/distributed/test_plan_memory.py holds the sum against the allocator's peak in real engines. It is the sum of what each
+tests/distributed/test_plan_memory.py compares the sum with the peak of the allocator in real engines.
+It is the sum of what each
 part needs at its worst; not all parts are at their worst at the same moment, so it is a little above the peak.
 """
 

@@ -19,8 +19,23 @@ from lmscale.config.validation_messages import fields_of, section_at
 from lmscale.config.yaml import parse
 
 NESTED = [("data", "corpora"), ("log", "profile")]
-IDENTITY_OF_TRAIN = {"seq_len", "global_batch", "steps", "tokens", "epochs", "seed", "init_from"}
-IDENTITY_OF_DATA = {"corpora", "tokenizer", "documents", "streams", "shuffle_window", "mix_block"}
+IDENTITY_OF_TRAIN = {
+    "seq_len",
+    "global_batch_size",
+    "steps",
+    "tokens",
+    "epochs",
+    "seed",
+    "init_from",
+}
+IDENTITY_OF_DATA = {
+    "corpora",
+    "tokenizer",
+    "documents",
+    "streams",
+    "shuffle_window_chunks",
+    "mix_block",
+}
 
 
 @pytest.mark.parametrize("path", [*((section,) for section in SECTIONS), *NESTED])

@@ -151,14 +151,14 @@ def test_text_sections_are_found_beside_the_run_file_and_then_by_name(tmp_path: 
     text = RUN.replace("{num_layers: 2, hidden_size: 64, num_heads: 4}", "llama-1b")
     (tmp_path / "r.yaml").write_text(text)
     assert load(tmp_path / "r.yaml").model.num_layers == 16
-    (tmp_path / "llama-1b.yaml").write_text("layers: 3\nwidth: 64\nheads: 4\n")
+    (tmp_path / "llama-1b.yaml").write_text("num_layers: 3\nhidden_size: 64\nnum_heads: 4\n")
     assert load(tmp_path / "r.yaml", ["model.num_heads=2"]).model.num_layers == 3
-    (tmp_path / "llama-1b.yaml").write_text("layers: x\nwidht: 64\n")
+    (tmp_path / "llama-1b.yaml").write_text("num_layers: x\nhiden_size: 64\n")
     found = problems(tmp_path / "r.yaml", cwd=tmp_path)
     assert found["model.num_layers"].startswith(
         "expected a whole number, got the text 'x' (llama-1b.yaml:1)"
     )
-    assert "did you mean 'width'?" in found["model.widht"]
+    assert "did you mean 'hidden_size'?" in found["model.hiden_size"]
 
 
 def test_a_run_file_is_never_taken_for_a_section(tmp_path: Path) -> None:

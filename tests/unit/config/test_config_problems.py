@@ -223,7 +223,7 @@ def test_any_value_loads_or_is_refused_without_jargon(run: Path, values: dict[An
         (
             ["parallel.tp=4", "model.num_kv_heads=2"],
             "parallel.tp",
-            "4 ranks cannot share model.kv_h",
+            "4 ranks cannot share model.num_kv_h",
         ),
         (
             ["parallel.tp=4", "model.ffn_hidden_size=130"],

@@ -132,8 +132,6 @@ def test_counts_and_sizes_are_never_shown_with_an_exponent() -> None:
     ("verb", "source"),
     [
         ("prepare", "lmscale/prepare/command.py"),
-        ("eval", "lmscale/train/commands.py"),
-        ("generate", "lmscale/train/commands.py"),
     ],
 )
 def test_options_are_those_that_the_verb_itself_takes(verb: str, source: str) -> None:

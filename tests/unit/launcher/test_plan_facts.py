@@ -60,7 +60,7 @@ def test_a_slurm_job_is_planned_on_a_laptop(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(subprocess, "run", never)
     monkeypatch.setattr(subprocess, "Popen", never)
     found = plan(*SLURM, *LARGE, "cluster.gpus_per_node=8", env={})
-    assert (found["ranks"], found["mesh"]) == (512, {"dp_replicate": 1, "shard": 512, "tp": 1})
+    assert (found["ranks"], found["mesh"]) == (512, {"replicate": 1, "shard": 512, "tp": 1})
     assert found["cluster"]["device"] == "cuda"
     assert found["memory"]["room"] is None
     parts = ("parameters", "gradients", "optimizer", "activations", "loss", "working")
@@ -104,7 +104,7 @@ def test_the_largest_model_over_tensor_parallel_nodes() -> None:
     """70B, each layer over the eight GPUs of a node, sharded over the nodes."""
     place = [*SLURM, *LARGE, "cluster.gpus_per_node=8", "parallel.tp=8"]
     whole = plan(*place)
-    assert (whole["ranks"], whole["mesh"]) == (512, {"dp_replicate": 1, "shard": 64, "tp": 8})
+    assert (whole["ranks"], whole["mesh"]) == (512, {"replicate": 1, "shard": 64, "tp": 8})
     assert [one["key"] for one in whole["warnings"]] == ["parallel.sequence_parallel"]
     split = plan(*place, "parallel.sequence_parallel=true")
     assert not split["warnings"]

@@ -21,13 +21,13 @@ class Textbook:
             x = x + self.weights["decoder.positions.weight"][stream.positions_BL]
         for n in range(self.cfg.num_layers):
             at = f"decoder.blocks.{n}."
-            if self.cfg.norm_place == "pre":
+            if self.cfg.norm_order == "pre":
                 x = x + self.attention(self.norm(x, at + "norm_attention"), at, stream)
                 x = x + self.feed_forward(self.norm(x, at + "norm_feed_forward"), at)
             else:
                 x = self.norm(x + self.attention(x, at, stream), at + "norm_attention")
                 x = self.norm(x + self.feed_forward(x, at), at + "norm_feed_forward")
-        if self.cfg.norm_place == "pre":
+        if self.cfg.norm_order == "pre":
             x = self.norm(x, "decoder.norm")
         head = "decoder.embedding.weight" if self.cfg.tie_embeddings else "heads.lm.weight"
         return x @ self.weights[head][:VOCAB].T
