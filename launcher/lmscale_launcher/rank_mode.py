@@ -4,15 +4,11 @@ import re
 import zlib
 from collections.abc import Mapping
 
+from lmscale.base.env import HYDRA, OPEN_MPI, RANK_VARIABLES, SLURM_STEP
+
 # Batch and interactive steps have ids from here on; a step of srun counts up from 0.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
-# Variables of each starter, for RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
-_OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_OPEN_MPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
-             "OMPI_COMM_WORLD_LOCAL_SIZE")  # fmt: skip
-_HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH, Intel MPI
-_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
 _EQUAL_TASKS = re.compile(r"(\d+)(?:\(x\d+\))?")  # 4, or 2(x3): 2 on each of 3 nodes; not 3,2
 
 
@@ -26,12 +22,12 @@ def rank_env(env: Mapping[str, str]) -> dict[str, str] | None:
     if "RANK" in env and "WORLD_SIZE" in env:
         return {}
     if "OMPI_COMM_WORLD_RANK" in env:
-        return _translated(env, _OPEN_MPI)
+        return _translated(env, OPEN_MPI)
     if _real_step(env.get("SLURM_STEP_ID", "")):
-        added = _translated(env, _SLURM)
+        added = _translated(env, SLURM_STEP)
         return added if "PMIX_RANK" in env else added | _meeting(env, added)
     if "PMI_RANK" in env and "PMI_SIZE" in env:
-        return _translated(env, _HYDRA)
+        return _translated(env, HYDRA)
     if "PMIX_RANK" in env:  # prun of PRRTE, whose ranks only MPI can count
         return {}
     return None
@@ -43,7 +39,9 @@ def _real_step(step: str) -> bool:
 
 def _translated(env: Mapping[str, str], theirs: tuple[str, ...]) -> dict[str, str]:
     """Their variables in torchrun's words. What they do not tell stays out, and World names it."""
-    added = {name: env[given] for name, given in zip(_OURS, theirs, strict=True) if given in env}
+    added = {
+        name: env[given] for name, given in zip(RANK_VARIABLES, theirs, strict=True) if given in env
+    }
     on_each = _EQUAL_TASKS.fullmatch(added.pop("LOCAL_WORLD_SIZE", ""))
     return added | ({"LOCAL_WORLD_SIZE": on_each[1]} if on_each else {})
 

@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmscale.base.errors import DataError
-from lmscale.base.fs import published
+from lmscale.base.fs import atomic_writer, storage_errors
 
 INDEX_NAME = "__lmidx__"  # webdataset skips members named __*__
 BLOCK_BYTES = 65_536
@@ -180,8 +180,9 @@ def write_sealed(path: Path, body: dict[str, Any]) -> str:
     """Publish `body` under `path`; returns its digest (SHA-256)."""
     covered = json.dumps(body, indent=1, sort_keys=True).removesuffix("\n}") + ",\n"
     digest = hashlib.sha256(covered.encode()).hexdigest()
-    with published(path) as file:
-        file.write((covered + _LAST_LINE.format(digest)).encode())
+    data = (covered + _LAST_LINE.format(digest)).encode()
+    with storage_errors(f"writing {path}"), atomic_writer(path, single_writer=True) as file:
+        file.write(data)
     return digest
 
 
@@ -273,7 +274,7 @@ def write_shard(
     """
     rows: list[IndexEntry] = []
     crcs: list[int] = []
-    with published(path) as file:
+    with storage_errors(f"writing {path}"), atomic_writer(path, single_writer=True) as file:
         tar = _Tar(file)
         for number, chunk in enumerate(chunks, first_chunk):
             tokens = _tokens(chunk, dtype)

@@ -6,27 +6,24 @@ MPI is asked who this rank is and used for a few broadcasts, then left (MPI_Fina
 imported: training itself runs over gloo or NCCL, and a rank may end as any process does.
 """
 
-import ctypes
-import fcntl
 import logging
 import os
 import random
 import secrets
-import signal
 import socket
-import struct
 import threading
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from typing import Any
 
+from lmscale.base.env import MPI_RANK_VARIABLES
 from lmscale.base.errors import ConfigError, DistributedError, Problem
+from lmscale.base.proc import die_with_parent, interfaces
 from lmscale.run_folder.events import start_name
 
 _TOKEN_BYTES = 16
 _TRY_S = 2.0
-_SIOCGIFADDR = 0x8915
 # Below the ports that Linux gives to outgoing connections (32768 and up), so none of these takes it
 # between this look and the moment when rank 0 listens there.
 _PORTS = range(20_000, 30_000)
@@ -90,27 +87,14 @@ def reached(address: str, port: int, token: bytes) -> str | None:
     return None
 
 
-def interfaces() -> dict[str, str]:
-    """IPv4 address -> interface, for all that are up; loopback is left out."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # it has no IPv4 address
-                answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-                address = socket.inet_ntoa(answer[20:24])
-                if not address.startswith("127."):
-                    found[address] = name
-    return found
-
-
 def interface_of(address: str) -> str | None:
     """The interface that has this address."""
-    return interfaces().get(address)
+    return next((name for name, own in interfaces().items() if address in own), None)
 
 
 def candidates() -> list[str]:
     """Addresses at which others may reach this host, the likeliest first."""
-    own = list(interfaces())
+    own = [address for addresses in interfaces().values() for address in addresses]
     try:
         named = socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -119,8 +103,6 @@ def candidates() -> list[str]:
 
 
 log = logging.getLogger(__name__)
-_PR_SET_PDEATHSIG = 1
-_STARTERS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 _INSTALL = "pip install 'lmscale[mpi]', or mpi4py for the MPI that this site's mpirun belongs to"
 
 
@@ -131,11 +113,11 @@ def meet(env: Mapping[str, str]) -> dict[str, str]:
     MPI does not know the ranks that its starter has announced, DistributedError where hosts cannot
     reach each other.
     """
-    if not any(name in env for name in _STARTERS) or "MASTER_ADDR" in env:
+    if not any(name in env for name in MPI_RANK_VARIABLES) or "MASTER_ADDR" in env:
         return {}
     if "OMPI_COMM_WORLD_RANK" in env:
         # Whoever kills mpirun with SIGKILL must not leave ranks behind: it cannot end them then.
-        _die_with_parent()
+        die_with_parent()
     try:
         mpi = _library()
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no libmpi
@@ -255,10 +237,3 @@ def _without_mpi(env: Mapping[str, str], error: Exception) -> dict[str, str]:
     fact = f"MPI ranks find each other with mpi4py, which cannot be used here: {error}"
     hint = f"{_INSTALL}; or set MASTER_ADDR and MASTER_PORT; on one host `mpirun -n N lmscale train` needs none"
     raise ConfigError([Problem("", fact, hint)])
-
-
-def _die_with_parent() -> None:
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(128 + signal.SIGKILL)

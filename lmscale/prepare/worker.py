@@ -3,10 +3,8 @@
 Started as `python -m lmscale.prepare.worker PARENT_PID` by pool.py. It never outlives its parent.
 """
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -14,18 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from lmscale.base.errors import LmscaleError
+from lmscale.base.proc import die_with_parent
 from lmscale.prepare.workers import do
 
 _REPORT_S = 0.2
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-
-def die_with_parent(parent: int) -> None:
-    """Be killed when the parent dies, however it dies (Linux; elsewhere the closed pipe ends the worker)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(1)
 
 
 def answer(line: str, report: Callable[[int], None]) -> dict[str, Any]:
@@ -40,7 +30,7 @@ def answer(line: str, report: Callable[[int], None]) -> dict[str, Any]:
 
 def main(parent: int) -> None:
     """Serve until standard input ends."""
-    die_with_parent(parent)
+    die_with_parent(parent, exit_code=1)  # where that is not supported, the closed pipe ends it
     # What libraries print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

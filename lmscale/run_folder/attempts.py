@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lmscale.base.errors import CheckpointError, Overtaken
-from lmscale.base.fs import fsync_dir, replace_file, storage_error, storage_errors
+from lmscale.base.fs import atomic_write, fsync_dir, storage_error, storage_errors
 from lmscale.run_folder.paths import RunFolder
 
 _NAME = re.compile(r"([1-9]\d*)\.json")
@@ -162,7 +162,7 @@ def _numbers(folder: RunFolder) -> list[int]:
 def _rewrite(folder: RunFolder, attempt: Attempt) -> None:
     path = _path(folder, attempt.number)
     with storage_errors(f"writing {path}"):
-        replace_file(path, _encode(attempt))
+        atomic_write(path, _encode(attempt))
 
 
 def _encode(attempt: Attempt) -> bytes:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmscale.base.fs import replace_file, storage_errors
+from lmscale.base.fs import atomic_write, storage_errors
 from lmscale.run_folder.paths import RunFolder
 
 _NO_REASON = "no reason given"
@@ -41,4 +41,4 @@ def write_bad_nodes(folder: RunFolder, reasons: Mapping[str, str]) -> None:
         path = folder.bad_nodes / host.replace("/", "_")
         with storage_errors(f"writing {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, f"{why}\n".encode())
+            atomic_write(path, f"{why}\n".encode())

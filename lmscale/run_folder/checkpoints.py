@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.base.errors import CheckpointError, ConfigError
-from lmscale.base.fs import fsync_dir, replace_file, storage_error
+from lmscale.base.fs import atomic_write, fsync_dir, storage_error
 from lmscale.run_folder.attempts import Fence, fence
 from lmscale.run_folder.paths import RunFolder, checkpoint_name, parse_checkpoint_name
 
@@ -36,7 +36,7 @@ def write_manifest(directory: Path, body: Mapping[str, Any]) -> None:
         json.dumps(body, allow_nan=False)
     )  # as a reader will see it: text keys, lists
     sealed = {**plain, "digest": digest(plain)}
-    replace_file(directory / MANIFEST, (json.dumps(sealed) + "\n").encode())
+    atomic_write(directory / MANIFEST, (json.dumps(sealed) + "\n").encode())
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from lmscale.base.env import scrubbed
 from lmscale.base.errors import ConfigError, Problem
 from lmscale.base.fs import storage_errors
 from lmscale.base.proc import is_alive, started_ticks, this_host
@@ -18,7 +19,6 @@ from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters.base import JobState
 from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord
 from lmscale_launcher.jobs.logs import ends_quietly
-from lmscale_launcher.jobs.submit import scrubbed
 
 # What the ranks find wrong shows after they have imported torch; what the supervisor does, at once.
 _WATCH_S = 10.0

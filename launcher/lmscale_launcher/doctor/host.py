@@ -10,6 +10,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from lmscale.base import proc
 from lmscale.base.units import show_bytes
 from lmscale_launcher.doctor.command_result import CommandResult, Question, run_command
 from lmscale_launcher.doctor.findings import Finding, fail, ok, warn
@@ -37,6 +38,7 @@ def keeper() -> Finding:
 SHM = Path("/dev/shm")
 _RDMA = Path("/sys/class/infiniband")
 _NET = Path("/sys/class/net")
+_CONTAINER_BRIDGES = ("docker", "veth", "virbr", "br-", "cni")
 
 
 def open_files() -> Finding:
@@ -171,21 +173,10 @@ def interface_problem(name: str, *, net: Path = _NET) -> str:
     return ""
 
 
-def interfaces(*, net: Path = _NET) -> dict[str, str]:
+def interfaces() -> dict[str, str]:
     """Interfaces that are up, with their IPv4 address; without the loopback and bridges of containers."""
-    import fcntl
-    import struct
-
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for path in sorted(net.iterdir()) if net.is_dir() else ():
-            name = path.name
-            if name == "lo" or name.startswith(("docker", "veth", "virbr", "br-", "cni")):
-                continue
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(any_socket, 0x8915, request)  # SIOCGIFADDR
-            except OSError:
-                continue  # without an address
-            found[name] = socket.inet_ntoa(answer[20:24])
-    return found
+    return {
+        name: addresses[0]
+        for name, addresses in sorted(proc.interfaces().items())
+        if not name.startswith(_CONTAINER_BRIDGES)
+    }

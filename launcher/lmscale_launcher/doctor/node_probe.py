@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lmscale.base.env import scrubbed
 from lmscale_launcher.doctor.command_result import run_command
 from lmscale_launcher.doctor.findings import Finding, fail, ok
 from lmscale_launcher.doctor.node import look_at_node
 from lmscale_launcher.doctor.probes import no_meeting
 from lmscale_launcher.handoff import command
-from lmscale_launcher.jobs.submit import scrubbed
 
 _ANSWER_S = 90.0  # torch from a cold file server, then 30 s for the others
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lmscale.base.env import scrubbed
 from lmscale.base.listener import RENDEZVOUS_FD, listen
 from lmscale.base.units import show_bytes
 from lmscale_launcher.doctor import gpu as nvidia
@@ -16,7 +17,6 @@ from lmscale_launcher.doctor.command_result import CommandResult, Question, run_
 from lmscale_launcher.doctor.findings import Finding, fail, ok, warn
 from lmscale_launcher.doctor.host import interface_problem
 from lmscale_launcher.handoff import command
-from lmscale_launcher.jobs.submit import scrubbed
 
 ANSWER_S = 120.0  # importing torch from a cold file server takes a minute
 _OLDEST_TORCH = (2, 11)

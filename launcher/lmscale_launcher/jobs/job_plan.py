@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.base.errors import ConfigError, Problem
-from lmscale.base.fs import replace_file, storage_errors
+from lmscale.base.fs import atomic_write, storage_errors
 from lmscale.config import rules as checks
 from lmscale.config.cluster_schema import ClusterConfig
 from lmscale.config.schema import RunConfig
@@ -159,7 +159,7 @@ def write_record(folder: RunFolder, record: JobRecord) -> None:
     path = folder.jobs / f"{record.number}.json"
     with storage_errors(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, (json.dumps(asdict(record), indent=1) + "\n").encode())
+        atomic_write(path, (json.dumps(asdict(record), indent=1) + "\n").encode())
 
 
 def read_records(folder: RunFolder) -> list[JobRecord]:

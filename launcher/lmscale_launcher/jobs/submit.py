@@ -1,15 +1,11 @@
-"""The environment that a job starts with: the user's, without what describes the job one sits in oneself.
-
-`lmscale submit RUN.yaml`: everything that can be checked here is; then a cluster of any kind gets the job.
-"""
+"""`lmscale submit RUN.yaml`: everything that can be checked here is; then a cluster of any kind gets the job."""
 
 import fcntl
 import json
-import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,20 +30,6 @@ from lmscale_launcher.jobs.job_plan import (
 )
 from lmscale_launcher.jobs.run_state import code_in_words
 from lmscale_launcher.resume_checks import farewell, finished, missing
-
-# Left in, they would tell the new job that it is a task of the old one: srun would ask for the old job's nodes,
-# ranks would take the old one's numbers. Options in SBATCH_* and SRUN_* would come before those of the run file.
-_OF_A_JOB = re.compile(
-    r"(SLURM|SLURMD|SBATCH|SRUN|SALLOC|PMIX|PMI|OMPI|PRTE|HYDRA|HYDI|LOCAL|MASTER|LMSCALE|TORCHELASTIC)_"
-    r"|MPI_LOCAL|(RANK|WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_RANK|ROLE_WORLD_SIZE)\Z"
-)
-_KEPT = ("SLURM_CONF",)  # where the cluster is, not which job this is
-
-
-def scrubbed(env: Mapping[str, str]) -> dict[str, str]:
-    """`env` as it would be outside of any job of Slurm, MPI, torchrun or lmscale."""
-    return {key: value for key, value in env.items() if key in _KEPT or not _OF_A_JOB.match(key)}
-
 
 _TAIL_LINES = 20
 

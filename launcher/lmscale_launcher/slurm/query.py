@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmscale.base.env import scrubbed
 from lmscale.base.errors import ConfigError, Problem, RetryableError
-from lmscale_launcher.jobs.submit import scrubbed
 
 # Slurm's own commands give up after 9 to 10 s where nobody answers (MessageTimeout, measured).
 TIMEOUT_S = 10.0

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence, Set
 from typing import NamedTuple
 
 from lmscale.base.errors import ConfigError, Problem, RetryableError
-from lmscale.base.fs import replace_file, storage_errors
+from lmscale.base.fs import atomic_write, storage_errors
 from lmscale.base.proc import this_host
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters.base import JobState
@@ -44,7 +44,7 @@ class SlurmCluster:
         with storage_errors(f"writing {plan.script}"):
             for path in (plan.log, plan.script):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(plan.script, _script(plan).encode())
+            atomic_write(plan.script, _script(plan).encode())
         answer = commands.sbatch(preflight.check(plan), cwd=plan.workdir)
         if answer.code != 0:
             raise preflight.refusal(answer, plan, preflight.look())

@@ -8,8 +8,8 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from pathlib import Path
 
+from lmscale.base.proc import children
 from lmscale.run_folder.events import events_path
 from lmscale_launcher.supervisor.context import SupervisorContext, SupervisorJob
 from lmscale_launcher.supervisor.protocol import Round, SupervisorGroup
@@ -74,13 +74,9 @@ def end_strays(*, spare: set[int], within_s: float = 5.0) -> None:
 
     One that waits for a hung file server does not die before that answers: nobody waits for it.
     """
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
     until = time.monotonic() + within_s
     while time.monotonic() < until:  # killing one hands its own children over to us
-        try:
-            pids = {int(pid) for pid in children.read_text().split()} - spare
-        except OSError:  # a kernel without this file
-            return
+        pids = children() - spare
         if not pids:
             return
         for pid in pids:

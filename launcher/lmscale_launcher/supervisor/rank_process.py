@@ -1,7 +1,6 @@
 """One rank as a process: its environment, its process group, and that it never outlives its parent."""
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import signal
@@ -11,14 +10,12 @@ import termios
 import tty
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from lmscale.base.env import without_torchrun
 from lmscale.base.listener import RENDEZVOUS_FD
+from lmscale.base.proc import death_signal, process_state
 from lmscale.run_folder.rank_progress import PULSE_FD, STACK_FD, new_descriptors
 from lmscale_launcher.gpus import count_cores
-
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: a child must not load it
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +39,11 @@ class NodeTopology:
         """The environment of one rank: torchrun's variables, and ours. `port`: of node 0, for the ranks."""
         if not self.ranked:
             return {**env, "LMSCALE_START": start}
-        # A torchrun around us would make torch look for its agent's store.
-        clean = {key: value for key, value in env.items() if not key.startswith("TORCHELASTIC_")}
         address = (self.master or "").rpartition(":")[0].strip("[]") if self.nodes > 1 else ""
         threads = str(max(1, count_cores() // self.num_ranks))
         return {
             "OMP_NUM_THREADS": threads,
-            **clean,
+            **without_torchrun(env),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank - self.ranks.start),
             "WORLD_SIZE": str(self.nodes * self.num_ranks),
@@ -102,10 +97,7 @@ class RankProcess:
 
     def state(self) -> str:
         """The kernel's letter for it: R, S, D (waiting for a disk), T (stopped), ...; empty when gone."""
-        try:
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            return ""
+        return process_state(self.pid)
 
     def close(self) -> None:
         """Let go of the memory it shared with us."""
@@ -143,7 +135,6 @@ def spawn(
         if terminal is not None:
             tty.setraw(writing)  # no translation of line ends
             _copy_size(terminal, writing)
-        parent = os.getpid()
         process = subprocess.Popen(
             command,
             env={**env, **{name: str(number) for name, number in inherits.items()}},
@@ -152,7 +143,7 @@ def spawn(
             stdout=writing,
             stderr=writing,
             process_group=0,
-            preexec_fn=lambda: _die_with(parent),  # noqa: PLW1509 single-threaded, see above
+            preexec_fn=death_signal(os.getpid()),  # noqa: PLW1509 single-threaded, see above
         )
     except BaseException:
         for descriptor in (reading, *shared.values()):
@@ -170,9 +161,3 @@ def _copy_size(terminal: int, other: int) -> None:
     with contextlib.suppress(OSError):
         size = fcntl.ioctl(terminal, termios.TIOCGWINSZ, bytes(8))
         fcntl.ioctl(other, termios.TIOCSWINSZ, size)
-
-
-def _die_with(parent: int) -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(128 + signal.SIGKILL)

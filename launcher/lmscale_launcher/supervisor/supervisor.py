@@ -8,7 +8,6 @@ One thread, so that forking is safe and the ranks' death signal is tied to the p
 starts outlives it, whichever way it ends.
 """
 
-import ctypes
 import itertools
 import os
 import socket
@@ -18,8 +17,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from lmscale.base.errors import ExitCode, LmscaleError, RetryableError, decisive
-from lmscale.base.fs import replace_file, storage_errors
+from lmscale.base.fs import atomic_write, storage_errors
 from lmscale.base.listener import listen
+from lmscale.base.proc import adopt_orphans
 from lmscale.run_folder.bad_nodes import BadNode, read_bad_nodes, write_bad_nodes
 from lmscale.run_folder.events import read_events, starts_since_progress
 from lmscale.run_folder.liveness import begin
@@ -35,7 +35,6 @@ from lmscale_launcher.supervisor.signals import Signals
 
 __all__ = ["SupervisorJob", "supervise"]
 
-_PR_SET_CHILD_SUBREAPER = 36
 _LONGEST_PAUSE_S = 60.0
 _EXCUSE_S = 60.0  # for other nodes to hear that there is nothing to wait for
 
@@ -73,7 +72,7 @@ def _stationed(job: SupervisorJob, terminal: int) -> Iterator[SupervisorContext]
     in_place = os.isatty(terminal) and not several
     output = Output(terminal, in_place=in_place, host=job.host if several else "")
     # Orphans of the ranks become children of this process instead of init's, and can be ended.
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     with Signals() as signals, Guard() as guard, EventLoop() as loop:
         loop.watch(signals.descriptor, signals.drain)
         try:
@@ -239,7 +238,7 @@ class _Starts:
         if job.by_hand:
             return f"{words}. The same command goes on from there"
         with storage_errors(f"writing {job.folder.stop}"):
-            replace_file(job.folder.stop, f"{words}\n".encode())
+            atomic_write(job.folder.stop, f"{words}\n".encode())
         return f"{words}. `lmscale resume {job.folder.path}` goes on from there"
 
     def _pause(self) -> bool:

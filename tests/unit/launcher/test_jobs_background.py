@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lmscale.base.env import scrubbed
 from lmscale.base.errors import ConfigError
 from lmscale.base.proc import is_alive
 from lmscale.config.cluster_schema import ClusterConfig
@@ -19,7 +20,6 @@ from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters import background
 from lmscale_launcher.clusters.local import LocalCluster
 from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord
-from lmscale_launcher.jobs.submit import scrubbed
 
 
 def plan_of(folder: Path, **cluster: object) -> JobPlan:
