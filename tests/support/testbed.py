@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.support.ports import free_port
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "cluster"  # slurm.conf and node_init.sh
 PACKAGES = "slurm-wlm slurm-client munge iproute2"
 _NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "unshare", "nsenter")
 CPUS, GPUS = 8, 4
