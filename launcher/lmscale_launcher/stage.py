@@ -30,7 +30,7 @@ from lmscale.config.schema import RunConfig
 from lmscale_launcher.planner.planned_resume import standing
 
 if TYPE_CHECKING:  # it loads numpy
-    from lmscale.corpus.staging import Staged
+    from lmscale.corpus.staging import StagingResult
 
 log = logging.getLogger("lmscale_launcher.stage")  # as a program this module is called __main__
 
@@ -99,7 +99,7 @@ def _misplaced(cfg: RunConfig) -> Iterator[Problem]:
 
 def _stage(cfg: RunConfig, place: StagingTarget, cache_dir: Path, stop: threading.Event) -> None:
     from lmscale.corpus.manifest import load_part
-    from lmscale.corpus.node_cache import alone
+    from lmscale.corpus.node_cache import cache_lock
     from lmscale.corpus.order import Order
     from lmscale.corpus.schedule import BatchSplit, chunks_ahead
     from lmscale.corpus.staging import Stager
@@ -113,24 +113,28 @@ def _stage(cfg: RunConfig, place: StagingTarget, cache_dir: Path, stop: threadin
         return  # the ranks will say it
     k = manifest.samples_per_chunk(cfg.train.seq_len)
     order = Order(
-        samples, k, stands.streams, window=cfg.data.shuffle_window_chunks, seed=cfg.train.seed
+        samples,
+        k,
+        stands.streams,
+        window_chunks=cfg.data.shuffle_window_chunks,
+        seed=cfg.train.seed,
     )
     split = BatchSplit(
         cfg.train.global_batch_size, place.nodes, place.ranks_per_node, cfg.parallel.tp
     )
     blocks = chunks_ahead(order, split, node=place.node, position=stands.position, steps=steps)
-    with alone(cache_dir, stop, say=lambda text: log.info("stage: %s", text)) as mine:
+    with cache_lock(cache_dir, stop, say=lambda text: log.info("stage: %s", text)) as mine:
         if not mine:
             return
         begun = time.monotonic()
         stager = Stager(corpus, manifest, cache_dir, cache_bytes=cfg.data.cache_bytes)
         with _Line(sys.stderr) as line:
-            done = stager.stage(blocks, most=-(-samples // k), stop=stop, progress=line.show)
+            done = stager.stage(blocks, max_chunks=-(-samples // k), stop=stop, progress=line.show)
     if not stop.is_set():
         log.info("stage: %s", _in_words(done, cache_dir, time.monotonic() - begun))
 
 
-def _in_words(done: "Staged", cache_dir: Path, seconds: float) -> str:
+def _in_words(done: "StagingResult", cache_dir: Path, seconds: float) -> str:
     rate = f" ({show_bytes(done.copied_bytes / seconds)}/s)" if seconds > 0.1 else ""
     text = (
         f"{done.copied} chunks, {show_bytes(done.copied_bytes)}, copied to {cache_dir} in "

@@ -17,8 +17,8 @@ from lmscale.corpus.manifest import (
     MANIFEST_NAME,
     Collection,
     Manifest,
-    digest_of,
-    kind_of,
+    corpus_kind,
+    manifest_digest,
     tokenizer_path,
 )
 from lmscale.corpus.reader import ChunkReader
@@ -36,7 +36,7 @@ def verify(path: Path, progress: Progress | None = None) -> list[str]:
     Never raises for damage. `progress` is called from this thread, once a shard.
     """
     try:
-        folders = [path] if kind_of(path) != "collection" else None
+        folders = [path] if corpus_kind(path) != "collection" else None
         parts = {} if folders else Collection.load(path).parts
     except LmscaleError as error:
         return [str(error)]
@@ -55,7 +55,7 @@ def verify(path: Path, progress: Progress | None = None) -> list[str]:
 def _covered(part: Path, digest: str) -> Iterator[str]:
     """A part's manifest must be the one its collection names; a damaged one is told elsewhere."""
     try:
-        found = digest_of(part)
+        found = manifest_digest(part)
     except LmscaleError:
         return
     if found != digest:
@@ -127,8 +127,10 @@ def _damaged_chunks(folder: Path, manifest: Manifest, number: int) -> Iterator[s
     chunks = ChunkReader(folder, manifest, files)
     told = 0
     try:
-        chunks.stored(chunks.of_shard(number)[0])  # without the index nothing can be looked at
-        for chunk in chunks.of_shard(number):
+        chunks.locate(
+            chunks.chunks_of_shard(number)[0]
+        )  # without the index nothing can be looked at
+        for chunk in chunks.chunks_of_shard(number):
             for problem in _chunk(chunks, chunk):
                 yield problem
                 told += 1

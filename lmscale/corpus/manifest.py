@@ -374,23 +374,23 @@ class Collection:
         return cls(body["parts"], body["source"])
 
 
-def kind_of(folder: Path) -> str:
+def corpus_kind(folder: Path) -> str:
     """`collection`, or the kind of a single corpus: `stream`. Raises DataError."""
     return str(_read(folder).body["kind"])
 
 
-def digest_of(folder: Path) -> str:
+def manifest_digest(folder: Path) -> str:
     """The digest that a folder's manifest carries, checked. Raises DataError."""
     return _read(folder).digest
 
 
-def resolve(path: Path, part: Part = "train") -> Path:
+def corpus_folder(path: Path, part: Part = "train") -> Path:
     """The folder of one corpus: a part of a collection, or the path itself. Raises DataError."""
     return _resolved(path, part)[0]
 
 
 def load_part(path: Path, part: Part = "train") -> tuple[Path, Manifest]:
-    """`resolve` and `Manifest.load`, which together read a large manifest twice. Raises DataError."""
+    """`corpus_folder` and `Manifest.load`, which together read a large manifest twice. Raises DataError."""
     folder, text = _resolved(path, part)
     return folder, Manifest._of(folder / MANIFEST_NAME, text)
 

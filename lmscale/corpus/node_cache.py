@@ -33,9 +33,9 @@ from lmscale.corpus.shard_format import (
     ChunkIndex,
     IndexEntry,
     Member,
-    pack,
-    parse,
-    seal_of,
+    pack_index,
+    parse_index,
+    stored_crc32c,
 )
 
 X = TypeVar("X")
@@ -46,7 +46,7 @@ _KEPT_INDEXES = 1 << 14  # about 1 KB each
 _log = logging.getLogger(__name__)
 
 
-def folder_of(cache_dir: Path, manifest: Manifest) -> Path:
+def corpus_cache_folder(cache_dir: Path, manifest: Manifest) -> Path:
     """Where the copies of a corpus' chunks lie, whichever copy of the corpus they come from."""
     return cache_dir / manifest.fingerprint
 
@@ -56,7 +56,7 @@ def chunk_path(folder: Path, chunk: int) -> Path:
     return folder / f"{chunk:08d}{SUFFIX}"
 
 
-def trailer(chunk: int, index: ChunkIndex, *, seal: int) -> bytes:
+def trailer(chunk: int, index: ChunkIndex, *, index_crc32c: int) -> bytes:
     """What follows the tokens and document starts of a chunk of the shard with this index."""
     tokens, starts = index.tokens(chunk), index.starts(chunk)
     crcs = [*tokens.crcs.tolist(), *(starts.crcs.tolist() if starts else ())]
@@ -66,21 +66,21 @@ def trailer(chunk: int, index: ChunkIndex, *, seal: int) -> bytes:
         starts_offset=tokens.bytes if starts else 0,
         starts=starts.bytes // 4 if starts else 0,
     )
-    own = pack(
+    own = pack_index(
         [row],
         crcs,
         first_chunk=chunk,
         token_bytes=index.token_bytes,
         block_bytes=index.block_bytes,
     )
-    return own + _FOOTER.pack(len(own), seal)
+    return own + _FOOTER.pack(len(own), index_crc32c)
 
 
 def trailer_bytes(token_bytes: int) -> int:
     """How long the trailer of a chunk with so many bytes of tokens is, where its document starts fill a block."""
     blocks = -(-token_bytes // BLOCK_BYTES) + 1
     return (
-        len(pack([IndexEntry(0, 0, 0, 0)], [0] * blocks, first_chunk=0, token_bytes=1))
+        len(pack_index([IndexEntry(0, 0, 0, 0)], [0] * blocks, first_chunk=0, token_bytes=1))
         + _FOOTER.size
     )
 
@@ -95,7 +95,7 @@ class ChunkCache:
         self._shunned: set[int] = set()  # that could not be read, and not be proven wrong either
         self._said: set[str] = set()
 
-    def index(self, chunk: int, *, seal: int) -> ChunkIndex | None:
+    def index(self, chunk: int, *, index_crc32c: int) -> ChunkIndex | None:
         """The index of a copy; None where there is none. `seal` ends the index of the chunk's shard."""
         if chunk in self._indexes:
             self._indexes.move_to_end(chunk)
@@ -105,16 +105,18 @@ class ChunkCache:
             path
         ):  # False also where the folder is closed to us
             return None
-        index = self._trying(chunk, lambda: self._parsed(path, chunk, seal))
+        index = self._trying(chunk, lambda: self._parsed(path, chunk, index_crc32c))
         if index is not None:
             self._indexes[chunk] = index
             if len(self._indexes) > _KEPT_INDEXES:
                 self._indexes.popitem(last=False)
         return index
 
-    def read(self, chunk: int, member: Member, cut: slice | None, *, seal: int) -> Bytes | None:
+    def read(
+        self, chunk: int, member: Member, cut: slice | None, *, index_crc32c: int
+    ) -> Bytes | None:
         """A piece of a copy (None: all), every block checked; None: read the corpus."""
-        index = self.index(chunk, seal=seal)
+        index = self.index(chunk, index_crc32c=index_crc32c)
         if index is None:
             return None
         path, extent = chunk_path(self.folder, chunk), index.member(chunk, member)
@@ -129,18 +131,18 @@ class ChunkCache:
         """Close the files."""
         self._files.close()
 
-    def _parsed(self, path: Path, chunk: int, seal: int) -> ChunkIndex:
+    def _parsed(self, path: Path, chunk: int, index_crc32c: int) -> ChunkIndex:
         size = path.stat().st_size
         footer = self._files.read(ByteRange(path, "footer", max(0, size - _FOOTER.size), size))
         if len(footer) < _FOOTER.size:
             raise DataError(f"{path} has only {size} bytes")
         length, sealed = _FOOTER.unpack(footer.data)
         stop = size - _FOOTER.size
-        if sealed != seal or length > stop:
+        if sealed != index_crc32c or length > stop:
             raise DataError(f"{path} is no copy of this corpus' chunk")
 
         def fitting(data: Bytes) -> ChunkIndex:
-            index = parse(data.data, seal=seal_of(data.tobytes()))
+            index = parse_index(data.data, index_crc32c=stored_crc32c(data.tobytes()))
             if (index.first_chunk, index.num_chunks) != (chunk, 1):
                 raise ValueError(f"it holds chunk {index.first_chunk}")
             return index
@@ -200,7 +202,9 @@ _USER_ERRORS = {
 
 
 @contextmanager
-def alone(cache_dir: Path, stop: threading.Event, *, say: Callable[[str], None]) -> Iterator[bool]:
+def cache_lock(
+    cache_dir: Path, stop: threading.Event, *, say: Callable[[str], None]
+) -> Iterator[bool]:
     """Hold the folder's lock; whoever else stages into it waits, and finds the work done. False: stopped.
 
     The kernel drops the lock when its holder dies, however it dies. Raises ConfigError for a folder that
@@ -236,7 +240,7 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def sizes(folder: Path) -> dict[int, int]:
+def copy_sizes(folder: Path) -> dict[int, int]:
     """Chunk -> bytes of its copy; without those that a power cut has left empty."""
     found: dict[int, int] = {}
     with os.scandir(folder) as entries:
@@ -253,28 +257,28 @@ def sizes(folder: Path) -> dict[int, int]:
     return found
 
 
-def disk_room(folder: Path) -> int:
+def free_disk_bytes(folder: Path) -> int:
     """Bytes that may be added to the disk of a folder, less what is kept free on it."""
     disk = os.statvfs(folder)
     margin = min(_MARGIN_FRAC * disk.f_blocks * disk.f_frsize, _MOST_MARGIN)
     return int(disk.f_bavail * disk.f_frsize - margin)
 
 
-def room_left(cache_dir: Path, *, cache_bytes: int | None) -> int:
+def free_cache_bytes(cache_dir: Path, *, cache_bytes: int | None) -> int:
     """Bytes that may still be added: by data.cache_bytes for all corpora in the folder, and by the disk."""
-    free = disk_room(cache_dir)
+    free = free_disk_bytes(cache_dir)
     if cache_bytes is None:
         return free
     return min(free, cache_bytes - _tree_bytes(cache_dir))
 
 
-def sweep(folder: Path) -> None:
+def remove_scratch_files(folder: Path) -> None:
     """Remove what killed stagers have left. Only under the lock."""
     for path in folder.glob(f"*{_SCRATCH}"):
         path.unlink(missing_ok=True)
 
 
-def put(path: Path, parts: list[memoryview]) -> None:
+def write_copy(path: Path, parts: list[memoryview]) -> None:
     """Write a file that appears under its name whole or not at all. Raises OSError, leaving nothing."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}{_SCRATCH}")
     try:

@@ -64,7 +64,7 @@ def _key_bytes(seed: int, tag: Tag, *integers: int) -> bytes:
     return hashlib.blake2b(name, digest_size=4 * ROUNDS).digest()
 
 
-def permute(x: Ints, *, n: Ints, keys: Keys) -> Ints:
+def feistel_permutation(x: Ints, *, n: Ints, keys: Keys) -> Ints:
     """F^n(x; keys) element by element: x and n are [P], keys is [P, ROUNDS]; 0 <= x < n < 2^62."""
     bits = _bit_length(n - 1)
     half = ((np.maximum(bits, 2) + 1) // 2).astype(np.uint64)
@@ -114,15 +114,15 @@ class Order:
     num_samples: int
     samples_per_chunk: int
     streams: int
-    window: int = 16  # chunks of a lane that are shuffled together
+    window_chunks: int = 16  # chunks of a lane that are shuffled together
     seed: int = 0
     corpus: int = 0  # index in the run's list: two corpora of one size have different orders
 
     def __post_init__(self) -> None:
-        sizes = (self.num_samples, self.samples_per_chunk, self.streams, self.window)
+        sizes = (self.num_samples, self.samples_per_chunk, self.streams, self.window_chunks)
         assert min(sizes) >= 1, f"an order of sizes {sizes}"
 
-    def at(self, positions: Ints) -> tuple[Ints, Ints]:
+    def samples_at(self, positions: Ints) -> tuple[Ints, Ints]:
         """(epochs, samples) of global positions, both int64 [P]. Order and repeats do not matter."""
         u = np.asarray(positions, dtype=np.int64)
         assert not len(u) or u.min() >= 0, f"position {u.min()}"
@@ -150,18 +150,18 @@ class Order:
     def _lane(self, epochs: Ints, r: Ints) -> Ints:
         k, lane_samples = self.samples_per_chunk, self.lane_chunks * self.samples_per_chunk
         m, lane = np.divmod(r, self.streams)
-        w, o = np.divmod(m, self.window * k)
-        o = permute(
+        w, o = np.divmod(m, self.window_chunks * k)
+        o = feistel_permutation(
             o,
-            n=np.minimum(self.window * k, lane_samples - w * self.window * k),
+            n=np.minimum(self.window_chunks * k, lane_samples - w * self.window_chunks * k),
             keys=round_keys(self.seed, "window", self.corpus, epochs, lane, w),
         )
-        chunk = (w * self.window + o // k) * self.streams + lane
+        chunk = (w * self.window_chunks + o // k) * self.streams + lane
         return self._shuffled(epochs, chunk) * k + o % k
 
     def _tail(self, epochs: Ints, j: Ints) -> Ints:
         k, owned = self.samples_per_chunk, self.streams * self.lane_chunks
-        j = permute(
+        j = feistel_permutation(
             j,
             n=np.full_like(j, self.num_samples - owned * k),
             keys=round_keys(self.seed, "tail", self.corpus, epochs),
@@ -175,32 +175,34 @@ class Order:
 
     def _shuffled(self, epochs: Ints, chunks: Ints) -> Ints:
         keys = round_keys(self.seed, "chunk", self.corpus, epochs)
-        return permute(chunks, n=np.full_like(chunks, self._chunks), keys=keys)
+        return feistel_permutation(chunks, n=np.full_like(chunks, self._chunks), keys=keys)
 
 
 def step_positions(
-    position: int, *, global_batch: int, streams: int, dp_rank: int, dp_size: int
+    position: int, *, global_batch_size: int, streams: int, dp_rank: int, dp_size: int
 ) -> Ints:
     """Positions that `dp_rank` computes of the step that starts at `position`, by (lane, position)."""
     assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
-    batch = np.arange(position, position + global_batch, dtype=np.int64)
+    batch = np.arange(position, position + global_batch_size, dtype=np.int64)
     by_lane = batch[np.argsort(batch % streams, kind="stable")]
-    first, stop = (-(-global_batch * rank // dp_size) for rank in (dp_rank, dp_rank + 1))
+    first, stop = (-(-global_batch_size * rank // dp_size) for rank in (dp_rank, dp_rank + 1))
     return by_lane[first:stop]
 
 
-def micro_batches(global_batch: int, dp_size: int, micro_batch: int) -> int:
+def num_micro_batches(global_batch_size: int, dp_size: int, micro_batch_size: int) -> int:
     """Micro-batches a step has on every rank, so that collectives match; some rows may be fillers."""
-    largest_share = -(-global_batch // dp_size)
-    return -(-largest_share // micro_batch)
+    largest_share = -(-global_batch_size // dp_size)
+    return -(-largest_share // micro_batch_size)
 
 
-def wasted_frac(global_batch: int, dp_size: int, micro_batch: int) -> float:
+def wasted_frac(global_batch_size: int, dp_size: int, micro_batch_size: int) -> float:
     """Share of the computed rows that are fillers."""
-    computed = micro_batches(global_batch, dp_size, micro_batch) * micro_batch * dp_size
-    return 1 - global_batch / computed
+    computed = (
+        num_micro_batches(global_batch_size, dp_size, micro_batch_size) * micro_batch_size * dp_size
+    )
+    return 1 - global_batch_size / computed
 
 
-def window_chunks(*, streams: int, dp_size: int, window: int) -> int:
+def chunks_in_use(*, streams: int, dp_size: int, window_chunks: int) -> int:
     """Chunks a rank reads from at a time: the shuffle windows of its lanes (the largest share)."""
-    return -(-streams // dp_size) * window
+    return -(-streams // dp_size) * window_chunks

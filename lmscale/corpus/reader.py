@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lmscale.corpus.checked_files import ByteRange, Bytes, CheckedFiles
 from lmscale.corpus.manifest import Manifest
-from lmscale.corpus.node_cache import ChunkCache, folder_of
+from lmscale.corpus.node_cache import ChunkCache, corpus_cache_folder
 from lmscale.corpus.order import Ints
 from lmscale.corpus.shard_format import (
     DTYPES,
@@ -29,7 +29,7 @@ from lmscale.corpus.shard_format import (
     ChunkIndex,
     Member,
     chunk_range,
-    parse,
+    parse_index,
 )
 
 _KEPT_INDEXES = 1024  # about 20 KB each at 256 chunks of 512 KiB a shard
@@ -54,7 +54,7 @@ class ChunkReader:
         self._firsts = manifest.firsts
         self._indexes: OrderedDict[int, ChunkIndex] = OrderedDict()
 
-    def of_shard(self, shard: int) -> range:
+    def chunks_of_shard(self, shard: int) -> range:
         """The numbers of a shard's chunks."""
         return range(int(self._firsts[shard]), int(self._firsts[shard + 1]))
 
@@ -63,19 +63,21 @@ class ChunkReader:
         assert 0 <= chunk < self._firsts[-1], f"chunk {chunk} of {self._firsts[-1]}"
         return int(np.searchsorted(self._firsts, chunk, side="right")) - 1
 
-    def stored(self, chunk: int) -> tuple[Path, ChunkIndex]:
+    def locate(self, chunk: int) -> tuple[Path, ChunkIndex]:
         """The shard that holds a chunk. Reads its index. Raises DataError."""
         shard = self.shard_of(chunk)
         return self._folder / self._manifest.shards[shard].name, self._index(shard)
 
-    def size(self, chunk: int) -> int:
+    def chunk_bytes(self, chunk: int) -> int:
         """Bytes of a chunk's tokens and document starts."""
-        cached = self._cache.index(chunk, seal=self.seal_of(chunk)) if self._cache else None
-        index = cached or self.stored(chunk)[1]
+        cached = (
+            self._cache.index(chunk, index_crc32c=self.index_crc32c(chunk)) if self._cache else None
+        )
+        index = cached or self.locate(chunk)[1]
         starts = index.starts(chunk)
         return index.tokens(chunk).bytes + (starts.bytes if starts else 0)
 
-    def seal_of(self, chunk: int) -> int:
+    def index_crc32c(self, chunk: int) -> int:
         """The CRC32C that ends the index of a chunk's shard, by the manifest."""
         return self._manifest.shards[self.shard_of(chunk)].index_crc32c
 
@@ -91,10 +93,10 @@ class ChunkReader:
 
     def _member(self, chunk: int, member: Member, cut: slice | None) -> Bytes:
         if self._cache is not None:
-            cached = self._cache.read(chunk, member, cut, seal=self.seal_of(chunk))
+            cached = self._cache.read(chunk, member, cut, index_crc32c=self.index_crc32c(chunk))
             if cached is not None:
                 return cached
-        path, index = self.stored(chunk)
+        path, index = self.locate(chunk)
         what = f"chunk {chunk}" if member == "tokens" else f"document starts of chunk {chunk}"
         return self._files.blocks(
             path, what, index.member(chunk, member), block_bytes=index.block_bytes, cut=cut
@@ -103,7 +105,9 @@ class ChunkReader:
     def _check_tokens(self, shard: int, index: ChunkIndex) -> None:
         """Only the corpus' last chunk may be shorter: samples are found by that."""
         manifest = self._manifest
-        for chunk, tokens in zip(self.of_shard(shard), index.rows[:, 1].tolist(), strict=True):
+        for chunk, tokens in zip(
+            self.chunks_of_shard(shard), index.rows[:, 1].tolist(), strict=True
+        ):
             first, stop = chunk_range(
                 chunk, tokens=manifest.tokens, chunk_tokens=manifest.chunk_tokens
             )
@@ -121,7 +125,7 @@ class ChunkReader:
         region = ByteRange(self._folder / entry.name, "index", entry.index_offset, stop)
 
         def fitting(data: Bytes) -> ChunkIndex:
-            index = parse(data.data, seal=entry.index_crc32c)
+            index = parse_index(data.data, index_crc32c=entry.index_crc32c)
             found = index.first_chunk, index.num_chunks, index.token_bytes
             want = int(self._firsts[shard]), entry.chunks, self._dtype.itemsize
             if found != want:
@@ -170,7 +174,7 @@ class CorpusReader:
     ) -> None:
         """Open a corpus. Raises DataError (missing, damaged) and ConfigError (seq_len).
 
-        `chunks_in_use` is how many chunks the caller reads from at a time: assign.window_chunks for
+        `chunks_in_use` is how many chunks the caller reads from at a time: order.chunks_in_use for
         training, 1 for reading in order; None: all of them. `backoff_s` bounds the first wait
         before a failed read is tried again. `cache_dir`: where copies of chunks may lie (staging.py).
         """
@@ -180,10 +184,12 @@ class CorpusReader:
         self.num_samples = self.manifest.num_samples(seq_len)
         self.samples_per_chunk = self.manifest.samples_per_chunk(seq_len)
         self._files = CheckedFiles(backoff_s=backoff_s)
-        self._cache = ChunkCache(folder_of(cache_dir, self.manifest)) if cache_dir else None
+        self._cache = (
+            ChunkCache(corpus_cache_folder(cache_dir, self.manifest)) if cache_dir else None
+        )
         self._chunks = ChunkReader(path, self.manifest, self._files, cache=self._cache)
         self._memory_bytes = memory_bytes
-        self.holds_chunks = memory_needed(self.manifest, chunks_in_use) <= memory_bytes
+        self.keeps_chunks = memory_needed(self.manifest, chunks_in_use) <= memory_bytes
         self._held: OrderedDict[int, _Held] = OrderedDict()
         self._held_bytes = 0
         self._lock = threading.Lock()
@@ -193,7 +199,7 @@ class CorpusReader:
         """How the shards store a token."""
         return DTYPES[self.manifest.dtype]
 
-    def row(self, sample: int) -> tuple[Ints, Ints]:
+    def read_sample(self, sample: int) -> tuple[Ints, Ints]:
         """The seq_len + 1 tokens of a sample, and where in (0, seq_len] documents start. int64.
 
         Raises DataError naming shard, chunk, bytes, reason and what to do.
@@ -201,7 +207,7 @@ class CorpusReader:
         chunk, begin = self._split(sample)
         stop = begin + self.seq_len + 1
         with self._lock:
-            if self.holds_chunks:
+            if self.keeps_chunks:
                 held = self._hold(chunk)
                 tokens, starts = held.tokens[begin:stop], held.starts
             else:
@@ -214,7 +220,7 @@ class CorpusReader:
         """Where a sample's tokens lie. Reads the shard's index, no tokens. Raises DataError."""
         chunk, begin = self._split(sample)
         with self._lock:
-            shard, index = self._chunks.stored(chunk)
+            shard, index = self._chunks.locate(chunk)
         width = self.dtype.itemsize
         offset = index.tokens(chunk).offset + begin * width
         return SampleLocation(shard, offset, (self.seq_len + 1) * width)
@@ -249,7 +255,7 @@ class CorpusReader:
         if chunk in self._held:
             self._held.move_to_end(chunk)
             return self._held[chunk]
-        room = self._memory_bytes - self._chunks.size(chunk)
+        room = self._memory_bytes - self._chunks.chunk_bytes(chunk)
         while self._held and self._held_bytes > room:
             self._held_bytes -= self._held.popitem(last=False)[1].nbytes
         held = _Held(self._chunks.tokens(chunk), self._chunks.starts(chunk))

@@ -26,13 +26,15 @@ _LONGEST_PERIOD = 1 << 20  # samples after which streams and steps meet again
 class BatchSplit:
     """How a step's batch is dealt to nodes: as assign.step_positions deals it to data-parallel ranks."""
 
-    global_batch: int
+    global_batch_size: int
     nodes: int
     ranks_per_node: int
     tp_size: int = 1  # neighbouring ranks that read the same samples
 
     def __post_init__(self) -> None:
-        assert min(self.global_batch, self.nodes, self.ranks_per_node, self.tp_size) >= 1, f"{self}"
+        assert min(self.global_batch_size, self.nodes, self.ranks_per_node, self.tp_size) >= 1, (
+            f"{self}"
+        )
         assert self.nodes * self.ranks_per_node % self.tp_size == 0, f"{self}: broken tp groups"
 
     @property
@@ -49,14 +51,14 @@ class BatchSplit:
         first_rank = node * self.ranks_per_node // self.tp_size
         stop_rank = -(-(node + 1) * self.ranks_per_node // self.tp_size)
         return (
-            -(-self.global_batch * first_rank // self.dp_size),
-            -(-self.global_batch * stop_rank // self.dp_size),
+            -(-self.global_batch_size * first_rank // self.dp_size),
+            -(-self.global_batch_size * stop_rank // self.dp_size),
         )
 
     def readers(self) -> "Readers":
         """The nodes that read each place of a sorted batch."""
         first, stop = self.cuts()
-        place = np.arange(self.global_batch, dtype=np.int64)
+        place = np.arange(self.global_batch_size, dtype=np.int64)
         return Readers(
             np.searchsorted(stop, place, side="right"), np.searchsorted(first, place, side="right")
         )
@@ -76,7 +78,7 @@ class Reads(NamedTuple):
     chunks: Ints
 
 
-class Piece(NamedTuple):
+class RowRange(NamedTuple):
     """Rows [first, stop) of the lanes in one epoch; row m of lane s is position m * streams + s of it."""
 
     epoch: int
@@ -102,9 +104,9 @@ def chunks_ahead(
             yield _in_order(reads.chunks[mine])
         return
     streams = np.flatnonzero((owners.first <= node) & (node < owners.stop))
-    stop = position + steps * split.global_batch
-    for piece, lanes in pieces(order, streams, position=position, stop=stop):
-        for reads in piece_reads(order, piece, lanes, position=position, stop=stop):
+    stop = position + steps * split.global_batch_size
+    for span, lanes in row_ranges(order, streams, position=position, stop=stop):
+        for reads in range_reads(order, span, lanes, position=position, stop=stop):
             yield _in_order(reads.chunks)
 
 
@@ -114,7 +116,7 @@ def stream_readers(split: BatchSplit, streams: int, *, position: int) -> Readers
     Steps start at `position`. Streams and steps meet again after lcm(streams, batch) samples; where that
     is too far to look, None as well.
     """
-    batch = split.global_batch
+    batch = split.global_batch_size
     period = math.lcm(streams, batch)
     if period > _LONGEST_PERIOD:
         return None
@@ -128,67 +130,65 @@ def stream_readers(split: BatchSplit, streams: int, *, position: int) -> Readers
     return Readers(found.first[:, 0], found.stop[:, 0])
 
 
-def pieces(
+def row_ranges(
     order: Order, streams: Ints, *, position: int, stop: int
-) -> Iterator[tuple[Piece, Ints]]:
+) -> Iterator[tuple[RowRange, Ints]]:
     """The rows of [position, stop) that these streams read, with their lanes in that epoch, ascending."""
     size = order.num_samples
     for epoch in range(position // size, -(-stop // size)) if len(streams) else ():
         start, end = max(position - epoch * size, 0), min(stop - epoch * size, size)
         lanes = np.sort((streams - epoch * size) % order.streams)
-        for piece in _pieces_of_epoch(order, epoch, start, end, int(lanes[0]), int(lanes[-1])):
-            if piece.first < piece.stop:
-                yield piece, lanes
+        for span in _row_ranges_of_epoch(order, epoch, start, end, int(lanes[0]), int(lanes[-1])):
+            if span.first < span.stop:
+                yield span, lanes
 
 
-def piece_reads(
-    order: Order, piece: Piece, lanes: Ints, *, position: int, stop: int
+def range_reads(
+    order: Order, span: RowRange, lanes: Ints, *, position: int, stop: int
 ) -> Iterator[Reads]:
-    """What these lanes read of a piece, block by block."""
-    offset = piece.epoch * order.num_samples
-    if not piece.whole:
-        for rows in _blocks(piece.first, piece.stop, size=max(1, _BLOCK // len(lanes))):
+    """What these lanes read of a span, block by block."""
+    offset = span.epoch * order.num_samples
+    if not span.whole:
+        for rows in _blocks(span.first, span.stop, size=max(1, _BLOCK // len(lanes))):
             p = offset + (rows[:, None] * order.streams + lanes).ravel()
             p = p[(p >= position) & (p < min(stop, offset + order.num_samples))]
-            chunks = order.at(p)[1] // order.samples_per_chunk
+            chunks = order.samples_at(p)[1] // order.samples_per_chunk
             yield _distinct(Reads((p - offset) % order.streams, chunks))
         return
     k = order.samples_per_chunk
-    for slots in _blocks(piece.first // k, piece.stop // k, size=max(1, _BLOCK // len(lanes))):
-        chunks = order.chunks_at(
-            (slots[:, None] * order.streams + lanes).ravel(), epoch=piece.epoch
-        )
+    for slots in _blocks(span.first // k, span.stop // k, size=max(1, _BLOCK // len(lanes))):
+        chunks = order.chunks_at((slots[:, None] * order.streams + lanes).ravel(), epoch=span.epoch)
         yield Reads(np.tile(lanes, len(slots)), chunks)
 
 
 def step_reads(order: Order, split: BatchSplit, *, position: int, steps: int) -> Iterator[Reads]:
     """What each place of the sorted batch reads, sample by sample, a block of steps at a time."""
-    batch = split.global_batch
+    batch = split.global_batch_size
     for block in _blocks(0, steps, size=max(1, _BLOCK // batch)):
         p = position + block[:, None] * batch + np.arange(batch, dtype=np.int64)
         sorting = np.argsort(p % order.streams, axis=1, kind="stable")
-        chunks = order.at(np.take_along_axis(p, sorting, axis=1).ravel())[1]
+        chunks = order.samples_at(np.take_along_axis(p, sorting, axis=1).ravel())[1]
         places = np.tile(np.arange(batch, dtype=np.int64), len(block))
         yield _distinct(Reads(places, chunks // order.samples_per_chunk))
 
 
-def _pieces_of_epoch(
+def _row_ranges_of_epoch(
     order: Order, epoch: int, start: int, end: int, low: int, high: int
-) -> Iterator[Piece]:
+) -> Iterator[RowRange]:
     """Cut the positions [start, end) of an epoch; lanes are between `low` and `high`."""
     v, rows = order.streams, order.lane_chunks * order.samples_per_chunk
-    window = order.window * order.samples_per_chunk
+    window = order.window_chunks * order.samples_per_chunk
     begun = max(0, -(-(start - low) // v))  # rows before which some lane may have read
     done = max(0, (end - 1 - high) // v + 1)  # rows that every lane has reached
     first = min(-(-begun // window) * window, rows)
     stop = rows if done >= rows else done // window * window
     last = -(-end // v)
     if stop <= first:
-        yield Piece(epoch, start // v, last, whole=False)
+        yield RowRange(epoch, start // v, last, whole=False)
         return
-    yield Piece(epoch, start // v, first, whole=False)
-    yield Piece(epoch, first, stop, whole=True)
-    yield Piece(epoch, stop, last, whole=False)
+    yield RowRange(epoch, start // v, first, whole=False)
+    yield RowRange(epoch, first, stop, whole=True)
+    yield RowRange(epoch, stop, last, whole=False)
 
 
 def _blocks(first: int, stop: int, *, size: int) -> Iterator[Ints]:
@@ -227,18 +227,20 @@ class PlanRow(TypedDict):
 class Phase:
     """Steps of one global batch, from where it was set on."""
 
-    global_batch: int
+    global_batch_size: int
     step: int = 0  # steps done before it
     position: int = 0  # samples consumed before it
 
 
-def begin_of(step: int, phases: Sequence[Phase]) -> tuple[int, int]:
+def step_start(step: int, phases: Sequence[Phase]) -> tuple[int, int]:
     """Where a step begins, and its batch. Step 1 is the first; phases are in their order."""
     phase = next(one for one in reversed(phases) if one.step < step)
-    return phase.position + (step - 1 - phase.step) * phase.global_batch, phase.global_batch
+    return phase.position + (
+        step - 1 - phase.step
+    ) * phase.global_batch_size, phase.global_batch_size
 
 
-def rows(
+def plan_rows(
     reader: CorpusReader,
     order: Order,
     *,
@@ -249,15 +251,15 @@ def rows(
 ) -> Iterator[PlanRow]:
     """The samples of `steps`, each step's in order of position.
 
-    `phases`: one, Phase(global_batch), for a run whose batch has always been the same. Ranks are those of
+    `phases`: one, Phase(global_batch_size), for a run whose batch has always been the same. Ranks are those of
     `dp_size`, also for steps that other numbers of ranks have computed. Reads the indexes of the shards that
     hold the samples, no tokens. Raises DataError.
     """
     for step in steps:
-        start, global_batch = begin_of(step, phases)
-        positions = np.arange(start, start + global_batch, dtype=np.int64)
-        ranks = _dp_ranks(start, global_batch, streams=order.streams, dp_size=dp_size)
-        epochs, samples = order.at(positions)
+        start, global_batch_size = step_start(step, phases)
+        positions = np.arange(start, start + global_batch_size, dtype=np.int64)
+        ranks = _dp_ranks(start, global_batch_size, streams=order.streams, dp_size=dp_size)
+        epochs, samples = order.samples_at(positions)
         columns = (positions, epochs, samples, ranks * tp_size)
         for position, epoch, sample, rank in zip(*(c.tolist() for c in columns), strict=True):
             place = reader.locate(sample)
@@ -273,12 +275,16 @@ def rows(
             )
 
 
-def _dp_ranks(start: int, global_batch: int, *, streams: int, dp_size: int) -> Ints:
+def _dp_ranks(start: int, global_batch_size: int, *, streams: int, dp_size: int) -> Ints:
     """The data-parallel rank of each position of a step, by the function that the loader uses."""
-    ranks = np.empty(global_batch, dtype=np.int64)
+    ranks = np.empty(global_batch_size, dtype=np.int64)
     for rank in range(dp_size):
         mine = step_positions(
-            start, global_batch=global_batch, streams=streams, dp_rank=rank, dp_size=dp_size
+            start,
+            global_batch_size=global_batch_size,
+            streams=streams,
+            dp_rank=rank,
+            dp_size=dp_size,
         )
         ranks[mine - start] = rank
     return ranks

@@ -124,7 +124,7 @@ def block_crcs(data: bytes | memoryview) -> list[int]:
     ]
 
 
-def pack(
+def pack_index(
     rows: Sequence[IndexEntry],
     crcs: Sequence[int],
     *,
@@ -143,20 +143,20 @@ def pack(
     return body + _CRC.pack(crc32c.crc32c(body))
 
 
-def seal_of(data: bytes) -> int:
+def stored_crc32c(data: bytes) -> int:
     """The CRC32C that ends an index."""
     return int.from_bytes(data[-_CRC.size :], "little")
 
 
-def parse(data: bytes | memoryview, *, seal: int) -> ChunkIndex:
+def parse_index(data: bytes | memoryview, *, index_crc32c: int) -> ChunkIndex:
     """Read an index that ends with the CRC32C `seal`. Raises ValueError with the reason."""
     view = memoryview(data)
     if len(view) < _HEADER.size + _CRC.size:
         raise ValueError(f"the index has only {len(view)} bytes")
     body = view[: -_CRC.size]
     found = crc32c.crc32c(body), *_CRC.unpack(view[-_CRC.size :])
-    if found != (seal, seal):
-        raise ValueError(f"the index has CRC32C {found[0]:08x}, expected {seal:08x}")
+    if found != (index_crc32c, index_crc32c):
+        raise ValueError(f"the index has CRC32C {found[0]:08x}, expected {index_crc32c:08x}")
     magic, token_bytes, block_bytes, first_chunk, chunks = _HEADER.unpack_from(body)
     if magic != _MAGIC:
         raise ValueError(f"the index begins with {magic!r}, expected {_MAGIC!r}")
@@ -289,7 +289,7 @@ def write_shard(
                 IndexEntry(offset, len(chunk.tokens), starts_offset, len(starts or b"") // 4)
             )
         assert rows, f"{path} would have no chunk"
-        index = pack(rows, crcs, first_chunk=first_chunk, token_bytes=DTYPES[dtype].itemsize)
+        index = pack_index(rows, crcs, first_chunk=first_chunk, token_bytes=DTYPES[dtype].itemsize)
         index_offset = tar.add(INDEX_NAME, index)
         tar.end()
     return ShardEntry(
@@ -298,7 +298,7 @@ def write_shard(
         sha256=tar.sha256.hexdigest(),
         index_offset=index_offset,
         index_bytes=len(index),
-        index_crc32c=seal_of(index),
+        index_crc32c=stored_crc32c(index),
         chunks=len(rows),
         tokens=sum(row.tokens for row in rows),
     )

@@ -12,11 +12,11 @@ from lmscale.corpus.manifest import Manifest
 from lmscale.corpus.order import Ints, Order
 from lmscale.corpus.schedule import (
     BatchSplit,
-    Piece,
     Readers,
     Reads,
-    piece_reads,
-    pieces,
+    RowRange,
+    range_reads,
+    row_ranges,
     step_reads,
     stream_readers,
 )
@@ -91,8 +91,8 @@ def node_shares(
     """The share of each node in the steps from `position` on, at most those that end in the same epoch.
 
         reader = Reader(path, seq_len=..., memory_bytes=0)      # or a Manifest and its two numbers
-        order = Order(reader.num_samples, reader.samples_per_chunk, streams, window=..., seed=...)
-        split = Split(global_batch, nodes=..., ranks_per_node=..., tp_size=cfg.parallel.tp)
+        order = Order(reader.num_samples, reader.samples_per_chunk, streams, window_chunks=..., seed=...)
+        split = Split(global_batch_size, nodes=..., ranks_per_node=..., tp_size=cfg.parallel.tp)
         shares = node_shares(order, Layout.of(reader.manifest), split, steps=total_steps)
         shares.shards[shares.largest], shares.bytes.min(), len(shares.idle), shares.shared_chunks
 
@@ -101,7 +101,7 @@ def node_shares(
     go from node to node only the first million samples are looked at (`steps`).
     """
     assert steps >= 1, f"{steps} steps"
-    batch, size = split.global_batch, order.num_samples
+    batch, size = split.global_batch_size, order.num_samples
     steps = min(steps, max(1, ((position // size + 1) * size - position) // batch))
     owners = stream_readers(split, order.streams, position=position)
     if owners is None:
@@ -143,14 +143,14 @@ class _Span(NamedTuple):
     position: int
     stop: int
 
-    def pieces(self) -> Iterator[tuple[Piece, Ints]]:
+    def row_ranges(self) -> Iterator[tuple[RowRange, Ints]]:
         """The rows of all lanes."""
         streams = np.arange(self.order.streams, dtype=np.int64)
-        return pieces(self.order, streams, position=self.position, stop=self.stop)
+        return row_ranges(self.order, streams, position=self.position, stop=self.stop)
 
     def cheap(self) -> bool:
         """Whether every chunk can be looked up."""
-        found = [(piece.stop - piece.first, piece.whole) for piece, _ in self.pieces()]
+        found = [(part.stop - part.first, part.whole) for part, _ in self.row_ranges()]
         k, v = self.order.samples_per_chunk, self.order.streams
         chunks = sum(rows // k * v for rows, whole in found if whole)
         samples = sum(rows * v for rows, whole in found if not whole)
@@ -159,16 +159,16 @@ class _Span(NamedTuple):
 
 def _pairs_by_steps(span: _Span) -> Iterator[Ints]:
     readers = span.split.readers()
-    steps = (span.stop - span.position) // span.split.global_batch
+    steps = (span.stop - span.position) // span.split.global_batch_size
     for reads in step_reads(span.order, span.split, position=span.position, steps=steps):
         yield _pairs(readers, reads, span.order)
 
 
 def _pairs_by_lanes(span: _Span, owners: Readers) -> Iterator[Ints]:
     order = span.order
-    for piece, lanes in span.pieces():
-        shift = piece.epoch * order.num_samples
-        for reads in piece_reads(order, piece, lanes, position=span.position, stop=span.stop):
+    for rows, lanes in span.row_ranges():
+        shift = rows.epoch * order.num_samples
+        for reads in range_reads(order, rows, lanes, position=span.position, stop=span.stop):
             streams = (reads.lanes + shift) % order.streams
             yield _pairs(owners, Reads(streams, reads.chunks), order)
 
@@ -209,17 +209,17 @@ def _different(values: Ints) -> Ints:
 def _expected(span: _Span, owners: Readers, layout: ChunkLayout) -> _Counts:
     """Expected numbers: a permutation spreads what a node draws evenly over groups of equal size."""
     order, nodes = span.order, span.split.nodes
-    k, rows = order.samples_per_chunk, order.lane_chunks * order.samples_per_chunk
+    k, lane_rows = order.samples_per_chunk, order.lane_chunks * order.samples_per_chunk
     lanes = _lanes_of_nodes(owners, nodes)
-    tail = order.num_samples - rows * order.streams
+    tail = order.num_samples - lane_rows * order.streams
     in_lanes, in_tail = 0.0, np.zeros(nodes)  # chunks a lane, chunks a node
-    for piece, _ in span.pieces():
-        if piece.whole:
-            in_lanes += (piece.stop - piece.first) // k
+    for rows, _ in span.row_ranges():
+        if rows.whole:
+            in_lanes += (rows.stop - rows.first) // k
             continue
-        for chunks, drawn in _parts_of_windows(order, piece.first, min(piece.stop, rows)):
+        for chunks, drawn in _parts_of_windows(order, rows.first, min(rows.stop, lane_rows)):
             in_lanes += float(_met(chunks, k, np.array([drawn]))[0])
-        drawn_by = np.minimum((piece.stop - max(piece.first, rows)) * lanes, tail)
+        drawn_by = np.minimum((rows.stop - max(rows.first, lane_rows)) * lanes, tail)
         in_tail += _met(-(-tail // k), k, np.maximum(drawn_by, 0))
     found = np.rint(in_lanes * lanes + in_tail).astype(np.int64)
     shards = np.zeros(nodes)
@@ -242,9 +242,9 @@ def _lanes_of_nodes(owners: Readers, nodes: int) -> Ints:
 
 def _parts_of_windows(order: Order, first: int, stop: int) -> Iterator[tuple[int, int]]:
     """Chunks of each window that the rows [first, stop) of a lane meet, and how many rows lie in it."""
-    size = order.window * order.samples_per_chunk
+    size = order.window_chunks * order.samples_per_chunk
     for begin in range(first // size * size, stop, size):
-        chunks = min(order.window, order.lane_chunks - begin // order.samples_per_chunk)
+        chunks = min(order.window_chunks, order.lane_chunks - begin // order.samples_per_chunk)
         yield chunks, min(stop, begin + size) - max(first, begin)
 
 

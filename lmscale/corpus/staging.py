@@ -24,14 +24,14 @@ from lmscale.corpus.checked_files import CheckedFiles
 from lmscale.corpus.manifest import Manifest
 from lmscale.corpus.node_cache import (
     chunk_path,
-    disk_room,
-    folder_of,
-    put,
-    room_left,
-    sizes,
-    sweep,
+    copy_sizes,
+    corpus_cache_folder,
+    free_cache_bytes,
+    free_disk_bytes,
+    remove_scratch_files,
     trailer,
     trailer_bytes,
+    write_copy,
 )
 from lmscale.corpus.order import Ints
 from lmscale.corpus.reader import ChunkReader
@@ -46,7 +46,7 @@ Work = Callable[[int], bool]  # False: nothing more can be done, without that be
 Tick = Callable[[], None]
 
 
-class Pool:
+class StagingPool:
     """Hand over lists of items; each list is one thread's. Leaving the context ends the threads."""
 
     def __init__(self, worker: Callable[[], Work], stop: threading.Event, *, threads: int) -> None:
@@ -127,7 +127,7 @@ Progress = Callable[[int, int], None]  # bytes staged, bytes to stage in all
 
 
 @dataclass(slots=True)
-class Staged:
+class StagingResult:
     """What a stager has done."""
 
     wanted: int = 0  # chunks that will be read next and fit
@@ -147,25 +147,25 @@ class Stager:
     ) -> None:
         self._corpus = corpus
         self._manifest = manifest
-        self._folder = folder_of(cache_dir, manifest)
+        self._folder = corpus_cache_folder(cache_dir, manifest)
         self._folder.mkdir(parents=True, exist_ok=True)
-        sweep(self._folder)
-        self._sizes = sizes(self._folder)
+        remove_scratch_files(self._folder)
+        self._sizes = copy_sizes(self._folder)
         self._used = sum(self._sizes.values())
-        self._room = self._used + room_left(cache_dir, cache_bytes=cache_bytes)
+        self._room = self._used + free_cache_bytes(cache_dir, cache_bytes=cache_bytes)
         self._evictable: list[int] = []
         self._lock = threading.Lock()  # of what the threads count
-        self.staged = Staged()
+        self.staged = StagingResult()
 
     def stage(
-        self, blocks: Iterable[Ints], *, most: int, stop: threading.Event, progress: Progress
-    ) -> Staged:
+        self, blocks: Iterable[Ints], *, max_chunks: int, stop: threading.Event, progress: Progress
+    ) -> StagingResult:
         """Copy the chunks of `blocks`, in that order, until the room is used or `stop` is set.
 
         `most`: different chunks that the blocks can name at all. Raises DataError and RetryableError as
         reading the corpus does; whatever is wrong with the cache only ends the copying.
         """
-        wanted = self._choose(blocks, most, stop)
+        wanted = self._choose(blocks, max_chunks, stop)
         there = np.fromiter(self._sizes, dtype=np.int64, count=len(self._sizes))
         missing = wanted[~np.isin(wanted, there)]
         by_age = sorted(set(self._sizes) - set(wanted.tolist()), key=self._age, reverse=True)
@@ -177,7 +177,7 @@ class Stager:
         self._copy_all(missing, stop, progress)
         return self.staged
 
-    def _choose(self, blocks: Iterable[Ints], most: int, stop: threading.Event) -> Ints:
+    def _choose(self, blocks: Iterable[Ints], max_chunks: int, stop: threading.Event) -> Ints:
         """The first chunks of the blocks that fit into the room, each once."""
         seen: NDArray[np.bool_] = np.zeros(self._manifest.num_chunks, dtype=bool)
         typical = self._typical_bytes()
@@ -195,7 +195,7 @@ class Stager:
             total += int(sizes[:fitting].sum())
             if fitting < len(new):
                 self.staged.all_fit = False
-            if fitting < len(new) or count >= most or stop.is_set():
+            if fitting < len(new) or count >= max_chunks or stop.is_set():
                 break
         return np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
 
@@ -207,7 +207,7 @@ class Stager:
 
     def _copy_all(self, missing: Ints, stop: threading.Event, progress: Progress) -> None:
         total = len(missing) * self._typical_bytes()
-        with Pool(self._copier, stop, threads=THREADS) as pool:
+        with StagingPool(self._copier, stop, threads=THREADS) as pool:
             pool.work(self._by_shard(missing), lambda: progress(self.staged.copied_bytes, total))
 
     def _by_shard(self, missing: Ints) -> Iterator[list[int]]:
@@ -226,8 +226,8 @@ class Stager:
         def copy(chunk: int) -> bool:
             parts = [memoryview(chunks.tokens(chunk).data).cast("B")]
             parts.append(memoryview(chunks.starts(chunk).data).cast("B"))
-            _, index = chunks.stored(chunk)
-            end = trailer(chunk, index, seal=chunks.seal_of(chunk))
+            _, index = chunks.locate(chunk)
+            end = trailer(chunk, index, index_crc32c=chunks.index_crc32c(chunk))
             return self._keep(chunk, [*parts, memoryview(end)])
 
         return copy
@@ -236,9 +236,11 @@ class Stager:
         size, path = sum(part.nbytes for part in parts), chunk_path(self._folder, chunk)
         while self._reserve(size):
             try:
-                if disk_room(self._folder) < size:  # others write to it, too: a checkpoint, say
+                if (
+                    free_disk_bytes(self._folder) < size
+                ):  # others write to it, too: a checkpoint, say
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                put(path, parts)
+                write_copy(path, parts)
             except OSError as error:
                 self._give_back(size)
                 full = error.errno in _FULL

@@ -14,14 +14,14 @@ import numpy.typing as npt
 
 from lmscale.base.batch import Batch
 from lmscale.corpus.reader import CorpusReader
-from lmscale.data.objective import Documents, Record, causal
+from lmscale.data.objective import Documents, Record, causal_batch
 
 
-def held_out(
+def held_out_batches(
     reader: CorpusReader,
     *,
     documents: Documents,
-    micro_batch: int,
+    micro_batch_size: int,
     dp_rank: int = 0,
     dp_size: int = 1,
     max_samples: int | None = None,
@@ -34,12 +34,12 @@ def held_out(
     total = reader.num_samples if max_samples is None else min(max_samples, reader.num_samples)
     first, last = (-(-total * rank // dp_size) for rank in (dp_rank, dp_rank + 1))
     largest = -(-total // dp_size)
-    for index in range(-(-largest // micro_batch)):
-        begin = min(first + index * micro_batch, last)
-        mine = np.arange(begin, min(begin + micro_batch, last), dtype=np.int64)
-        yield causal(
-            [Record(*reader.row(int(sample))) for sample in mine],
-            rows=micro_batch,
+    for index in range(-(-largest // micro_batch_size)):
+        begin = min(first + index * micro_batch_size, last)
+        mine = np.arange(begin, min(begin + micro_batch_size, last), dtype=np.int64)
+        yield causal_batch(
+            [Record(*reader.read_sample(int(sample))) for sample in mine],
+            rows=micro_batch_size,
             positions=mine,
             seq_len=reader.seq_len,
             documents=documents,
@@ -67,7 +67,7 @@ class NgramCounts:
         return int(self.times.sum())
 
 
-def count(batches: Iterable[Batch[np.ndarray]], vocab_size: int) -> NgramCounts:
+def count_ngrams(batches: Iterable[Batch[np.ndarray]], vocab_size: int) -> NgramCounts:
     """Count every target that carries weight, with the token before it."""
     codes = [
         (batch.inputs.tokens_BL * vocab_size + batch.targets_BL)[batch.weights_BL > 0]
@@ -77,7 +77,7 @@ def count(batches: Iterable[Batch[np.ndarray]], vocab_size: int) -> NgramCounts:
     return NgramCounts(vocab_size, pairs, times)
 
 
-def nats(counts: NgramCounts, batches: Iterable[Batch[np.ndarray]]) -> tuple[float, float]:
+def ngram_nats(counts: NgramCounts, batches: Iterable[Batch[np.ndarray]]) -> tuple[float, float]:
     """Negative log likelihood of the weighted targets, summed: (unigram, bigram).
 
     Unigram: add-one. Bigram: P(w|h) = max(c(hw) - d, 0)/c(h) + d*T(h)/c(h) * P(w), T(h) = distinct

@@ -16,17 +16,17 @@ import crc32c
 import numpy as np
 
 from lmscale.base.batch import Batch
-from lmscale.corpus.order import Order, micro_batches, step_positions
+from lmscale.corpus.order import Order, num_micro_batches, step_positions
 from lmscale.corpus.reader import CorpusReader
-from lmscale.data.objective import Documents, Ints, Record, causal, record_tokens
+from lmscale.data.objective import Documents, Ints, Record, causal_batch, record_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
     """Which part of every step this data-parallel rank computes."""
 
-    global_batch: int  # samples of one optimizer step over all ranks
-    micro_batch: int  # rows of one forward on one rank
+    global_batch_size: int  # samples of one optimizer step over all ranks
+    micro_batch_size: int  # rows of one forward on one rank
     dp_rank: int
     dp_size: int
 
@@ -49,35 +49,35 @@ class Loader:
         share: RankShare,
         *,
         documents: Documents,
-        prefetch: int = 2,
+        prefetch_steps: int = 2,
     ) -> None:
         self._reader = reader
         self._order = order
         self._share = share
         self._documents: Documents = documents
-        self._prefetch = prefetch
+        self._prefetch_steps = prefetch_steps
 
-    def step_at(self, position: int) -> StepBatch:
+    def step_batch(self, position: int) -> StepBatch:
         """The step that starts at `position`. Raises DataError where a row cannot be read soundly."""
         share = self._share
         mine = step_positions(
             position,
-            global_batch=share.global_batch,
+            global_batch_size=share.global_batch_size,
             streams=self._order.streams,
             dp_rank=share.dp_rank,
             dp_size=share.dp_size,
         )
-        _, samples = self._order.at(mine)
-        rows = share.micro_batch
+        _, samples = self._order.samples_at(mine)
+        rows = share.micro_batch_size
         batches = []
-        for index in range(micro_batches(share.global_batch, share.dp_size, rows)):
+        for index in range(num_micro_batches(share.global_batch_size, share.dp_size, rows)):
             part = slice(index * rows, (index + 1) * rows)
             batches.append(self._batch(samples[part], mine[part], rows))
         return StepBatch(position, batches)
 
     def _batch(self, samples: Ints, positions: Ints, rows: int) -> Batch[np.ndarray]:
-        return causal(
-            [Record(*self._reader.row(int(sample))) for sample in samples],
+        return causal_batch(
+            [Record(*self._reader.read_sample(int(sample))) for sample in samples],
             rows=rows,
             positions=positions,
             seq_len=self._reader.seq_len,
@@ -89,22 +89,22 @@ class Loader:
         """Targets of one sample."""
         return self._reader.seq_len
 
-    def consumed(self, position: int, *, rows: int = 64) -> Iterator[Batch[np.ndarray]]:
+    def consumed_batches(self, position: int, *, rows: int = 64) -> Iterator[Batch[np.ndarray]]:
         """The samples of the positions before `position`, in the order they lie in the corpus: fast to read."""
         for begin in range(0, position, 65_536):
             block = np.arange(begin, min(begin + 65_536, position), dtype=np.int64)
-            _, samples = self._order.at(block)
+            _, samples = self._order.samples_at(block)
             samples.sort()
             for part in np.split(samples, range(rows, len(samples), rows)):
                 yield self._batch(part, part, rows)
 
     def steps(self, position: int) -> Generator[StepBatch, None, None]:
         """Steps from `position` on, without end. Close the iterator to end its thread."""
-        if self._prefetch == 0:
+        if self._prefetch_steps == 0:
             while True:
-                yield self.step_at(position)
-                position += self._share.global_batch
-        ahead = _Ahead(self, position, self._share.global_batch, self._prefetch)
+                yield self.step_batch(position)
+                position += self._share.global_batch_size
+        ahead = _Ahead(self, position, self._share.global_batch_size, self._prefetch_steps)
         try:
             while True:
                 yield ahead.take()
@@ -126,7 +126,7 @@ class _Ahead:
     def _run(self, loader: Loader, position: int, stride: int) -> None:
         while not self._closed.is_set():
             try:
-                made: StepBatch | BaseException = loader.step_at(position)
+                made: StepBatch | BaseException = loader.step_batch(position)
             except BaseException as error:  # handed to the consumer, who raises it
                 made = error
             while not self._closed.is_set():
@@ -160,7 +160,7 @@ def trace_lines(
     """
     for batch in step_batch.micro_batches:
         real = np.flatnonzero(batch.rows_B >= 0)
-        epochs, samples = order.at(batch.rows_B[real])
+        epochs, samples = order.samples_at(batch.rows_B[real])
         for row, epoch, sample in zip(real, epochs, samples, strict=True):
             raw = record_tokens(batch, int(row)).astype(dtype).tobytes()
             yield {

@@ -24,7 +24,7 @@ class Record:
     starts: Ints  # offsets in 1..L at which another document starts
 
 
-def causal(
+def causal_batch(
     records: Sequence[Record], *, rows: int, positions: Ints, seq_len: int, documents: Documents
 ) -> Batch[np.ndarray]:
     """The next token is the target; `rows - len(records)` filler rows without targets follow the records.

@@ -71,7 +71,7 @@ def heldout_mask(first: int, count: int, *, every: int, total: int) -> NDArray[n
     return np.asarray(documents % every == every - 1)
 
 
-def cut(segments: Sequence[Segment], scratch: Scratch, *, every: int) -> Cuts:
+def compute_cuts(segments: Sequence[Segment], scratch: Scratch, *, every: int) -> Cuts:
     """Prefix sums over the document tables of all segments; reads one table at a time."""
     total = sum(segment.documents for segment in segments)
     rows: list[list[int]] = []

@@ -16,10 +16,10 @@ from lmscale.prepare.inputs import (
     Span,
     check_unchanged,
     decompressed,
-    explained,
     open_source,
+    read_errors,
 )
-from lmscale.tokenizer.training import pieces
+from lmscale.tokenizer.training import split_text
 
 Document = Iterator[str]  # blocks of one document; used up before the next document is asked for
 
@@ -39,7 +39,7 @@ def documents(
     for span in work.spans:
         with open_source(span.source) as file:
             stream = decompressed(span.source, file)
-            with explained(span.source, stream):
+            with read_errors(span.source, stream):
                 if span.source.format == "lines":
                     start = done - span.start
                     for text in _lines(span, stream, text_key):
@@ -52,13 +52,13 @@ def documents(
         consumed(done)
 
 
-def digest(work: Slice) -> str:
+def slice_sha256(work: Slice) -> str:
     """SHA-256 over the raw bytes of a slice and how they are read; names and times do not count."""
     total = hashlib.sha256()
     for span in work.spans:
         source = span.source
         total.update(f"{source.format} {source.compression} {span.start} {span.stop}\n".encode())
-        with open_source(source) as file, explained(source, file):
+        with open_source(source) as file, read_errors(source, file):
             file.seek(span.start)
             left = span.stop - span.start
             while left and (block := file.read(min(left, _BLOCK_BYTES))):
@@ -70,7 +70,7 @@ def digest(work: Slice) -> str:
 def _text(source: InputFile, stream: BinaryIO, read: Callable[[], None]) -> Document:
     """The one document of a text file, in blocks; a byte order mark at its start is dropped."""
     offset, rest = 0, b""
-    with explained(source, stream):
+    with read_errors(source, stream):
         while True:
             block = stream.read(_BLOCK_BYTES)
             data = rest + block
@@ -173,7 +173,7 @@ def _kind(value: object) -> str:
 SAMPLE_BYTES = 64 << 20  # 8 s of training on two cores; more text hardly changes the merges
 
 
-def sample(
+def sample_text(
     work: Sequence[Slice], text_key: str, consumed: Callable[[int], None], limit: int = SAMPLE_BYTES
 ) -> Iterator[str]:
     """From the beginning of every slice the same share of its bytes, `limit` in all; cut inside a document if need be.
@@ -185,7 +185,7 @@ def sample(
     for each in work:
         quota = each.size if total <= limit else -(-limit * each.size // total)
         for document in documents(each, text_key):
-            for piece in pieces(document):
+            for piece in split_text(document):
                 taken = piece if len(piece) <= quota else _first(piece, quota)
                 quota -= len(taken) if taken.isascii() else len(taken.encode())
                 if taken:

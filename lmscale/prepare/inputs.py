@@ -249,7 +249,7 @@ def decompressed(source: InputFile, file: BinaryIO) -> BinaryIO:
 
 
 @contextmanager
-def explained(source: InputFile, stream: BinaryIO) -> Iterator[None]:
+def read_errors(source: InputFile, stream: BinaryIO) -> Iterator[None]:
     """Turn what the libraries raise while reading a source into words.
 
     Damage inside a compressed file often shows as strange text first: its checksum comes last. So

@@ -21,14 +21,20 @@ import tokenizers
 
 import lmscale
 from lmscale.base.errors import ConfigError, DataError, UsageError
-from lmscale.corpus.manifest import MANIFEST_NAME, Collection, Manifest, digest_of, tokenizer_entry
+from lmscale.corpus.manifest import (
+    MANIFEST_NAME,
+    Collection,
+    Manifest,
+    manifest_digest,
+    tokenizer_entry,
+)
 from lmscale.corpus.shard_format import DTYPES, ShardEntry, dtype_for, num_chunks
-from lmscale.prepare.cuts import HELDOUT, TRAIN, Cuts, cut
-from lmscale.prepare.documents import sample
+from lmscale.prepare.cuts import HELDOUT, TRAIN, Cuts, compute_cuts
+from lmscale.prepare.documents import sample_text
 from lmscale.prepare.inputs import InputFile, Slice, discover, slices
 from lmscale.prepare.options import PrepareOptions
-from lmscale.prepare.scratch import SCRATCH_NAME, Scratch, disk, read_json, write_json
-from lmscale.prepare.stages import PrepareProgress, PrepareRun, ProgressCallback, stage
+from lmscale.prepare.scratch import SCRATCH_NAME, Scratch, read_json, write_errors, write_json
+from lmscale.prepare.stages import PrepareProgress, PrepareRun, ProgressCallback, run_stage
 from lmscale.prepare.tokenize import SliceResult, finished_slice
 from lmscale.prepare.workers import finished_shard
 from lmscale.tokenizer.tokenizer import Tokenizer
@@ -63,13 +69,13 @@ def prepare(
     made_from = {**options.identity(), "tokenizer_file": fixed.fingerprint if fixed else None,
                  "special": fixed.special.as_dict() if fixed else None}  # fmt: skip
     already = (out / MANIFEST_NAME).exists()
-    with disk(out):
+    with write_errors(out):
         if already:
-            check_same(out, work, made_from, workers=options.num_workers, progress=progress)
+            check_same_job(out, work, made_from, workers=options.num_workers, progress=progress)
         else:
-            scratch = scratch_of(out)
+            scratch = open_scratch(out)
             with scratch.locked() as lock:
-                claim(scratch, sources, made_from)
+                adopt_or_reset(scratch, sources, made_from)
                 _build(PrepareRun(out, scratch, options, work, progress, lock), fixed, made_from)
         shutil.rmtree(out / SCRATCH_NAME, ignore_errors=already)
     parts = {name: Manifest.load(out / name) for name in sorted(Collection.load(out).parts)}
@@ -83,10 +89,10 @@ def _build(run: PrepareRun, fixed: Tokenizer | None, made_from: dict[str, Any]) 
     if not sum(segment.text_bytes for segment in segments):
         count = sum(segment.documents for segment in segments)
         raise DataError(f"input: {count} documents without any text; give files that hold text")
-    cuts = cut(segments, run.scratch, every=run.options.every)
+    cuts = compute_cuts(segments, run.scratch, every=run.options.every)
     cuts.save(run.scratch)
     digests = {part: write_part(run, cuts, part, tokenizer) for part in cuts.sizes}
-    source = {**made_from, "input": combined(result.source for result in results)}
+    source = {**made_from, "input": combine_digests(result.source for result in results)}
     Collection(digests, source).save(run.out)
 
 
@@ -122,7 +128,7 @@ def _tokenizer(run: PrepareRun, fixed: Tokenizer | None) -> Tokenizer:
             run.progress(PrepareProgress("train tokenizer", done, run.input_bytes))
 
         consumed(0)
-        texts = sample(run.work, run.options.text_key, consumed)
+        texts = sample_text(run.work, run.options.text_key, consumed)
         tokenizer = train_bpe(texts, run.options.bpe_size)
     tokenizer.save(path)
     return tokenizer
@@ -152,7 +158,7 @@ def _tokenize(run: PrepareRun, tokenizer: Tokenizer) -> list[SliceResult]:
 log = logging.getLogger(__name__)
 
 
-def check_same(
+def check_same_job(
     out: Path,
     work: Sequence[Slice],
     made_from: dict[str, Any],
@@ -174,15 +180,15 @@ def check_same(
         )
     jobs = [({"call": "digest", "slice": each.as_json()}, each.size) for each in work]
     total = sum(size for _, size in jobs)
-    found = dict(stage("check input", jobs, total=total, workers=workers, progress=progress))
-    if combined(found[number] for number in range(len(jobs))) != source.get("input"):
+    found = dict(run_stage("check input", jobs, total=total, workers=workers, progress=progress))
+    if combine_digests(found[number] for number in range(len(jobs))) != source.get("input"):
         raise UsageError(
             f"{out} holds a finished corpus made from other input; "
             "choose another OUT, or delete this one"
         )
 
 
-def scratch_of(out: Path) -> Scratch:
+def open_scratch(out: Path) -> Scratch:
     """The scratch folder of an OUT that is new, empty or left by a killed run. Raises UsageError for any other."""
     scratch = Scratch(out / SCRATCH_NAME)
     if out.exists() and not out.is_dir():
@@ -195,7 +201,9 @@ def scratch_of(out: Path) -> Scratch:
     return scratch
 
 
-def claim(scratch: Scratch, sources: Sequence[InputFile], made_from: dict[str, Any]) -> None:
+def adopt_or_reset(
+    scratch: Scratch, sources: Sequence[InputFile], made_from: dict[str, Any]
+) -> None:
     """Keep what an earlier run of the same job left, drop anything else.
 
     Stricter than check_same, because nothing is read: a file that was only touched counts as changed.
@@ -219,7 +227,7 @@ def claim(scratch: Scratch, sources: Sequence[InputFile], made_from: dict[str, A
     write_json(scratch.job, job)
 
 
-def combined(digests: Iterable[str]) -> str:
+def combine_digests(digests: Iterable[str]) -> str:
     """One digest of the input from those of its slices, in order."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -231,7 +239,7 @@ def write_part(run: PrepareRun, cuts: Cuts, part: str, tokenizer: Tokenizer) -> 
     """Make OUT/PART a whole corpus; returns its manifest's digest."""
     final = run.out / part
     if final.exists():  # an earlier run came that far: only whole parts are moved there
-        return digest_of(final)
+        return manifest_digest(final)
     folder, size = run.scratch.part(part), cuts.sizes[part]
     folder.mkdir(exist_ok=True)
     shards = _shards(run, cuts, part, tokenizer)

@@ -98,7 +98,7 @@ class Scratch:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that appears whole or not at all, also after a power cut."""
-    with replaced(path) as scratch:
+    with replaced_atomically(path) as scratch:
         scratch.write_text(json.dumps(value))
 
 
@@ -111,7 +111,7 @@ def read_json(path: Path) -> Any:  # what write_json wrote
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def replaced_atomically(path: Path) -> Iterator[Path]:
     """A name to write to that becomes `path` at the end; removed after an error."""
     scratch = path.with_name(f"{path.name}.tmp")
     try:
@@ -132,7 +132,7 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def disk(out: Path) -> Iterator[None]:
+def write_errors(out: Path) -> Iterator[None]:
     """Turn a failed write under OUT into words."""
     try:
         yield

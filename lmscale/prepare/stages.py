@@ -43,7 +43,7 @@ class PrepareRun:
         self, name: str, jobs: Sequence[tuple[Job, int]], *, total: int
     ) -> Iterator[tuple[int, Any]]:
         """Do jobs given with their bytes; yields (number, result). `total` counts earlier runs' jobs too."""
-        return stage(
+        return run_stage(
             name,
             jobs,
             total=total,
@@ -53,7 +53,7 @@ class PrepareRun:
         )
 
 
-def stage(
+def run_stage(
     name: str,
     jobs: Sequence[tuple[Job, int]],
     *,

@@ -13,11 +13,11 @@ import crc32c
 import numpy as np
 
 from lmscale.corpus.shard_format import DTYPES, dtype_for
-from lmscale.prepare.documents import digest, documents
+from lmscale.prepare.documents import documents, slice_sha256
 from lmscale.prepare.inputs import Slice
 from lmscale.prepare.scratch import Scratch, flush, read_json, write_json
 from lmscale.tokenizer.tokenizer import Tokenizer
-from lmscale.tokenizer.training import pieces
+from lmscale.tokenizer.training import split_text
 
 # A slice that unpacks to more is kept in several segments: bounds the tables of the second pass.
 SEGMENT_TOKENS = 1 << 24
@@ -71,12 +71,12 @@ def tokenize(
     with writer:
         for document in documents(work, text_key, consumed):
             writer.add(before)
-            for piece in pieces(document) if tokenizer.cuttable else ["".join(document)]:
+            for piece in split_text(document) if tokenizer.cuttable else ["".join(document)]:
                 writer.add(tokenizer.encode(piece))
                 writer.text_bytes += len(piece) if piece.isascii() else len(piece.encode())
             writer.add(after)
             writer.end_document()
-    result = SliceResult(digest(work), tuple(writer.done))
+    result = SliceResult(slice_sha256(work), tuple(writer.done))
     rows = [astuple(segment)[2:] for segment in result.segments]
     write_json(scratch.slice(work.number), {"source": result.source, "segments": rows})
     return result

@@ -13,7 +13,7 @@ from typing import Any
 
 from lmscale.base.errors import LmscaleError
 from lmscale.base.proc import die_with_parent
-from lmscale.prepare.workers import do
+from lmscale.prepare.workers import do_job
 
 _REPORT_S = 0.2
 
@@ -21,7 +21,7 @@ _REPORT_S = 0.2
 def answer(line: str, report: Callable[[int], None]) -> dict[str, Any]:
     """Do one piece of work and say how it went."""
     try:
-        return {"done": do(json.loads(line), report)}
+        return {"done": do_job(json.loads(line), report)}
     except LmscaleError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except Exception:

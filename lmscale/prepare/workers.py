@@ -30,20 +30,20 @@ from lmscale.corpus.shard_format import (
 )
 from lmscale.corpus.shard_format import num_chunks as chunks_of
 from lmscale.prepare.cuts import Cuts, PartStream
-from lmscale.prepare.documents import digest
+from lmscale.prepare.documents import slice_sha256
 from lmscale.prepare.inputs import Slice
-from lmscale.prepare.scratch import Scratch, disk, write_json
+from lmscale.prepare.scratch import Scratch, write_errors, write_json
 from lmscale.prepare.tokenize import tokenize
 from lmscale.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
 
-def do(job: dict[str, Any], consumed: Callable[[int], None]) -> Any:  # as JSON
+def do_job(job: dict[str, Any], consumed: Callable[[int], None]) -> Any:  # as JSON
     """Do one job; `consumed` hears the bytes dealt with so far."""
     call = job["call"]
     if call == "digest":
-        return digest(Slice.from_json(job["slice"]))
+        return slice_sha256(Slice.from_json(job["slice"]))
     scratch = Scratch(Path(job["scratch"]))
-    with disk(scratch.path.parent):
+    with write_errors(scratch.path.parent):
         if call == "shard":
             return _shard(job, scratch, consumed)
         assert call == "tokenize", call
@@ -114,7 +114,7 @@ def run_all(
     """
     if min(workers, len(jobs)) <= 1:
         for number, job in enumerate(jobs):
-            yield number, do(job, lambda consumed, number=number: report(number, consumed))  # type: ignore[misc]
+            yield number, do_job(job, lambda consumed, number=number: report(number, consumed))  # type: ignore[misc]
         return
     crew: list[_Worker] = []
     try:

@@ -86,7 +86,7 @@ _KNOWN_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def special_of(ids: Mapping[str, int], config: Mapping[str, Any]) -> SpecialTokens:
+def find_special_tokens(ids: Mapping[str, int], config: Mapping[str, Any]) -> SpecialTokens:
     """Roles from a tokenizer_config.json (`bos_token` and so on), then from well-known names.
 
     `ids` maps each special token's text to its id.
@@ -104,7 +104,7 @@ def special_of(ids: Mapping[str, int], config: Mapping[str, Any]) -> SpecialToke
     return SpecialTokens(**found)
 
 
-def config_beside(path: Path) -> Path:
+def tokenizer_config_path(path: Path) -> Path:
     """Where published tokenizers keep the roles of their special tokens."""
     return path.with_name("tokenizer_config.json")
 
@@ -132,7 +132,7 @@ class Tokenizer:
                 special_ids[token["content"]] = token["id"]
             else:
                 self._added[token["id"]] = token["content"]
-        self.special = special_of(special_ids, {}) if special is None else special
+        self.special = find_special_tokens(special_ids, {}) if special is None else special
         self._special_ids = frozenset(special_ids.values()) | {
             role for role in self.special.as_dict().values() if role is not None
         }
@@ -146,7 +146,7 @@ class Tokenizer:
                 f"{path} is not a tokenizer.json of Hugging Face tokenizers (no `model` in it); "
                 "give such a file, `bytes`, or `bpe:SIZE` to train one"
             )
-        beside = config_beside(path)
+        beside = tokenizer_config_path(path)
         if special is None and beside.exists():
             names = {
                 token["content"]: token["id"]
@@ -154,7 +154,7 @@ class Tokenizer:
                 if token["special"]
             }
             config = _read_json(beside)
-            special = special_of(names, config if isinstance(config, Mapping) else {})
+            special = find_special_tokens(names, config if isinstance(config, Mapping) else {})
         try:
             return cls(document, special)
         except ConfigError:

@@ -15,7 +15,7 @@ from lmscale.tokenizer.tokenizer import NUM_RESERVED, RESERVED_NAMES, STAND_INS,
 PIECE_CHARS = 1 << 18  # encoding holds about 100 bytes a character
 
 
-def pieces(blocks: Iterable[str], size: int = PIECE_CHARS) -> Iterator[str]:
+def split_text(blocks: Iterable[str], size: int = PIECE_CHARS) -> Iterator[str]:
     """The text in pieces of at most `size` characters, cut after a word and before a space.
 
     There the patterns of GPT-2 and of later vocabularies end a word whatever comes next, so the ids of the

@@ -80,7 +80,7 @@ def loader_of(rank: RunContext, corpora: Corpora, state: TrainState, *, mesh_sha
         build_order(cfg, corpora.train, streams=state.streams),
         RankShare(cfg.train.global_batch_size, cfg.train.micro_batch_size, dp_rank, dp_size),
         documents=cfg.data.documents,
-        prefetch=cfg.data.prefetch_steps,
+        prefetch_steps=cfg.data.prefetch_steps,
     )
 
 

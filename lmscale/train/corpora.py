@@ -6,8 +6,8 @@ from pathlib import Path
 
 from lmscale.base.errors import ConfigError, Problem
 from lmscale.config.schema import RunConfig
-from lmscale.corpus.manifest import Manifest, resolve, tokenizer_path
-from lmscale.corpus.order import Order, window_chunks
+from lmscale.corpus.manifest import Manifest, corpus_folder, tokenizer_path
+from lmscale.corpus.order import Order, chunks_in_use
 from lmscale.corpus.reader import CorpusReader
 from lmscale.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
@@ -35,14 +35,14 @@ def open_corpora(cfg: RunConfig, *, world_size: int) -> Corpora:
     ]
     if missing:
         raise ConfigError(missing)
-    in_use = window_chunks(
+    in_use = chunks_in_use(
         streams=cfg.data.streams or cfg.train.global_batch_size,
         dp_size=world_size // cfg.parallel.tp,
-        window=cfg.data.shuffle_window_chunks,
+        window_chunks=cfg.data.shuffle_window_chunks,
     )
     seq_len, memory = cfg.train.seq_len, cfg.data.window_memory
     train = CorpusReader(
-        resolve(Path(cfg.data.corpora[0].path), "train"),
+        corpus_folder(Path(cfg.data.corpora[0].path), "train"),
         seq_len=seq_len,
         memory_bytes=memory,
         chunks_in_use=in_use,
@@ -50,7 +50,10 @@ def open_corpora(cfg: RunConfig, *, world_size: int) -> Corpora:
     )
     held_out = {
         path: CorpusReader(
-            resolve(Path(path), "heldout"), seq_len=seq_len, memory_bytes=memory, chunks_in_use=1
+            corpus_folder(Path(path), "heldout"),
+            seq_len=seq_len,
+            memory_bytes=memory,
+            chunks_in_use=1,
         )
         for path in cfg.eval.corpora
     }
@@ -72,7 +75,7 @@ def build_order(cfg: RunConfig, reader: CorpusReader, *, streams: int) -> Order:
         reader.num_samples,
         reader.samples_per_chunk,
         streams,
-        window=cfg.data.shuffle_window_chunks,
+        window_chunks=cfg.data.shuffle_window_chunks,
         seed=cfg.train.seed,
     )
 

@@ -15,7 +15,7 @@ import torch
 from lmscale.base.batch import Batch
 from lmscale.corpus.reader import CorpusReader
 from lmscale.data import held_out as baselines
-from lmscale.data.held_out import held_out
+from lmscale.data.held_out import held_out_batches
 from lmscale.data.loader import Loader
 from lmscale.data.objective import Documents
 from lmscale.distributed.process_group import sum_over, to_device
@@ -72,11 +72,11 @@ class Validation:
         """
         most = max(1, _COUNTED_TOKENS // loader.seq_len)
         counted = min(position, most)
-        counts = baselines.count(loader.consumed(counted), vocab_size)
+        counts = baselines.count_ngrams(loader.consumed_batches(counted), vocab_size)
         lines = []
         for path, reader in self._corpora.items():
             text_bytes = sum(self._bytes(batch) for batch in self._batches(reader, most=most))
-            pair = baselines.nats(counts, self._batches(reader, most=most))
+            pair = baselines.ngram_nats(counts, self._batches(reader, most=most))
             for name, nats in zip(("unigram", "bigram"), pair, strict=True):
                 value = bits_per_byte(nats, text_bytes)
                 lines.append(_line(step, path, f"bits_per_byte_{name}", value, counts.total))
@@ -86,10 +86,10 @@ class Validation:
         self, reader: CorpusReader, dp_rank: int = 0, dp_size: int = 1, *, most: int | None = None
     ) -> Iterator[Batch[np.ndarray]]:
         limits = [limit for limit in (self._max_samples, most) if limit is not None]
-        return held_out(
+        return held_out_batches(
             reader,
             documents=self._documents,
-            micro_batch=self._micro_batch,
+            micro_batch_size=self._micro_batch,
             dp_rank=dp_rank,
             dp_size=dp_size,
             max_samples=min(limits, default=None),

@@ -11,9 +11,9 @@ import torch
 
 from lmscale.base.batch import Batch
 from lmscale.base.errors import ExitCode
-from lmscale.data.held_out import held_out
+from lmscale.data.held_out import held_out_batches
 from lmscale.data.loader import Loader
-from lmscale.data.objective import Record, causal
+from lmscale.data.objective import Record, causal_batch
 from lmscale.distributed.process_group import to_device
 from lmscale.engine.base import Engine
 from lmscale.run_folder.attempts import mark_finished
@@ -58,7 +58,7 @@ def _batch(texts: list[list[int]], seq_len: int) -> Batch[np.ndarray]:
         tokens[: len(text)] = text
         records.append(Record(tokens, np.empty(0, np.int64)))
     positions = np.arange(len(texts), dtype=np.int64)
-    return causal(
+    return causal_batch(
         records, rows=len(texts), positions=positions, seq_len=seq_len, documents="joined"
     )
 
@@ -129,7 +129,11 @@ def _sample(loop: TrainLoop, corpora: Corpora) -> None:
         return
     seq_len = loop.loader.seq_len
     reader = next(iter(corpora.held_out.values()))
-    batch = next(held_out(reader, documents="joined", micro_batch=_SAMPLES, max_samples=_SAMPLES))
+    batch = next(
+        held_out_batches(
+            reader, documents="joined", micro_batch_size=_SAMPLES, max_samples=_SAMPLES
+        )
+    )
     length = min(_PROMPT_TOKENS, seq_len // 2)
     prompts = [row[:length].tolist() for row in batch.inputs.tokens_BL[batch.rows_B >= 0]]
     texts = continuations(

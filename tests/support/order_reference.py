@@ -51,7 +51,7 @@ class Reference:
     seed: int
     c: int = 0
 
-    def at(self, position: int) -> tuple[int, int]:
+    def samples_at(self, position: int) -> tuple[int, int]:
         n, k, v, window, seed, c = self.n, self.k, self.v, self.w, self.seed, self.c
         e, r = divmod(position, n)
         chunks = n // k

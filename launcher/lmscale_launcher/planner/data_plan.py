@@ -93,7 +93,7 @@ def node_facts(
         manifest.num_samples(seq_len),
         manifest.samples_per_chunk(seq_len),
         stands.streams,
-        window=cfg.data.shuffle_window_chunks,
+        window_chunks=cfg.data.shuffle_window_chunks,
         seed=cfg.train.seed,
     )
     split = BatchSplit(
@@ -128,14 +128,14 @@ def node_facts(
 
 def data_rows(cfg: RunConfig, steps: str | None, env: dict[str, str]) -> Iterator[dict[str, Any]]:
     """One row a sample of the steps A:B (both included, from 1; all steps without)."""
-    from lmscale.corpus.manifest import resolve
+    from lmscale.corpus.manifest import corpus_folder
     from lmscale.corpus.order import Order
     from lmscale.corpus.reader import CorpusReader
-    from lmscale.corpus.schedule import rows
+    from lmscale.corpus.schedule import plan_rows
 
     place, stands = placed(cfg, env), standing(cfg)
     reader = CorpusReader(
-        resolve(Path(cfg.data.corpora[0].path)), seq_len=cfg.train.seq_len, memory_bytes=0
+        corpus_folder(Path(cfg.data.corpora[0].path)), seq_len=cfg.train.seq_len, memory_bytes=0
     )
     if reader.num_samples == 0:
         raise DataError(f"{reader.path} holds no sample of {cfg.train.seq_len} tokens")
@@ -143,11 +143,11 @@ def data_rows(cfg: RunConfig, steps: str | None, env: dict[str, str]) -> Iterato
         reader.num_samples,
         reader.samples_per_chunk,
         stands.streams,
-        window=cfg.data.shuffle_window_chunks,
+        window_chunks=cfg.data.shuffle_window_chunks,
         seed=cfg.train.seed,
     )
     last = total_steps(cfg, lambda: reader.num_samples, step=stands.step, position=stands.position)
-    found = rows(
+    found = plan_rows(
         reader,
         order,
         steps=_steps(steps, last),

@@ -131,11 +131,11 @@ def _steps(cfg: RunConfig, stands: PlannedResume, corpus: CorpusFacts) -> int | 
 def _length(
     cfg: RunConfig, stands: PlannedResume, corpus: CorpusFacts, steps: int | None
 ) -> dict[str, Any]:
-    from lmscale.corpus.schedule import begin_of
+    from lmscale.corpus.schedule import step_start
 
     if steps is None:
         return {"steps": None, "tokens": None, "epochs": cfg.train.epochs}
-    samples = sum(begin_of(steps, stands.phases))  # where the last step ends
+    samples = sum(step_start(steps, stands.phases))  # where the last step ends
     epochs = None if corpus.samples is None else samples / corpus.samples
     return {"steps": steps, "tokens": samples * cfg.train.seq_len, "epochs": epochs}
 
@@ -151,9 +151,9 @@ def _corpus(corpus: CorpusFacts) -> dict[str, Any]:
 
 
 def _micro_batches(cfg: RunConfig, mesh: MeshSizes) -> int:
-    from lmscale.corpus.order import micro_batches
+    from lmscale.corpus.order import num_micro_batches
 
-    return micro_batches(cfg.train.global_batch_size, mesh.dp, cfg.train.micro_batch_size)
+    return num_micro_batches(cfg.train.global_batch_size, mesh.dp, cfg.train.micro_batch_size)
 
 
 def _memory(

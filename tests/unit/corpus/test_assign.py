@@ -1,7 +1,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.corpus.order import micro_batches, step_positions, wasted_frac, window_chunks
+from lmscale.corpus.order import chunks_in_use, num_micro_batches, step_positions, wasted_frac
 
 counts = st.integers(1, 40)
 
@@ -9,7 +9,7 @@ counts = st.integers(1, 40)
 def shares(position: int, batch: int, streams: int, size: int) -> list[list[int]]:
     return [
         step_positions(
-            position, global_batch=batch, streams=streams, dp_rank=rank, dp_size=size
+            position, global_batch_size=batch, streams=streams, dp_rank=rank, dp_size=size
         ).tolist()
         for rank in range(size)
     ]
@@ -34,7 +34,7 @@ def test_shares_differ_by_at_most_one_and_fit_the_micro_batches(
 ) -> None:
     sizes = [len(share) for share in shares(position, batch, streams, size)]
     assert max(sizes) - min(sizes) <= 1
-    rows = micro_batches(batch, size, micro) * micro
+    rows = num_micro_batches(batch, size, micro) * micro
     assert rows - micro < max(sizes) <= rows
     assert wasted_frac(batch, size, micro) == 1 - sum(sizes) / (rows * size)
 
@@ -48,4 +48,4 @@ def test_a_rank_keeps_its_lanes_when_the_batch_is_the_streams() -> None:
 
 
 def test_window_chunks_of_the_largest_share() -> None:
-    assert window_chunks(streams=10, dp_size=4, window=16) == 48
+    assert chunks_in_use(streams=10, dp_size=4, window_chunks=16) == 48

@@ -17,10 +17,10 @@ import pytest
 
 from lmscale.base.errors import ConfigError, DataError
 from lmscale.corpus import staging
-from lmscale.corpus.node_cache import alone, chunk_path, folder_of
+from lmscale.corpus.node_cache import cache_lock, chunk_path, corpus_cache_folder
 from lmscale.corpus.order import Ints
 from lmscale.corpus.reader import CorpusReader
-from lmscale.corpus.staging import Staged, Stager
+from lmscale.corpus.staging import Stager, StagingResult
 from tests.support.corpora import Made, make
 
 SEQ_LEN = 16
@@ -54,24 +54,24 @@ def read_all(path: Path, cache: Path | None = None, *, memory_bytes: int = 1 << 
     with CorpusReader(
         path, seq_len=SEQ_LEN, memory_bytes=memory_bytes, backoff_s=0, cache_dir=cache
     ) as reader:
-        got = (reader.row(sample) for sample in range(reader.num_samples))
+        got = (reader.read_sample(sample) for sample in range(reader.num_samples))
         return [(tokens.tolist(), starts.tolist()) for tokens, starts in got]
 
 
 def stage(
     made: Made, cache: Path, *chunks: int, cache_bytes: int | None = None, path: Path | None = None
-) -> Staged:
+) -> StagingResult:
     """Stage these chunks (default: all) in that order."""
     blocks: list[Ints] = [np.array(chunks or range(CHUNKS), dtype=np.int64)]
     stop = threading.Event()
-    with alone(cache, stop, say=print) as mine:
+    with cache_lock(cache, stop, say=print) as mine:
         assert mine
         stager = Stager(path or made.path, made.manifest, cache, cache_bytes=cache_bytes)
-        return stager.stage(blocks, most=CHUNKS, stop=stop, progress=lambda done, total: None)
+        return stager.stage(blocks, max_chunks=CHUNKS, stop=stop, progress=lambda done, total: None)
 
 
 def cached(made: Made, cache: Path) -> set[int]:
-    folder = folder_of(cache, made.manifest)
+    folder = corpus_cache_folder(cache, made.manifest)
     names = [path.name for path in folder.iterdir()]
     assert all(name.endswith(".chunk") for name in names), names
     return {int(name.removesuffix(".chunk")) for name in names}
@@ -104,7 +104,7 @@ def test_chunks_of_several_blocks_and_u32(tmp_path: Path) -> None:
     want = read_all(made.path)
     stop = threading.Event()
     stager = Stager(made.path, made.manifest, tmp_path / "cache", cache_bytes=None)
-    stager.stage([np.arange(3)], most=3, stop=stop, progress=lambda done, total: None)
+    stager.stage([np.arange(3)], max_chunks=3, stop=stop, progress=lambda done, total: None)
     assert read_all(without_tokens(made.path), tmp_path / "cache", memory_bytes=0) == want
 
 
@@ -137,7 +137,7 @@ def of_another_corpus(path: Path) -> None:
     folder = path.parent.parent.parent / "another"
     other = make(folder / "corpus", tokens=630, chunk_tokens=64, shard_chunks=3, seed=5)
     stage(other, folder / "cache")
-    shutil.copy(folder_of(folder / "cache", other.manifest) / path.name, path)
+    shutil.copy(corpus_cache_folder(folder / "cache", other.manifest) / path.name, path)
 
 
 def a_folder(path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_wrong_copy_is_never_read(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     stage(made, cache)
-    path = chunk_path(folder_of(cache, made.manifest), 4)
+    path = chunk_path(corpus_cache_folder(cache, made.manifest), 4)
     fault(path)
     with caplog.at_level(logging.WARNING, logger="lmscale"):
         assert read_all(made.path, cache, memory_bytes=memory_bytes) == samples
@@ -169,7 +169,7 @@ def test_a_flip_in_any_byte_of_a_copy_is_seen_and_said_once(
     made: Made, samples: Samples, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage(made, cache)
-    path = chunk_path(folder_of(cache, made.manifest), 4)
+    path = chunk_path(corpus_cache_folder(cache, made.manifest), 4)
     sound = path.read_bytes()
     first, stop = 4 * 4, 5 * 4  # the samples of this chunk
     for at in range(len(sound)):
@@ -178,7 +178,7 @@ def test_a_flip_in_any_byte_of_a_copy_is_seen_and_said_once(
         path.write_bytes(flipped)
         caplog.clear()
         with CorpusReader(made.path, seq_len=SEQ_LEN, memory_bytes=0, cache_dir=cache) as reader:
-            got = [reader.row(sample) for sample in range(first, stop)]
+            got = [reader.read_sample(sample) for sample in range(first, stop)]
         assert [(t.tolist(), s.tolist()) for t, s in got] == samples[first:stop], f"byte {at}"
         assert not path.exists(), f"byte {at}"
         assert len(caplog.records) == 1, f"byte {at}"
@@ -188,7 +188,7 @@ def test_several_damaged_copies_are_said_once(
     made: Made, samples: Samples, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stage(made, cache)
-    for path in folder_of(cache, made.manifest).iterdir():
+    for path in corpus_cache_folder(cache, made.manifest).iterdir():
         cut(path)
     assert read_all(made.path, cache) == samples
     assert len(caplog.records) == 1
@@ -200,10 +200,10 @@ def test_a_copy_that_vanishes_while_it_is_in_use(
 ) -> None:
     stage(made, cache)
     with CorpusReader(made.path, seq_len=SEQ_LEN, memory_bytes=0, cache_dir=cache) as reader:
-        reader.row(16)
+        reader.read_sample(16)
         reader.close()  # of the open file: else it would still be readable
         shutil.rmtree(cache)
-        got = [reader.row(sample) for sample in range(reader.num_samples)]
+        got = [reader.read_sample(sample) for sample in range(reader.num_samples)]
     assert [(t.tolist(), s.tolist()) for t, s in got] == samples
     assert len(caplog.records) == 1
     assert "gone" in caplog.records[0].getMessage()
@@ -220,7 +220,7 @@ def test_damage_of_the_corpus_is_not_copied(made: Made, copy: Path, cache: Path)
 
 
 def bytes_of(made: Made, cache: Path, *chunks: int) -> int:
-    folder = folder_of(cache, made.manifest)
+    folder = corpus_cache_folder(cache, made.manifest)
     return sum(chunk_path(folder, chunk).stat().st_size for chunk in chunks)
 
 
@@ -245,7 +245,7 @@ def test_other_corpora_in_the_folder_count_and_stay(
 ) -> None:
     other = make(tmp_path / "other", tokens=630, seed=9)
     stage(other, cache)
-    used = sum(path.stat().st_size for path in folder_of(cache, other.manifest).iterdir())
+    used = sum(path.stat().st_size for path in corpus_cache_folder(cache, other.manifest).iterdir())
     done = stage(made, cache, cache_bytes=used + 10)
     assert (done.wanted, done.copied, done.all_fit) == (0, 0, False)
     assert cached(other, cache) == set(range(CHUNKS))
@@ -261,17 +261,19 @@ def test_a_full_disk_takes_what_fits(made: Made, samples: Samples, tmp_path: Pat
         pytest.skip("a full disk needs the right to mount a tmpfs")
     try:
         (cache / "of somebody else").write_bytes(b"x" * 9000)
-        real_room = staging.room_left
+        real_room = staging.free_cache_bytes
         with pytest.MonkeyPatch.context() as patch:  # the disk fills up after the look at its room
             patch.setattr(
-                staging, "room_left", lambda *_, **__: real_room(cache, cache_bytes=None) + 10**6
+                staging,
+                "free_cache_bytes",
+                lambda *_, **__: real_room(cache, cache_bytes=None) + 10**6,
             )
             done = stage(made, cache)
         assert done.stopped_by == "its disk is full"
         assert 0 < done.copied < CHUNKS
         assert len(cached(made, cache)) == done.copied
         assert read_all(made.path, cache) == samples
-        for path in folder_of(cache, made.manifest).iterdir():
+        for path in corpus_cache_folder(cache, made.manifest).iterdir():
             path.unlink()
         assert 0 < stage(made, cache).copied < CHUNKS  # by the margin, before the disk refuses
     finally:
@@ -282,7 +284,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_run_file(tmp_path: Path
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ConfigError, match=r"data\.cache_dir"),
-        alone(tmp_path / "file" / "cache", threading.Event(), say=print),
+        cache_lock(tmp_path / "file" / "cache", threading.Event(), say=print),
     ):
         pass
 
@@ -292,15 +294,15 @@ import sys, threading, time
 from pathlib import Path
 import numpy as np
 from lmscale.corpus.manifest import Manifest
-from lmscale.corpus.node_cache import alone
+from lmscale.corpus.node_cache import cache_lock
 from lmscale.corpus.staging import Stager
 corpus, cache = map(Path, sys.argv[1:3])
 manifest, stop = Manifest.load(corpus), threading.Event()
-with alone(cache, stop, say=lambda text: print("waiting", flush=True)):
+with cache_lock(cache, stop, say=lambda text: print("waiting", flush=True)):
     print("begin", flush=True)
     stager = Stager(corpus, manifest, cache, cache_bytes=None)
     blocks = [np.arange(manifest.num_chunks)]
-    done = stager.stage(blocks, most=manifest.num_chunks, stop=stop, progress=lambda a, b: None)
+    done = stager.stage(blocks, max_chunks=manifest.num_chunks, stop=stop, progress=lambda a, b: None)
     time.sleep(float(sys.argv[3]))
 print(done.copied, done.there)
 """
@@ -349,7 +351,7 @@ def test_a_killed_stager_leaves_nothing_in_the_way(
         time.sleep(chance.uniform(0, 0.15))
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=10)
-        copies = list(folder_of(cache, long_made.manifest).glob("*.chunk"))
+        copies = list(corpus_cache_folder(cache, long_made.manifest).glob("*.chunk"))
         partly += 0 < len(copies) < long_made.manifest.num_chunks
     out = stager().communicate(timeout=60)[0].split()
     assert int(out[-1]) + int(out[-2]) == long_made.manifest.num_chunks

@@ -45,7 +45,7 @@ def copy(made: Made, tmp_path: Path) -> Path:
 def read_all(path: Path, memory_bytes: int) -> list[tuple[list[int], list[int]]]:
     with CorpusReader(path, seq_len=SEQ_LEN, memory_bytes=memory_bytes, backoff_s=0) as reader:
         tokenizer_path(path, reader.manifest)
-        got = (reader.row(sample) for sample in range(reader.num_samples))
+        got = (reader.read_sample(sample) for sample in range(reader.num_samples))
         return [(tokens.tolist(), starts.tolist()) for tokens, starts in got]
 
 
@@ -184,7 +184,7 @@ def test_message_names_shard_chunk_bytes_reason_and_action(made: Made, copy: Pat
         pytest.raises(DataError) as error,
         CorpusReader(copy, seq_len=SEQ_LEN, memory_bytes=0, backoff_s=0) as reader,
     ):
-        reader.row(4)
+        reader.read_sample(4)
     text = str(error.value)
     assert re.search(
         rf"{re.escape(str(shard))} chunk 1 \(bytes {at}-{at + 130}\): CRC32C \w{{8}}, expected \w{{8}}",
@@ -256,7 +256,7 @@ def test_an_index_of_other_lengths_than_the_manifest_gives_no_sample(tmp_path: P
         CorpusReader(short.path, seq_len=16, memory_bytes=0, backoff_s=0) as reader,
         pytest.raises(DataError, match="tokens in chunk 5, the manifest"),
     ):
-        reader.row(0)
+        reader.read_sample(0)
     assert any("chunk 5" in problem for problem in verify(short.path))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lmscale.base.errors import DataError
 from lmscale.corpus import manifest as entries_module
-from lmscale.corpus.manifest import Manifest, Shards, TokenizerEntry, load_part, resolve
+from lmscale.corpus.manifest import Manifest, Shards, TokenizerEntry, corpus_folder, load_part
 from lmscale.corpus.shard_format import ShardEntry, shard_name, write_sealed
 from tests.support.corpora import make, make_collection
 
@@ -129,7 +129,7 @@ def test_a_sealed_manifest_that_contradicts_itself_is_refused(tmp_path: Path, ke
 def test_one_call_is_resolve_and_load(tmp_path: Path) -> None:
     make_collection(tmp_path)
     for part in ("train", "heldout"):
-        folder = resolve(tmp_path, part)
+        folder = corpus_folder(tmp_path, part)
         assert load_part(tmp_path, part) == (folder, Manifest.load(folder))
         assert load_part(folder) == (folder, Manifest.load(folder))
     (tmp_path / "train" / "manifest.json").write_bytes(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lmscale.base.errors import ConfigError, DataError
-from lmscale.corpus.manifest import Collection, Manifest, kind_of, resolve, tokenizer_path
+from lmscale.corpus.manifest import Collection, Manifest, corpus_folder, corpus_kind, tokenizer_path
 from lmscale.corpus.shard_format import write_sealed
 from tests.support.corpora import make, make_collection
 
@@ -14,7 +14,7 @@ from tests.support.corpora import make, make_collection
 def test_manifest_round_trips(tmp_path: Path) -> None:
     made = make(tmp_path)
     assert Manifest.load(tmp_path) == made.manifest
-    assert kind_of(tmp_path) == "stream"
+    assert corpus_kind(tmp_path) == "stream"
     body = json.loads((tmp_path / "manifest.json").read_text())
     assert (body["format"], body["documents"]) == ("lmscale-corpus", len(made.starts))
     assert body["fingerprint"] == made.manifest.fingerprint
@@ -46,12 +46,12 @@ def test_corpus_without_its_manifest_is_damaged(state: str, tmp_path: Path) -> N
     if state == "folder":
         path.mkdir()
     with pytest.raises(DataError, match=r"damaged|cannot be read"):
-        resolve(tmp_path)
+        corpus_folder(tmp_path)
 
 
 def test_no_corpus_at_all_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"lmscale prepare {tmp_path}/none INPUT"):
-        resolve(tmp_path / "none")
+        corpus_folder(tmp_path / "none")
 
 
 def test_other_formats_are_refused(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_samples_of_a_sequence_length(tmp_path: Path) -> None:
 
 def test_collection_resolves_to_its_parts(tmp_path: Path) -> None:
     make_collection(tmp_path)
-    assert resolve(tmp_path) == tmp_path / "train"
-    assert resolve(tmp_path, "heldout") == tmp_path / "heldout"
-    assert resolve(tmp_path / "train", "heldout") == tmp_path / "train"
+    assert corpus_folder(tmp_path) == tmp_path / "train"
+    assert corpus_folder(tmp_path, "heldout") == tmp_path / "heldout"
+    assert corpus_folder(tmp_path / "train", "heldout") == tmp_path / "train"
     with pytest.raises(DataError, match="collection"):
         Manifest.load(tmp_path)
 
@@ -97,12 +97,12 @@ def test_collection_covers_its_parts(tmp_path: Path) -> None:
     make_collection(tmp_path)
     os.replace(tmp_path / "heldout" / "manifest.json", tmp_path / "train" / "manifest.json")
     with pytest.raises(DataError, match="is not the one"):
-        resolve(tmp_path)
+        corpus_folder(tmp_path)
     with pytest.raises(DataError, match="missing"):
-        resolve(tmp_path, "heldout")
+        corpus_folder(tmp_path, "heldout")
     Collection({"train": "0" * 64}, {}).save(tmp_path)
     with pytest.raises(DataError, match="no part 'heldout'"):
-        resolve(tmp_path, "heldout")
+        corpus_folder(tmp_path, "heldout")
 
 
 def test_damaged_tokenizer_is_not_handed_out(tmp_path: Path) -> None:

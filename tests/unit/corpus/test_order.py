@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.corpus.order import VERSION, Order, permute, round_keys
+from lmscale.corpus.order import VERSION, Order, feistel_permutation, round_keys
 from tests.support.order_reference import Reference
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "order.json"
@@ -18,7 +18,7 @@ orders = st.builds(
     sizes,
     st.one_of(st.integers(1, 40), st.integers(1, 1 << 20)),
     streams=st.one_of(st.integers(1, 9), st.integers(1, 5000)),
-    window=st.integers(1, 20),
+    window_chunks=st.integers(1, 20),
     seed=st.integers(-(2**63), 2**63 - 1),
     corpus=st.integers(0, 3),
 )
@@ -34,14 +34,14 @@ def test_order_equals_its_formulas(order: Order, far: list[int], data: st.DataOb
         order.num_samples,
         order.samples_per_chunk,
         order.streams,
-        order.window,
+        order.window_chunks,
         order.seed,
         order.corpus,
     )
-    epochs, samples = order.at(np.array(positions))
+    epochs, samples = order.samples_at(np.array(positions))
     assert epochs.dtype == samples.dtype == np.int64
     got = list(zip(epochs.tolist(), samples.tolist(), strict=True))
-    assert got == [want.at(position) for position in positions]
+    assert got == [want.samples_at(position) for position in positions]
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,7 +53,7 @@ def test_order_equals_its_formulas(order: Order, far: list[int], data: st.DataOb
     st.integers(0, 99),
 )
 def test_every_epoch_is_a_permutation(n: int, k: int, streams: int, window: int, seed: int) -> None:
-    epochs, samples = Order(n, k, streams, window, seed).at(np.arange(3 * n))
+    epochs, samples = Order(n, k, streams, window, seed).samples_at(np.arange(3 * n))
     assert epochs.tolist() == [epoch for epoch in range(3) for _ in range(n)]
     for epoch in range(3):
         assert sorted(samples[epochs == epoch].tolist()) == list(range(n))
@@ -65,7 +65,7 @@ def test_bijections_of_many_sizes_at_once(sizes: list[int], seed: int) -> None:
     n = np.repeat(sizes, sizes)
     x = np.concatenate([np.arange(size) for size in sizes])
     which = np.repeat(np.arange(len(sizes)), sizes)
-    y = permute(x, n=n, keys=round_keys(seed, "window", 0, which))
+    y = feistel_permutation(x, n=n, keys=round_keys(seed, "window", 0, which))
     for number, size in enumerate(sizes):
         assert sorted(y[which == number].tolist()) == list(range(size))
 
@@ -74,15 +74,15 @@ def test_bijections_of_many_sizes_at_once(sizes: list[int], seed: int) -> None:
 def test_bijection_does_not_round_at_large_sizes(n: int) -> None:
     x = np.array([0, 1, n // 2, n - 1])
     keys = round_keys(0, "chunk", 0, np.zeros(4, dtype=np.int64))
-    y = permute(x, n=np.full(4, n), keys=keys)
+    y = feistel_permutation(x, n=np.full(4, n), keys=keys)
     assert len(set(y.tolist())) == 4
     assert ((y >= 0) & (y < n)).all()
 
 
 def test_each_lane_owns_whole_chunks_and_stays_in_its_window() -> None:
-    order = Order(num_samples=64 * 8 + 3, samples_per_chunk=8, streams=4, window=2, seed=5)
+    order = Order(num_samples=64 * 8 + 3, samples_per_chunk=8, streams=4, window_chunks=2, seed=5)
     positions = np.arange(64 * 8)
-    _, samples = order.at(positions)
+    _, samples = order.samples_at(positions)
     owners: dict[int, set[int]] = {}
     for position, sample in zip(positions.tolist(), samples.tolist(), strict=True):
         owners.setdefault(sample // 8, set()).add(position % 4)
@@ -95,11 +95,11 @@ def test_each_lane_owns_whole_chunks_and_stays_in_its_window() -> None:
 
 def test_epochs_seeds_and_corpora_have_different_orders() -> None:
     positions = np.arange(500)
-    base = Order(1000, 8, 4).at(positions)[1]
+    base = Order(1000, 8, 4).samples_at(positions)[1]
     others = [
-        Order(1000, 8, 4).at(positions + 1000)[1],
-        Order(1000, 8, 4, seed=1).at(positions)[1],
-        Order(1000, 8, 4, corpus=1).at(positions)[1],
+        Order(1000, 8, 4).samples_at(positions + 1000)[1],
+        Order(1000, 8, 4, seed=1).samples_at(positions)[1],
+        Order(1000, 8, 4, corpus=1).samples_at(positions)[1],
     ]
     for other in others:
         assert np.mean(base == other) < 0.02
@@ -108,14 +108,17 @@ def test_epochs_seeds_and_corpora_have_different_orders() -> None:
 def test_shuffle_is_uniform_over_the_corpus() -> None:
     """The mean of a window's samples, over many seeds, is that of the corpus."""
     n = 4096
-    means = [Order(n, 16, 8, 4, seed).at(np.arange(256))[1].mean() / (n - 1) for seed in range(40)]
+    means = [
+        Order(n, 16, 8, 4, seed).samples_at(np.arange(256))[1].mean() / (n - 1)
+        for seed in range(40)
+    ]
     assert abs(np.mean(means) - 0.5) < 0.03  # 5 standard deviations for 16 chunks a call
 
 
 def test_no_positions_and_one_sample() -> None:
-    epochs, samples = Order(1, 1, 1).at(np.array([], dtype=np.int64))
+    epochs, samples = Order(1, 1, 1).samples_at(np.array([], dtype=np.int64))
     assert len(epochs) == len(samples) == 0
-    epochs, samples = Order(1, 7, 3).at(np.arange(4))
+    epochs, samples = Order(1, 7, 3).samples_at(np.arange(4))
     assert (epochs.tolist(), samples.tolist()) == ([0, 1, 2, 3], [0, 0, 0, 0])
 
 
@@ -125,7 +128,9 @@ def test_order_is_the_one_of_the_golden_file() -> None:
     assert golden["version"] == VERSION
     for case in golden["cases"]:
         first = case["first_position"]
-        epochs, samples = Order(**case["order"]).at(np.arange(first, first + case["count"]))
+        constants = dict(case["order"])
+        order = Order(window_chunks=constants.pop("window"), **constants)
+        epochs, samples = order.samples_at(np.arange(first, first + case["count"]))
         shown = len(case["samples"])
         assert samples[:shown].tolist() == case["samples"]
         assert epochs[:shown].tolist() == case["epochs"]

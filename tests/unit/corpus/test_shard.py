@@ -17,9 +17,9 @@ from lmscale.corpus.shard_format import (
     chunk_range,
     dtype_for,
     num_chunks,
-    pack,
-    parse,
-    seal_of,
+    pack_index,
+    parse_index,
+    stored_crc32c,
     write_shard,
 )
 from tests.support.corpora import make
@@ -70,8 +70,8 @@ def test_index_round_trips_with_several_blocks() -> None:
     tokens, starts = bytes(range(256)) * 1000, b"\1\0\0\0"
     rows = [IndexEntry(512, 128_000, 256_512, 1), IndexEntry(300_000, 128_000, 0, 0)]
     crcs = [*block_crcs(tokens), *block_crcs(starts), *block_crcs(tokens)]
-    data = pack(rows, crcs, first_chunk=17, token_bytes=2)
-    index = parse(data, seal=seal_of(data))
+    data = pack_index(rows, crcs, first_chunk=17, token_bytes=2)
+    index = parse_index(data, index_crc32c=stored_crc32c(data))
     assert index.block_bytes == BLOCK_BYTES
     assert index.tokens(17).crcs.tolist() == crcs[:4]
     listed = index.starts(17)

@@ -48,10 +48,10 @@ def really_read(
     for step in range(steps):
         for rank in range(split.nodes * split.ranks_per_node):
             mine = step_positions(
-                position + step * split.global_batch, global_batch=split.global_batch,
+                position + step * split.global_batch_size, global_batch_size=split.global_batch_size,
                 streams=order.streams, dp_rank=rank // split.tp_size, dp_size=split.dp_size,
             )  # fmt: skip
-            for chunk in (order.at(mine)[1] // order.samples_per_chunk).tolist():
+            for chunk in (order.samples_at(mine)[1] // order.samples_per_chunk).tolist():
                 found[rank // split.ranks_per_node].setdefault(chunk, step)
     return found
 
@@ -74,7 +74,7 @@ def test_a_node_plans_exactly_the_chunks_that_its_ranks_read(
 def test_the_nodes_of_an_epoch_read_every_chunk(
     order: Order, split: BatchSplit, position: int
 ) -> None:
-    steps = -(-order.num_samples // split.global_batch)
+    steps = -(-order.num_samples // split.global_batch_size)
     read = [
         chunk
         for node in range(split.nodes)
@@ -92,7 +92,7 @@ def test_chunks_come_in_order_of_first_use_up_to_a_window(
     split = BatchSplit(order.streams, nodes, 1)
     assume(order.streams >= nodes)
     position, steps = turns * order.streams, -(-order.num_samples // order.streams)
-    window_steps = order.window * order.samples_per_chunk
+    window_steps = order.window_chunks * order.samples_per_chunk
     want = really_read(order, split, position=position, steps=steps)
     for node in range(nodes):
         blocks = chunks_ahead(order, split, node=node, position=position, steps=steps)
@@ -109,7 +109,7 @@ def test_shares_count_what_is_really_read(
     layout = layout_of(order)
     got = node_shares(order, layout, split, position=position, steps=steps)
     left = order.num_samples - position % order.num_samples
-    assert got.steps == min(steps, max(1, left // split.global_batch))
+    assert got.steps == min(steps, max(1, left // split.global_batch_size))
     assert got.exact
     want = really_read(order, split, position=position, steps=got.steps)
     chunks = [sorted(want[node]) for node in range(split.nodes)]

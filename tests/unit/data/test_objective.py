@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmscale.base.batch import Batch
-from lmscale.data.objective import Record, causal, record_tokens
+from lmscale.data.objective import Record, causal_batch, record_tokens
 
 ROWS = st.integers(1, 4)
 
@@ -23,7 +23,7 @@ def records(draw: st.DrawFn) -> tuple[list[Record], int, int]:
 def build(case: tuple[list[Record], int, int], documents: str) -> Batch[np.ndarray]:
     made, seq_len, rows = case
     positions = np.arange(100, 100 + len(made))
-    return causal(made, rows=rows, positions=positions, seq_len=seq_len, documents=documents)
+    return causal_batch(made, rows=rows, positions=positions, seq_len=seq_len, documents=documents)
 
 
 @settings(max_examples=60, deadline=None)

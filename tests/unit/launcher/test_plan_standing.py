@@ -8,7 +8,7 @@ import pytest
 from lmscale.base.errors import ConfigError
 from lmscale.config.run_file import load
 from lmscale.config.schema import RunConfig
-from lmscale.corpus.schedule import Phase, begin_of
+from lmscale.corpus.schedule import Phase, step_start
 from lmscale.run_folder.checkpoints import write_manifest
 from lmscale_launcher.planner.planned_resume import standing
 
@@ -52,7 +52,7 @@ def test_the_journal_is_the_past_and_the_run_file_what_is_to_come(tmp_path: Path
     assert (same.step, same.position, same.streams) == (30, 280, 8)
     other = standing(config(tmp_path, "train.global_batch_size=32", ALLOW))
     assert other.phases == (*same.phases, Phase(32, 30, 280))
-    assert [begin_of(step, other.phases) for step in (1, 20, 21, 25, 26, 30, 31, 32)] == [
+    assert [step_start(step, other.phases) for step in (1, 20, 21, 25, 26, 30, 31, 32)] == [
         (0, 8), (152, 8), (160, 16), (224, 16), (240, 8), (272, 8), (280, 32), (312, 32),
     ]  # fmt: skip
 
@@ -61,8 +61,8 @@ def test_two_changes_at_one_step_count_once(tmp_path: Path) -> None:
     entries = change(20, 160, 8, 16), change(20, 160, 16, 4)
     checkpoint(tmp_path / "run/checkpoints/step-00000020-a1", 20, 4, *entries, position=160)
     phases = standing(config(tmp_path, "train.global_batch_size=4")).phases
-    assert begin_of(20, phases) == (152, 8)
-    assert begin_of(21, phases) == (160, 4)
+    assert step_start(20, phases) == (152, 8)
+    assert step_start(21, phases) == (160, 4)
 
 
 def test_a_batch_that_train_would_refuse_is_refused(tmp_path: Path) -> None:

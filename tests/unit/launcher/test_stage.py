@@ -96,14 +96,18 @@ def cached(run: Path, name: str = "cache") -> set[int]:
 def read_by(node: int, nodes: int, ranks: int, *, steps: range) -> set[int]:
     """The chunks that the ranks of a node read, by their own functions."""
     samples = (1200 - 1) // SEQ_LEN
-    order = Order(samples, CHUNK // SEQ_LEN, BATCH, window=2, seed=0)
+    order = Order(samples, CHUNK // SEQ_LEN, BATCH, window_chunks=2, seed=0)
     found: set[int] = set()
     for step in steps:
         for rank in range(node * ranks, (node + 1) * ranks):
             mine = step_positions(
-                step * BATCH, global_batch=BATCH, streams=BATCH, dp_rank=rank, dp_size=nodes * ranks
+                step * BATCH,
+                global_batch_size=BATCH,
+                streams=BATCH,
+                dp_rank=rank,
+                dp_size=nodes * ranks,
             )
-            found |= set((order.at(mine)[1] // (CHUNK // SEQ_LEN)).tolist())
+            found |= set((order.samples_at(mine)[1] // (CHUNK // SEQ_LEN)).tolist())
     return found
 
 
@@ -229,12 +233,12 @@ def test_it_loads_no_torch(run: Path) -> None:
 
 
 def test_a_start_that_waits_for_another_one_can_be_ended(run: Path) -> None:
-    from lmscale.corpus.node_cache import alone
+    from lmscale.corpus.node_cache import cache_lock
     from lmscale_launcher.stage import StagingTarget, stage
 
     cfg = load(run, [], cwd=run.parent)
     stop = threading.Event()
-    with alone(run.parent / "cache", threading.Event(), say=print):
+    with cache_lock(run.parent / "cache", threading.Event(), say=print):
         threading.Timer(0.5, stop.set).start()
         assert stage(cfg, StagingTarget(0, 1, 2), stop) == 85
     assert cached(run) == set()

@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from lmscale.base.errors import ConfigError, DataError, LmscaleError, RetryableError, UsageError
-from lmscale.corpus.manifest import resolve
+from lmscale.corpus.manifest import corpus_folder
 from lmscale.prepare import inputs, scratch
 from lmscale.prepare.documents import documents
 from lmscale.prepare.options import PrepareOptions
@@ -28,7 +28,7 @@ def _refused(
     with pytest.raises(kind) as caught:
         prepare(tmp_path / "out", [path], SMALL)
     with pytest.raises(DataError):
-        resolve(tmp_path / "out")
+        corpus_folder(tmp_path / "out")
     assert str(path) in str(caught.value)
     return str(caught.value)
 

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmscale.prepare import inputs
-from lmscale.prepare.cuts import HELDOUT, TRAIN, PartStream, cut, heldout_mask
-from lmscale.prepare.documents import documents, sample
+from lmscale.prepare.cuts import HELDOUT, TRAIN, PartStream, compute_cuts, heldout_mask
+from lmscale.prepare.documents import documents, sample_text
 from lmscale.prepare.inputs import discover, slices
 from lmscale.prepare.scratch import Scratch
 from lmscale.prepare.tokenize import Segment
@@ -55,7 +55,7 @@ def test_any_stretch_of_a_part_is_that_of_its_documents_end_to_end(
             held = bool(heldout_mask(index, 1, every=every, total=total)[0])
             whole[HELDOUT if held else TRAIN].append(list(range(token, token + length)))
             token, index = token + length, index + 1
-    cuts = cut(segments, scratch, every=every)
+    cuts = compute_cuts(segments, scratch, every=every)
     assert set(cuts.sizes) == {part for part, kept in whole.items() if kept}
     for part, size in cuts.sizes.items():
         flat = [token for document in whole[part] for token in document]
@@ -108,9 +108,9 @@ def test_the_sample_is_everything_or_an_even_share(
     work = slices(discover(paths, tmp_path / "out"))
     heard: list[int] = []
     whole = "".join(path.read_text() for path in paths)
-    assert "".join(sample(work, "text", heard.append)) == whole
+    assert "".join(sample_text(work, "text", heard.append)) == whole
     assert heard[-1] == len(whole.encode())
-    shares = list(sample(work, "text", heard.append, limit=count * 10))
+    shares = list(sample_text(work, "text", heard.append, limit=count * 10))
     assert shares == [f"{index:02d}é" * 2 + f"{index:02d}"[:2] for index in range(count)]
 
 

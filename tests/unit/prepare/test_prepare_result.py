@@ -139,7 +139,7 @@ def test_long_documents_are_encoded_in_pieces_without_a_trace(
     text = " ".join(some_texts(200))
     (tmp_path / "long.txt").write_text(text)
     prepare(tmp_path / "whole", [tmp_path / "long.txt"], SMALL)
-    monkeypatch.setattr("lmscale.tokenizer.training.pieces.__defaults__", (100,))
+    monkeypatch.setattr("lmscale.tokenizer.training.split_text.__defaults__", (100,))
     monkeypatch.setattr("lmscale.prepare.documents._BLOCK_BYTES", 37)
     prepare(tmp_path / "cut", [tmp_path / "long.txt"], SMALL)
     assert read_documents(tmp_path / "cut/train") == [text]

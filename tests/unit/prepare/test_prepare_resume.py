@@ -11,7 +11,7 @@ import pytest
 
 from lmscale.base.errors import DataError
 from lmscale.corpus.integrity import verify
-from lmscale.corpus.manifest import resolve
+from lmscale.corpus.manifest import corpus_folder
 from lmscale.prepare import inputs
 from lmscale.prepare import run as passes
 from lmscale.prepare.options import PrepareOptions
@@ -72,7 +72,7 @@ def test_killed_in_the_middle_the_same_command_gives_the_same_bytes(
     killed.communicate()
     assert not (out / "manifest.json").exists()
     with pytest.raises(DataError):
-        resolve(out)
+        corpus_folder(out)
     again = run(out, source, *FLAGS, slice_bytes=6_000)
     assert again.returncode == 0, again.stderr
     assert "going on where an earlier run stopped" in again.stderr
@@ -109,27 +109,31 @@ def test_cut_between_the_last_renames_the_same_call_finishes(
     class Cut(BaseException):
         pass
 
-    def cut(*_: object, **__: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise Cut
 
     with monkeypatch.context() as patch:
         if place == 0:
             patch.setattr(
-                Path, "rename", lambda path, to: cut() if path.is_dir() else os.rename(path, to)
+                Path,
+                "rename",
+                lambda path, to: stop() if path.is_dir() else os.rename(path, to),
             )
         elif place == 1:
             real = passes.write_part
             patch.setattr(
-                passes, "write_part", lambda r, c, p, t: real(r, c, p, t) if p == "train" else cut()
+                passes,
+                "write_part",
+                lambda r, c, p, t: real(r, c, p, t) if p == "train" else stop(),
             )
         elif place == 2:
-            patch.setattr(passes, "Collection", cut)
+            patch.setattr(passes, "Collection", stop)
         else:
             real = shutil.rmtree
             patch.setattr(
                 shutil,
                 "rmtree",
-                lambda path, **k: cut() if path.name == ".prepare" else real(path, **k),
+                lambda path, **k: stop() if path.name == ".prepare" else real(path, **k),
             )
         with pytest.raises(Cut):
             prepare(tmp_path / "out", [text], SMALL)
@@ -161,7 +165,7 @@ def test_a_scratch_file_cut_short_is_made_again(
     text = write_lines(tmp_path / "a.jsonl", some_texts(40))
     prepare(tmp_path / "want", [text], SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "cut", None)
+        patch.setattr(passes, "compute_cuts", None)
         with pytest.raises(TypeError):
             prepare(tmp_path / "out", [text], SMALL)
     tokens = tmp_path / "out/.prepare/slices/000000-0000.tokens"
