@@ -1,7 +1,27 @@
-"""`lmscale plan RUN.yaml`: what a run will be. Its parts stand in launcher/lmscale_launcher/planner."""
+"""`lmscale plan RUN.yaml`: print what a run will do, or which sample each step reads from where."""
 
+import os
+import sys
+from collections.abc import Sequence
+
+from lmscale.config.run_file import load
+from lmscale_launcher.jobs.job_plan import unstaged
 from lmscale_launcher.planner.data_plan import data_rows, row_in_words
 from lmscale_launcher.planner.facts import facts
-from lmscale_launcher.planner.plan_text import as_json, in_words
+from lmscale_launcher.planner.plan_text import as_json as to_json
+from lmscale_launcher.planner.plan_text import in_words
 
-__all__ = ["as_json", "data_rows", "facts", "in_words", "row_in_words"]
+
+def plan_verb(
+    source: str, overrides: Sequence[str], *, data: bool, steps: str | None, as_json: bool
+) -> None:
+    """Print the plan, or with `data` one line per sample of `steps`. Raises ConfigError."""
+    cfg, env = load(source, overrides), dict(os.environ)
+    if data:
+        show = to_json if as_json else row_in_words
+        for row in data_rows(cfg, steps, env):
+            sys.stdout.write(show(row) + "\n")
+        return
+    plan = facts(cfg, env)
+    plan["warnings"] += [{"key": w.path, "fact": w.fact, "hint": w.hint} for w in unstaged(cfg)]
+    sys.stdout.write((to_json(plan) if as_json else "\n".join(in_words(plan))) + "\n")

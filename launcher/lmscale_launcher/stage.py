@@ -1,12 +1,11 @@
 """Before the ranks of a node start: copy the chunks that they read next to the node's own disk.
 
-    python -P -m lmscale_launcher.stage RUN.yaml [a.b=c ...] --node 0 --nodes 2 --ranks-per-node 8
+    lmscale stage RUN.yaml [a.b=c ...] --node 0 --nodes 2 --ranks-per-node 8
 
 Ends with 0 also where the cache could not be filled: it only saves time. 78, 65 and 75 mean what they mean
 for a rank, and 85 that a signal asked it to end; what is staged by then stays and is not staged again.
 """
 
-import argparse
 import logging
 import os
 import signal
@@ -27,12 +26,13 @@ from lmscale.config import rules as checks
 from lmscale.config.identity import total_steps
 from lmscale.config.run_file import load
 from lmscale.config.schema import RunConfig
+from lmscale_launcher.command_line import lmscale_command
 from lmscale_launcher.planner.planned_resume import standing
 
 if TYPE_CHECKING:  # it loads numpy
     from lmscale.corpus.staging import StagingResult
 
-log = logging.getLogger("lmscale_launcher.stage")  # as a program this module is called __main__
+log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _LINE_S, _IN_PLACE_S = 10.0, 0.2
@@ -63,8 +63,7 @@ def command(
     if load(config, overrides).data.cache_dir is None:
         return None
     place = ["--node", node, "--nodes", nodes, "--ranks-per-node", ranks_per_node]
-    words = [*place, "--", config, *overrides]
-    return [sys.executable, "-P", "-m", "lmscale_launcher.stage", *map(str, words)]
+    return lmscale_command("stage", *map(str, [*place, "--", config, *overrides]))
 
 
 def stage(cfg: RunConfig, place: StagingTarget, stop: threading.Event) -> ExitCode:
@@ -205,23 +204,12 @@ def _asked_to_stop() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m lmscale_launcher.stage")
-    parser.add_argument("run")
-    parser.add_argument("overrides", nargs="*")
-    for name in ("--node", "--nodes", "--ranks-per-node"):
-        parser.add_argument(name, type=int, required=True)
-    args = parser.parse_args(argv)
+def stage_verb(source: str, overrides: Sequence[str], target: StagingTarget) -> int:
+    """Fill the cache of one node, unless a signal ends it earlier. Returns the exit code."""
     with _asked_to_stop() as stop:
         logs.configure(World())
-        place = StagingTarget(args.node, args.nodes, args.ranks_per_node)
         try:
-            return stage(load(args.run, args.overrides), place, stop)
+            return stage(load(source, overrides), target, stop)
         except LmscaleError as error:
             log.error("error: %s", error)
             return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

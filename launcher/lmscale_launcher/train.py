@@ -14,8 +14,7 @@ from lmscale.config.schema import RunConfig
 from lmscale.run_folder.events import start_name
 from lmscale.run_folder.liveness import wait_for_silence
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.handoff import command, hand_off
-from lmscale_launcher.rank_mode import rank_env
+from lmscale_launcher.command_line import train_command
 from lmscale_launcher.resume_checks import farewell, finished, missing
 
 if TYPE_CHECKING:
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
 
 
 def train(source: str, overrides: Sequence[str], nproc: int | None) -> int:
-    """Be a rank where somebody has started ranks; else start them and see them to their end."""
-    if nproc is None and (added := rank_env(os.environ)) is not None:
-        hand_off("train", [source, *overrides], {**os.environ, **added})
+    """Start the ranks of this host and supervise them until they end. Returns the exit code."""
     if nproc is not None:
         overrides = [*overrides, f"cluster.ranks_per_node={nproc}"]
     try:
@@ -67,7 +64,7 @@ def _job(source: str, overrides: Sequence[str]) -> "SupervisorJob":
     from lmscale_launcher.supervisor.stall import StallLimits
 
     return SupervisorJob(
-        command=command("train", [source, *overrides]),
+        command=train_command(source, overrides),
         folder=folder,
         place=NodeTopology(num_ranks, nodes, node, master),
         start=start_name(os.environ),

@@ -1,15 +1,17 @@
 """`lmscale verify PATH`: hold every byte of a corpus, a checkpoint or a whole run against its digests."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lmscale.base.errors import ConfigError, LmscaleError, Problem
+from lmscale.base.errors import ConfigError, ExitCode, LmscaleError, Problem
 from lmscale.base.records import read_lines
 from lmscale.run_folder.checkpoints import MANIFEST, damage, listing, read_manifest, unknown_files
 from lmscale.run_folder.paths import RunFolder
+from lmscale_launcher.read_progress import byte_line
 
 Kind = Literal["corpus", "checkpoint", "run"]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -22,6 +24,27 @@ class VerifyResult:
     kind: Kind
     problems: list[str]
     notes: list[str] = field(default_factory=list)  # worth a word, no damage
+
+
+def verify_verb(path: Path, *, as_json: bool) -> ExitCode:
+    """Verify a path and print the result. Returns DATA when something is damaged."""
+    with byte_line("verify", sys.stderr) as progress:
+        result = verify(path, progress)
+    if as_json:
+        body = {
+            "path": str(path),
+            "kind": result.kind,
+            "sound": not result.problems,
+            "problems": result.problems,
+            "notes": result.notes,
+        }
+        sys.stdout.write(json.dumps(body) + "\n")
+    else:
+        lines = [*(f"note: {note}" for note in result.notes), *result.problems]
+        if not result.problems:
+            lines.append(f"{path}: {result.kind}, every byte is sound")
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+    return ExitCode.DATA if result.problems else ExitCode.DONE
 
 
 def verify(path: Path, progress: Progress) -> VerifyResult:

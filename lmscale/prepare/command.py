@@ -1,8 +1,8 @@
 """`lmscale prepare`: the command line, its progress bar and what it says at the end."""
 
-import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from lmscale.base.errors import ExitCode, LmscaleError, UsageError
+from lmscale.base.errors import ExitCode, UsageError
 from lmscale.base.units import parse_count, parse_percent, show_bytes, show_count, show_seconds
 from lmscale.prepare.cuts import HELDOUT, TRAIN
 from lmscale.prepare.options import PrepareOptions
@@ -21,87 +21,40 @@ from lmscale.prepare.run import Summary, prepare
 from lmscale.prepare.stages import PrepareProgress
 
 
-def prepare_main(argv: Sequence[str]) -> int:
-    """Run the verb; returns the exit code. Errors go to standard error in words, without a traceback."""
+def parse_options(
+    *,
+    tokenizer: str,
+    chunk_tokens: str,
+    shard_chunks: str,
+    heldout: str,
+    text_key: str,
+    workers: str,
+) -> PrepareOptions:
+    """The options from their texts on the command line. Raises UsageError."""
+    return PrepareOptions(
+        tokenizer=tokenizer,
+        chunk_tokens=_count("--chunk-tokens", chunk_tokens),
+        shard_chunks=_count("--shard-chunks", shard_chunks),
+        heldout=_share(heldout),
+        text_key=text_key,
+        workers=_count("--workers", workers),
+    )
+
+
+def prepare_verb(
+    out: Path, inputs: Sequence[Path], options: PrepareOptions, *, as_json: bool
+) -> ExitCode:
+    """Prepare the corpora and print a summary. After Ctrl-C the same command resumes (85)."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        arguments = _parser().parse_args(argv)
-    except SystemExit as stop:  # argparse has said what is wrong, or printed the help
-        return int(stop.code or 0)
-    try:
-        options = PrepareOptions(
-            tokenizer=arguments.tokenizer,
-            chunk_tokens=_count("--chunk-tokens", arguments.chunk_tokens),
-            shard_chunks=_count("--shard-chunks", arguments.shard_chunks),
-            heldout=_share(arguments.heldout),
-            text_key=arguments.text_key,
-            workers=_count("--workers", arguments.workers),
-        )
         with _bar() as progress, _messages():
-            summary = prepare(arguments.out, arguments.inputs, options, progress)
-    except LmscaleError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return int(error.exit_code)
+            summary = prepare(out, inputs, options, progress)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; run the same command again, it goes on where it stopped\n")
-        return int(ExitCode.SAVED)
-    sys.stdout.write(_json(summary) if arguments.json else _words(arguments.out, summary))
-    return int(ExitCode.DONE)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lmscale prepare",
-        description="Turn text into corpora: OUT/train and OUT/heldout, in checked tar shards. "
-        "Killed? The same command goes on. The result is the same for any number of workers.",
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help="new folder for the corpora")
-    parser.add_argument(
-        "inputs",
-        metavar="INPUT",
-        type=Path,
-        nargs="+",
-        help="UTF-8 text (a document a file), JSON Lines (.jsonl, a document a line), each also as .gz "
-        "or .zst, or a folder of such files",
-    )
-    _add_options(parser, PrepareOptions())
-    return parser
-
-
-def _add_options(parser: argparse.ArgumentParser, default: PrepareOptions) -> None:
-    parser.add_argument(
-        "--tokenizer",
-        metavar="FILE|bytes|bpe:SIZE",
-        default=default.tokenizer,
-        help="a tokenizer.json, plain bytes, or a byte-level BPE trained on the input (%(default)s)",
-    )
-    parser.add_argument(
-        "--chunk-tokens",
-        metavar="N",
-        default=str(default.chunk_tokens),
-        help="tokens a chunk; a run's seq_len must divide it (%(default)s)",
-    )
-    parser.add_argument(
-        "--shard-chunks",
-        metavar="N",
-        default=str(default.shard_chunks),
-        help="chunks a shard (%(default)s)",
-    )
-    parser.add_argument(
-        "--heldout",
-        metavar="SHARE",
-        default="1%",
-        help="share of the documents kept out of training, every n-th (1%%); 0 for none",
-    )
-    parser.add_argument(
-        "--text-key",
-        metavar="KEY",
-        default=default.text_key,
-        help="key of the text in JSON Lines (%(default)s)",
-    )
-    parser.add_argument(
-        "--workers", metavar="N", default="0", help="processes (0: one for each core)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+        sys.stderr.write("stopped; run the same command again to resume\n")
+        return ExitCode.SAVED
+    sys.stdout.write(_json(summary) if as_json else _words(out, summary))
+    return ExitCode.DONE
 
 
 def _count(flag: str, text: str) -> int:

@@ -5,10 +5,10 @@
 `lmscale generate CHECKPOINT --prompt TEXT`: continue a text with a trained model, in one process.
 """
 
-import argparse
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,32 +60,37 @@ def load_model(cfg: RunConfig, checkpoint: Path, *, vocab_size: int) -> Language
 log = logging.getLogger(__name__)
 
 
-def eval_main(argv: list[str]) -> ExitCode:
-    """One rank of `eval`; a world of one without RANK."""
-    parser = argparse.ArgumentParser(prog="python -m lmscale eval")
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--corpus", action="append", default=[])
-    parser.add_argument("--max-samples", type=int)
-    parser.add_argument("--micro-batch", type=int)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
+def eval_verb(
+    checkpoint: Path,
+    *,
+    corpora: Sequence[Path],
+    max_samples: int | None,
+    micro_batch_size: int | None,
+    as_json: bool,
+) -> ExitCode:
+    """Score a checkpoint as one rank, a world of one without RANK; rank 0 prints the lines."""
     world = World.from_env(os.environ)
     logs.configure(world)
-    trained = _with_options(find_trained(args.checkpoint), args, world)
-    lines = _score(trained, world)
+    wanted: dict[str, Any] = {}
+    if max_samples is not None:
+        wanted["max_samples"] = max_samples
+    if corpora:
+        wanted["corpora"] = [str(path.absolute()) for path in corpora]
+    trained = _with_options(find_trained(checkpoint), wanted, micro_batch_size, world)
+    lines = score(trained, world)
     if world.is_root:
-        show = json.dumps if args.json else _in_words
+        show = json.dumps if as_json else _in_words
         for line in lines:
             print(show(line))
     return ExitCode.DONE
 
 
-def _with_options(trained: TrainedModel, args: argparse.Namespace, world: World) -> TrainedModel:
+def _with_options(
+    trained: TrainedModel, wanted: dict[str, Any], micro_batch_size: int | None, world: World
+) -> TrainedModel:
+    """The model with other keys of eval.* and the engine and mesh that score it on this world."""
     cfg = trained.cfg
-    wanted = {"max_samples": args.max_samples} if args.max_samples is not None else {}
-    if args.corpus:
-        wanted["corpora"] = [str(Path(path).absolute()) for path in args.corpus]
-    train = {"micro_batch": args.micro_batch} if args.micro_batch is not None else {}
+    train = {"micro_batch_size": micro_batch_size} if micro_batch_size is not None else {}
     cfg = cfg.model_copy(
         update={
             "eval": cfg.eval.model_copy(update=wanted),
@@ -132,47 +137,41 @@ def _parallel(cfg: RunConfig, ranks: int) -> dict[str, Any]:
     return changed
 
 
-def _score(trained: TrainedModel, world: World) -> list[dict[str, object]]:
-
-    return score(trained, world)
-
-
 def _in_words(line: dict[str, object]) -> str:
     return f"step {line['step']}  {line['corpus']}  {line['metric']} {line['value']:.6f}  ({line['count']} targets)"
 
 
-def generate_main(argv: list[str]) -> ExitCode:
-    """Print the continuation, or with --json {"tokens": [the new ones], "text": ...}."""
-    parser = argparse.ArgumentParser(prog="python -m lmscale generate")
-    parser.add_argument("checkpoint", type=Path)
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--prompt")
-    given.add_argument("--tokens")
-    parser.add_argument("--max-new", type=int, required=True)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ignore-eos", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args(argv)
+def generate_verb(  # noqa: PLR0913 one parameter per option
+    checkpoint: Path,
+    *,
+    prompt: str | None,
+    tokens: str | None,
+    max_new: int,
+    temperature: float,
+    seed: int,
+    ignore_eos: bool,
+    as_json: bool,
+) -> ExitCode:
+    """Print the continuation of a text or of ids; as JSON {"tokens": [the new ones], "text": ...}."""
     logs.configure(World())
-    trained = find_trained(args.checkpoint)
+    trained = find_trained(checkpoint)
     tokenizer = run_tokenizer(trained.cfg)
     check_tokenizer(trained, tokenizer.fingerprint)
-    prompt = _prompt(args, tokenizer)
+    context = _context(prompt, tokens, tokenizer)
 
     model = load_model(trained.cfg, trained.path, vocab_size=tokenizer.vocab_size)
     from lmscale.model.generate import generate
 
     new = generate(
         model,
-        prompt,
-        max_new=args.max_new,
-        temperature=args.temperature,
-        eos=None if args.ignore_eos else tokenizer.special.eos,
-        seed=args.seed,
+        context,
+        max_new=max_new,
+        temperature=temperature,
+        eos=None if ignore_eos else tokenizer.special.eos,
+        seed=seed,
     )
     text = tokenizer.decode(new)
-    print(json.dumps({"tokens": new, "text": text}) if args.json else text)
+    print(json.dumps({"tokens": new, "text": text}) if as_json else text)
     return ExitCode.DONE
 
 
@@ -186,17 +185,18 @@ def run_tokenizer(cfg: RunConfig) -> Tokenizer:
     return Tokenizer.load(tokenizer_path(corpus, manifest), special)
 
 
-def _prompt(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
-    if args.prompt is not None:
+def _context(prompt: str | None, tokens: str | None, tokenizer: Tokenizer) -> list[int]:
+    """The ids to continue, from a text or from a list of ids. Raises UsageError."""
+    if prompt is not None:
         bos = tokenizer.special.bos
-        return ([] if bos is None else [bos]) + tokenizer.encode(args.prompt)
+        return ([] if bos is None else [bos]) + tokenizer.encode(prompt)
     try:
-        tokens = [int(token) for token in args.tokens.split(",")]
+        ids = [int(token) for token in (tokens or "").split(",")]
     except ValueError:
-        raise UsageError(f"--tokens {args.tokens!r}: write ids like 17,4,256") from None
-    wrong = [token for token in tokens if not 0 <= token < tokenizer.vocab_size]
+        raise UsageError(f"--tokens {tokens!r}: write ids like 17,4,256") from None
+    wrong = [token for token in ids if not 0 <= token < tokenizer.vocab_size]
     if wrong:
         raise UsageError(
             f"--tokens: {wrong} are not ids of this vocabulary of {tokenizer.vocab_size}"
         )
-    return tokens
+    return ids

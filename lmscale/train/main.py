@@ -1,10 +1,9 @@
 """The composition root of `train`: one rank, from its command line to its exit code."""
 
-import argparse
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lmscale.base import log as logs
@@ -22,18 +21,14 @@ from lmscale.train.stop_request import StopRequest
 log = logging.getLogger(__name__)
 
 
-def main(argv: list[str], stop: StopRequest) -> ExitCode:
-    """One rank of `lmscale train RUN.yaml [a.b=c ...]`; a world of one without RANK."""
-    parser = argparse.ArgumentParser(prog="python -m lmscale train")
-    parser.add_argument("run")
-    parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args(argv)
+def main(source: str, overrides: Sequence[str], stop: StopRequest) -> ExitCode:
+    """Run one rank of `lmscale train RUN.yaml [a.b=c ...]`."""
     pulse = RankProgress.inherited(os.environ)
     pulse.tick("start")
     os.environ |= meet(os.environ)
     world = World.from_env(os.environ)
     logs.configure(world)
-    cfg = load(args.run, args.overrides)
+    cfg = load(source, overrides)
     if found := list(checks.world_problems(cfg, world_size=world.size)):
         raise ConfigError(found)
     folder = RunFolder(Path(cfg.train.run_dir))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from lmscale.cli import app
+from lmscale.cli.app import app
 from lmscale.config.run_file import load
 from tests.arch.test_layers import ROOT
 

@@ -51,7 +51,7 @@ def test_from_submit_to_the_end_with_a_stop_and_a_resume(
 ) -> None:
     job_file(job, corpus)
     dry = verb(job, "submit", "run.yaml", "--dry-run")
-    assert "lmscale_launcher.cli train" in dry["preview"]
+    assert "-m lmscale train" in dry["preview"]
     assert not job.run_dir.exists()
     (begun,) = [verb(job, "submit", "run.yaml")]
     assert (begun["state"], begun["number"], begun["kind"]) == ("running", 1, "local")

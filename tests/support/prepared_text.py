@@ -22,8 +22,8 @@ SCRIPT = """
 import sys
 from lmscale.prepare import inputs
 inputs.MIN_SLICE_BYTES = {slice_bytes}
-from lmscale.prepare.command import prepare_main
-sys.exit(prepare_main(sys.argv[1:]))
+from lmscale.cli.entry import run
+sys.exit(run(["prepare", *sys.argv[1:]]))
 """
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.base.env import scrubbed
+from lmscale_launcher.command_line import lmscale_command
 from lmscale_launcher.doctor.command_result import run_command
 from lmscale_launcher.doctor.findings import Finding, fail, ok
 from lmscale_launcher.doctor.node import look_at_node
 from lmscale_launcher.doctor.probes import no_meeting
-from lmscale_launcher.handoff import command
 
 _ANSWER_S = 90.0  # torch from a cold file server, then 30 s for the others
 
@@ -46,7 +46,7 @@ def _meet(env: Mapping[str, str]) -> list[Finding]:
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     answer = run_command(
-        command("probe", ["gloo"]), timeout_s=_ANSWER_S, env={**scrubbed(env), **ranks}
+        lmscale_command("probe", "gloo"), timeout_s=_ANSWER_S, env={**scrubbed(env), **ranks}
     )
     if not answer.good:
         hint = (

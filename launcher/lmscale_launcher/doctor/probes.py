@@ -12,11 +12,11 @@ from typing import Any
 from lmscale.base.env import scrubbed
 from lmscale.base.listener import RENDEZVOUS_FD, listen
 from lmscale.base.units import show_bytes
+from lmscale_launcher.command_line import lmscale_command
 from lmscale_launcher.doctor import gpu as nvidia
 from lmscale_launcher.doctor.command_result import CommandResult, Question, run_command
 from lmscale_launcher.doctor.findings import Finding, fail, ok, warn
 from lmscale_launcher.doctor.host import interface_problem
-from lmscale_launcher.handoff import command
 
 ANSWER_S = 120.0  # importing torch from a cold file server takes a minute
 _OLDEST_TORCH = (2, 11)
@@ -87,7 +87,9 @@ class Probes:
 
     def _start(self, part: str, *, inherits: int | None = None, **more: str) -> Question:
         env = {**self._env, **more}
-        return Question(command("probe", [part]), timeout_s=ANSWER_S, env=env, inherits=inherits)
+        return Question(
+            lmscale_command("probe", part), timeout_s=ANSWER_S, env=env, inherits=inherits
+        )
 
     def _gloo_rank(self, rank: int, listener: socket.socket) -> Question:
         return self._start(
@@ -134,7 +136,7 @@ def mpi(env: Mapping[str, str], *, wanted: bool) -> list[Finding]:
         str(beside) if beside.exists() else ""
     )
     alone, problem = _read(
-        run_command(command("probe", ["mpi"]), timeout_s=30, env=scrubbed(env)), "mpi4py"
+        run_command(lmscale_command("probe", "mpi"), timeout_s=30, env=scrubbed(env)), "mpi4py"
     )
     unless = "" if wanted else "only needed for mpirun; "
     level = fail if wanted else ok
@@ -162,7 +164,9 @@ def _two_ranks(program: str, brand: str, env: Mapping[str, str], *, wanted: bool
         if os.getuid() == 0:
             clean |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     answer = run_command(
-        [program, *options, "-n", "2", *command("probe", ["mpi-rank"])], timeout_s=45, env=clean
+        [program, *options, "-n", "2", *lmscale_command("probe", "mpi-rank")],
+        timeout_s=45,
+        env=clean,
     )
     sizes = [json.loads(line)["size"] for line in answer.out.splitlines() if line.startswith("{")]
     if answer.good and sizes == [2, 2]:

@@ -17,6 +17,7 @@ from lmscale.config import rules as checks
 from lmscale.config.cluster_schema import ClusterConfig
 from lmscale.config.schema import RunConfig
 from lmscale.run_folder.paths import RunFolder
+from lmscale_launcher.command_line import lmscale_command
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class JobPlan:
     @property
     def rank_command(self) -> tuple[str, ...]:
         """What one rank runs where the cluster itself starts the ranks."""
-        return (self.python, "-P", "-m", "lmscale_launcher.cli", "train", str(self.config))
+        return tuple(lmscale_command("train", str(self.config), python=self.python))
 
     def in_words(self) -> str:
         """One line for people."""

@@ -61,7 +61,7 @@ command=(
     /opt/bin/python
     -P
     -m
-    lmscale_launcher.cli
+    lmscale
     train
     /shared/runs/seven/jobs/1.yaml
     --nproc

@@ -64,7 +64,7 @@ command=(
     /opt/venv/bin/python
     -P
     -m
-    lmscale_launcher.cli
+    lmscale
     train
     /shared/runs/seven/jobs/3.yaml
     --nproc

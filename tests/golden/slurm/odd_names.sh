@@ -46,7 +46,7 @@ command=(
     '/opt/my venv/bin/python'
     -P
     -m
-    lmscale_launcher.cli
+    lmscale
     train
     '/shared/runs/50% of "it", $HOME'"'"'s #1/jobs/1.yaml'
     --nproc

@@ -50,7 +50,7 @@ command=(
     python3
     -P
     -m
-    lmscale_launcher.cli
+    lmscale
     train
     /shared/runs/seven/jobs/1.yaml
     --nproc

@@ -50,7 +50,7 @@ command=(
     /opt/venv/bin/python
     -P
     -m
-    lmscale_launcher.cli
+    lmscale
     train
     /shared/runs/seven/jobs/1.yaml
 )

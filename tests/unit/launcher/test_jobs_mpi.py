@@ -27,7 +27,7 @@ def test_one_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert words[0] == str(Path(sys.executable).with_name("mpirun"))
     assert words[1:5] == ["-n", "4", "--host", "localhost:4"]
     config = tmp_path / "run" / "jobs" / "3.yaml"
-    assert words[-6:] == [sys.executable, "-P", "-m", "lmscale_launcher.cli", "train", str(config)]
+    assert words[-6:] == [sys.executable, "-P", "-m", "lmscale", "train", str(config)]
     assert "--allow-run-as-root" not in words
     assert "-x" not in words
     monkeypatch.setattr(os, "geteuid", lambda: 0)

@@ -67,7 +67,7 @@ def run(tmp_path: Path) -> Iterator[Run]:
 
 
 def command(*argv: str) -> list[str]:
-    return [sys.executable, "-m", "lmscale_launcher.cli", "logs", *argv]
+    return [sys.executable, "-m", "lmscale", "logs", *argv]
 
 
 def environment() -> dict[str, str]:
@@ -263,7 +263,7 @@ def test_a_reader_that_leaves_is_no_error(run: Run) -> None:
     run.start("s")
     run.write("s-rank-0.log", *("x" * 99 for _ in range(9999)))
     done = subprocess.run(
-        f"{sys.executable} -m lmscale_launcher.cli logs r | head -1; echo ${{PIPESTATUS[0]}}",
+        f"{sys.executable} -m lmscale logs r | head -1; echo ${{PIPESTATUS[0]}}",
         shell=True, executable="/bin/bash", cwd=run.folder.path.parents[1], env=environment(),
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip

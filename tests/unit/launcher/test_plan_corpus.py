@@ -11,7 +11,9 @@ import pytest
 
 from lmscale.base.errors import ConfigError, DataError
 from lmscale.config.run_file import load
-from lmscale_launcher.plan import data_rows, facts, in_words
+from lmscale_launcher.planner.data_plan import data_rows
+from lmscale_launcher.planner.facts import facts
+from lmscale_launcher.planner.plan_text import in_words
 
 ROOT = Path(__file__).parents[3]
 SMALL = [
@@ -38,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lmscale(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "lmscale_launcher.cli", *argv],
+        [sys.executable, "-m", "lmscale", *argv],
         cwd=cwd, env=env, timeout=60, capture_output=True, text=True, check=False,
     )  # fmt: skip
 

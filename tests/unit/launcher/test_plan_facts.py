@@ -9,9 +9,10 @@ import pytest
 
 from lmscale.base.errors import ConfigError
 from lmscale.config.run_file import load
-from lmscale_launcher.plan import as_json, facts, in_words
 from lmscale_launcher.planner import topology as places
 from lmscale_launcher.planner.data_plan import ASSUMED_VOCAB
+from lmscale_launcher.planner.facts import facts
+from lmscale_launcher.planner.plan_text import as_json, in_words
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 SLURM = ["cluster.kind=slurm", "cluster.nodes=64"]

@@ -222,7 +222,7 @@ def test_a_signal_ends_it_soon_and_what_is_staged_stays(tmp_path: Path, number: 
 def test_it_loads_no_torch(run: Path) -> None:
     words = ["--node", "0", "--nodes", "1", "--ranks-per-node", "2", str(run)]
     code = (
-        "import sys; from lmscale_launcher.stage import main; code = main(sys.argv[1:]);"
+        "import sys; from lmscale.cli.entry import run; code = run(['stage', *sys.argv[1:]]);"
         "sys.exit(code or 'torch' in sys.modules)"
     )
     done = subprocess.run(

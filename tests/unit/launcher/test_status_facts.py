@@ -254,7 +254,7 @@ def test_two_hundred_runs_cost_less_than_a_second_of_cpu(tmp_path: Path) -> None
     for _ in range(3):  # other load on the machine only adds to them
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
-            [sys.executable, "-m", "lmscale_launcher.cli", "status", "--json"], cwd=tmp_path, timeout=60,
+            [sys.executable, "-m", "lmscale", "status", "--json"], cwd=tmp_path, timeout=60,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
             capture_output=True, text=True, check=True,
         )  # fmt: skip

@@ -152,7 +152,7 @@ def test_a_mistake_in_the_run_is_none_to_try_again_though_no_port_is_free(tmp_pa
                 stack.close()
         env["MASTER"] = f"127.0.0.1:{first}"
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "lmscale_launcher.cli", "train", "run.yaml", "--nproc", "1"],
+            [sys.executable, "-P", "-m", "lmscale", "train", "run.yaml", "--nproc", "1"],
             cwd=tmp_path, timeout=30, capture_output=True, text=True, check=False,
             env=clean_env(**{f"LMSCALE_{name}": text for name, text in env.items()}),
         )  # fmt: skip

@@ -326,7 +326,7 @@ def by_command_line(folder: Path, *argv: str, timeout: float = 30) -> list[tuple
             sys.executable,
             "-P",
             "-m",
-            "lmscale_launcher.cli",
+            "lmscale",
             "train",
             f"run-{node}.yaml",
             *argv,

@@ -68,9 +68,7 @@ def test_a_template_tells_the_rest(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert (job.place.nodes, job.place.node, job.place.master) == (2, 1, "head:20007")
     assert list(job.unfit) == ["c: gone; drain"]
     assert job.patience.fixed_s == 90
-    assert (
-        job.stage is not None and "lmscale_launcher.stage" in job.stage and "run.yaml" in job.stage
-    )
+    assert job.stage is not None and "stage" in job.stage and "run.yaml" in job.stage
     monkeypatch.setenv("LMSCALE_DEADLINE", "soon")
     monkeypatch.setattr("lmscale_launcher.supervisor.supervisor.excuse", lambda job, error: error)
     assert "LMSCALE_DEADLINE" in str(train_module.train("run.yaml", ["cluster.nodes=2"], 2))

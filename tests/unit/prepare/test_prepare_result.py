@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 
 from lmscale.base.errors import LmscaleError, UsageError
+from lmscale.cli.entry import run as run_verb
 from lmscale.corpus.integrity import verify
 from lmscale.corpus.manifest import Manifest
 from lmscale.prepare import inputs, tokenize
-from lmscale.prepare.command import prepare_main
 from lmscale.prepare.options import PrepareOptions
 from lmscale.prepare.run import prepare
 from lmscale.prepare.stages import PrepareProgress
@@ -164,6 +164,7 @@ def test_command_line_prints_json_for_programs(
 ) -> None:
     text = write_lines(tmp_path / "a.jsonl", some_texts(30))
     arguments = [
+        "prepare",
         str(tmp_path / "out"),
         str(text),
         "--tokenizer",
@@ -172,11 +173,11 @@ def test_command_line_prints_json_for_programs(
         "1",
         "--json",
     ]
-    assert prepare_main(arguments) == 0
+    assert run_verb(arguments) == 0
     assert '"vocab_size": 272' in capsys.readouterr().out
-    assert prepare_main([*arguments, "--heldout", "five"]) == 2
+    assert run_verb([*arguments, "--heldout", "five"]) == 2
     assert "--heldout five: write a share, e.g. 1%" in capsys.readouterr().err
-    assert prepare_main([str(tmp_path / "out")]) == 2
+    assert run_verb(["prepare", str(tmp_path / "out")]) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,20 +12,24 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from lmscale import __version__
 from lmscale.base.errors import ConfigError, UsageError
 from lmscale.base.units import show_bytes, show_count
+from lmscale.cli import entry
+from lmscale.cli.app import app
 from lmscale.config.identity import identity
 from lmscale.config.run_file import load
+from lmscale.prepare.options import PrepareOptions
 from lmscale.run_folder.attempts import claim, settle
 from lmscale.run_folder.checkpoints import describe_file, write_manifest
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.liveness import begin
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher import train as train_module
-from lmscale_launcher.cli import app
+from lmscale.train.stop_request import StopRequest
 from lmscale_launcher.jobs.run_facts import find_run_folder
 from lmscale_launcher.jobs.stop import stop
 from lmscale_launcher.train import finished, world_of
+from lmscale_launcher.train import train as supervise_run
 from lmscale_launcher.verify import kind_of, verify
 
 ROOT = Path(__file__).parents[3]
@@ -42,8 +45,8 @@ def lmscale(*argv: str | Path, cwd: Path, **env: str) -> subprocess.CompletedPro
     drop = ("RANK", "WORLD_SIZE", "LMSCALE_", "MASTER_", "SLURM_", "OMPI_", "PMIX")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
     return subprocess.run(
-        [sys.executable, "-m", "lmscale_launcher.cli", *map(str, argv)], cwd=cwd, text=True,
-        env={**clean, "PYTHONPATH": str(ROOT), **env}, capture_output=True, check=False, timeout=30,
+        [sys.executable, "-m", "lmscale", *map(str, argv)], cwd=cwd, text=True,
+        env={**clean, "PYTHONPATH": os.pathsep.join(sys.path), **env}, capture_output=True, check=False, timeout=30,
     )  # fmt: skip
 
 
@@ -86,9 +89,59 @@ def test_a_missing_corpus_names_the_command(folder: Path) -> None:
 
 
 VERBS = (
-    "prepare", "train", "plan", "verify", "eval", "generate", "doctor",
-    "submit", "status", "logs", "stop", "resume",
+    "prepare", "verify", "train", "plan", "eval", "generate",
+    "submit", "status", "logs", "stop", "resume", "doctor",
 )  # fmt: skip
+
+
+def imported(*argv: str) -> set[str]:
+    """The modules that one command line imports."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "lmscale", *argv], text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, check=False,
+    )  # fmt: skip
+    return {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "|" in line}
+
+
+def test_help_and_a_config_error_import_nothing_heavy(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: llama-1b\noptim: {lrr: 1e-3}\n")
+    heavy = {"numpy", "torch", "tokenizers", "matplotlib"}
+    shown = imported("--help")
+    assert "typer" in shown
+    assert not shown & (heavy | {"pydantic", "yaml", "rich", "psutil"})
+    refused = imported("train", str(tmp_path / "run.yaml"))
+    assert "pydantic" in refused
+    assert not refused & heavy
+
+
+def test_only_the_standard_library_is_imported_before_a_rank_catches_signals(
+    tmp_path: Path,
+) -> None:
+    code = """
+import sys
+before = set(sys.modules)
+from lmscale.cli import entry
+from lmscale.train import stop_request
+class Entered(Exception):
+    pass
+class Stop:
+    def __enter__(self):
+        raise Entered
+    def __exit__(self, *error):
+        pass
+stop_request.StopRequest = Stop
+sys.argv = ["lmscale", "train", "run.yaml"]
+try:
+    entry.main()
+except Entered:
+    names = {name.partition(".")[0] for name in set(sys.modules) - before}
+    print(*sorted(names - set(sys.stdlib_module_names) - {"lmscale", "lmscale_launcher"}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RANK": "0", "WORLD_SIZE": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -96,6 +149,23 @@ def test_every_verb_has_help(verb: str) -> None:
     done = CliRunner().invoke(app, [verb, "--help"])
     assert done.exit_code == 0
     assert "Usage" in done.output
+    assert CliRunner().invoke(app, [verb, "-h"]).output == done.output
+
+
+def test_summaries_of_the_verbs_are_not_truncated() -> None:
+    help_text = CliRunner().invoke(app, ["--help"], terminal_width=80).output
+    listed = help_text.partition("Commands:")[2].splitlines()[1:]
+    assert [line.split()[0] for line in listed] == list(VERBS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed), listed
+
+
+def test_version_and_completion(tmp_path: Path) -> None:
+    assert lmscale("--version", cwd=tmp_path).stdout == f"lmscale {__version__}\n"
+    completion = lmscale("pl", cwd=tmp_path, _LMSCALE_COMPLETE="source_bash")
+    assert "_lmscale_completion" in completion.stdout
+    words = {"COMP_WORDS": "lmscale pl", "COMP_CWORD": "1"}
+    completed = lmscale(cwd=tmp_path, _LMSCALE_COMPLETE="complete_bash", **words)
+    assert completed.stdout.strip() == "plan"
 
 
 def test_a_size_of_no_cache_is_refused(folder: Path) -> None:
@@ -128,50 +198,93 @@ def test_counts_and_sizes_are_never_shown_with_an_exponent() -> None:
     assert [show_bytes(size) for size in sizes] == ["1 KiB", "1000 KiB", "1 MiB", "1024 TiB"]
 
 
+def test_the_defaults_of_prepare_are_those_of_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[PrepareOptions] = []
+
+    def prepared(out: Path, inputs: list[Path], options: PrepareOptions, *, as_json: bool) -> int:
+        given.append(options)
+        return 0
+
+    monkeypatch.setattr("lmscale.prepare.command.prepare_verb", prepared)
+    assert CliRunner().invoke(app, ["prepare", "out", "in"]).exit_code == 0
+    assert given == [PrepareOptions()]
+
+
+def test_a_prompt_and_token_ids_exclude_each_other() -> None:
+    both = ["generate", "x", "--max-new", "5", "--prompt", "a", "--tokens", "1"]
+    assert isinstance(CliRunner().invoke(app, both).exception, UsageError)
+    assert isinstance(CliRunner().invoke(app, both[:4]).exception, UsageError)
+
+
+def test_words_of_a_prompt_arrive_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(
+        "lmscale.train.commands.generate_verb",
+        lambda checkpoint, **options: given.append((checkpoint, options)),
+    )
+    argv = ["generate", "run/x", "--max-new=5", "--prompt", "-a b", "--temperature", "1e-1"]
+    assert CliRunner().invoke(app, argv).exit_code == 0
+    ((checkpoint, options),) = given
+    assert (checkpoint, options["prompt"]) == (Path("run/x"), "-a b")
+    assert (options["max_new"], options["temperature"]) == (5, 0.1)
+
+
 @pytest.mark.parametrize(
-    ("verb", "source"),
+    ("argv", "env", "variables"),
     [
-        ("prepare", "lmscale/prepare/command.py"),
+        (["train", "r"], {}, None),
+        (["train", "r"], {"RANK": "1", "WORLD_SIZE": "2"}, {}),
+        (["train", "r", "--nproc", "2"], {"RANK": "1", "WORLD_SIZE": "2"}, None),
+        (["train", "--nproc=2", "r"], {"RANK": "1", "WORLD_SIZE": "2"}, None),
+        (["eval", "r"], {"RANK": "1", "WORLD_SIZE": "2"}, None),
+        (
+            ["train", "r"],
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            {"RANK": "1", "WORLD_SIZE": "2"},
+        ),
     ],
 )
-def test_options_are_those_that_the_verb_itself_takes(verb: str, source: str) -> None:
-    theirs = set(re.findall(r'"(--[a-z-]+)"', (ROOT / source).read_text()))
-    ours = set(re.findall(r"--[a-z-]+", CliRunner().invoke(app, [verb, "--help"]).output))
-    assert ours - {"--help", "--no-"} == theirs
+def test_train_is_a_rank_where_a_launcher_has_started_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str],
+    env: dict[str, str],
+    variables: dict[str, str] | None,
+) -> None:
+    for name in list(os.environ):
+        if name.startswith(("RANK", "WORLD_SIZE", "OMPI_", "PMI", "SLURM_", "LOCAL_")):
+            monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert entry._rank_variables(argv) == variables
 
 
-def test_verbs_are_handed_on_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[list[str]] = []
-    monkeypatch.setattr("os.execve", lambda path, argv, env: seen.append(argv))
-    argv = ["generate", "run/x", "--max-new=5", "--prompt", "-a b", "--temperature", "1e-1"]
-    CliRunner().invoke(app, argv, obj=argv)
-    assert seen == [[sys.executable, "-P", "-m", "lmscale", *argv]]
-    both = ["generate", "x", "--max-new", "5", "--prompt", "a", "--tokens", "1"]
-    assert isinstance(CliRunner().invoke(app, both, obj=both).exception, UsageError)
+def test_a_rank_runs_the_rank_program_with_its_stop_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: list[Any] = []
+
+    def ranked(source: str, overrides: list[str], stop: StopRequest) -> int:
+        given.append((source, overrides, stop))
+        return 85
+
+    monkeypatch.setattr("lmscale.train.main.main", ranked)
+    stop = StopRequest()
+    argv = ["train", "run.yaml", "train.steps=3", "--cluster", "slurm"]
+    assert entry.run(argv, stop) == 85
+    assert given == [("run.yaml", ["cluster=slurm", "train.steps=3"], stop)]
 
 
-def test_a_rank_becomes_the_rank_program_unless_nproc_is_given(
+def test_nproc_sets_the_number_of_supervised_ranks(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
-    class Became(Exception):
-        pass
-
-    def became(verb: str, argv: list[str], env: dict[str, str]) -> None:
-        raise Became(verb, argv, env["RANK"])
-
-    monkeypatch.setattr(train_module, "hand_off", became)
     monkeypatch.setattr(
         "lmscale_launcher.supervisor.supervisor.supervise", lambda job: list(job.command)[4:]
     )
     monkeypatch.chdir(folder)
     for name in ("LMSCALE_START", "LMSCALE_NODES", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Became, match="'1'"):
-        train_module.train("run.yaml", ["train.steps=3"], None)
-    got: Any = train_module.train("run.yaml", ["train.steps=3"], 2)
-    assert got == ["train", "run.yaml", "train.steps=3", "cluster.ranks_per_node=2"]
+    command: Any = supervise_run("run.yaml", ["train.steps=3"], 2)
+    assert command == ["train", "run.yaml", "train.steps=3", "cluster.ranks_per_node=2"]
 
 
 def test_a_cluster_comes_before_the_keys_that_change_it(

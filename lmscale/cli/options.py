@@ -6,17 +6,18 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Run = Annotated[
-    str, typer.Argument(metavar="RUN.yaml", help="Run file, or its name in configs/runs.")
+RunFile = Annotated[
+    str,
+    typer.Argument(metavar="RUN.yaml", help="A run file, or the name of one in configs/runs."),
 ]
-RunDir = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name in runs/.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name in runs/.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="a.b=c", help="Keys of the run file to set.")
 ]
 Nproc = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Ranks on this host: cluster.ranks_per_node.")
 ]
-Cluster = Annotated[str | None, typer.Option(help="A cluster by name: short for cluster=NAME.")]
+Cluster = Annotated[str | None, typer.Option(help="The name of a cluster: short for cluster=NAME.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print what would be run; write and start nothing.")
 ]
