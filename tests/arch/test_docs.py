@@ -19,7 +19,7 @@ from tests.arch.test_layers import ROOT
 
 PAGES = [
     path
-    for path in [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")), *ROOT.glob("*/README.md")]
+    for path in [*ROOT.glob("*.md"), *sorted({*ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")})]
     if path.name != "CHANGELOG.md"
 ]
 READMES = sorted([*ROOT.glob("lmscale/**/README.md"), *ROOT.glob("launcher/**/README.md")])
@@ -47,7 +47,15 @@ def command_lines(page: Path) -> Iterator[list[str]]:
                 words = shlex.split(line.removeprefix("$ "), comments=True)
             except ValueError:
                 continue
-            if words[:1] and words[0] in {"lmscale", "make", "python", "mpirun", "srun", "torchrun", "accelerate"}:
+            if words[:1] and words[0] in {
+                "lmscale",
+                "make",
+                "python",
+                "mpirun",
+                "srun",
+                "torchrun",
+                "accelerate",
+            }:
                 yield words
 
 
@@ -65,19 +73,28 @@ def test_commands_are_accepted(page: Path) -> None:
     group = typer.main.get_command(app)
     for words in command_lines(page):
         arguments = lmscale_arguments(words)
-        if arguments is not None and not arguments[:1] == ["--install-completion"]:
-            verb, *rest = [re.sub(r"[\[\]]", "", word) for word in arguments if word not in {"...", "[...]"}]
+        if arguments is not None and arguments[:1] != ["--install-completion"]:
+            verb, *rest = [
+                re.sub(r"[\[\]]", "", word) for word in arguments if word not in {"...", "[...]"}
+            ]
             command = group.commands[verb]  # type: ignore[attr-defined]
             command.make_context(verb, [word for word in rest if word], resilient_parsing=True)
             known = {option for parameter in command.params for option in parameter.opts}
-            assert {word.partition("=")[0] for word in rest if word.startswith("-")} <= known | {"-h", "--help"}
+            assert {word.partition("=")[0] for word in rest if word.startswith("-")} <= known | {
+                "-h",
+                "--help",
+            }
         elif words[0] == "make":
             makefile = (ROOT / "Makefile").read_text()
-            for target in [word for word in words[1:] if "=" not in word and not word.startswith("-")]:
+            for target in [
+                word for word in words[1:] if "=" not in word and not word.startswith("-")
+            ]:
                 assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), words
         elif words[0] == "python" and words[1:] and words[1].endswith(".py"):
             program = (ROOT / words[1]).read_text()
-            for option in [word.strip("[]") for word in words[2:] if word.strip("[").startswith("--")]:
+            for option in [
+                word.strip("[]") for word in words[2:] if word.strip("[").startswith("--")
+            ]:
                 assert f'"{option}"' in program, words
 
 
@@ -126,6 +143,10 @@ def test_the_questions_of_the_architecture_page_are_answered_by_code() -> None:
 
 
 def test_the_glossary_stays_short() -> None:
-    rows = [line for line in (ROOT / "docs/glossary.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [
+        line
+        for line in (ROOT / "docs/glossary.md").read_text().splitlines()
+        if line.startswith("| ")
+    ]
     assert len(rows) - 1 <= 40
     assert os.linesep == "\n"

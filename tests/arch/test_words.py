@@ -66,7 +66,9 @@ def refused(path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*SOURCES, *DOCUMENTS], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_plain_words(path: Path) -> None:
     assert not refused(path), "\n".join(refused(path))
 
