@@ -18,7 +18,7 @@ from lmscale.base.batch import Batch, Stream
 from lmscale.base.world import World
 from lmscale.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig, RunConfig
 from lmscale.distributed.mesh import Mesh, make_mesh
-from lmscale.engine import step as account
+from lmscale.engine import base
 from lmscale.engine.build import build_engine
 from lmscale.model.build import build_model
 
@@ -116,7 +116,7 @@ def _storages(tensors: Iterable[Any]) -> dict[int, int]:
 
 def _optimizer(engine: Any) -> dict[int, int]:
     """What torch's AdamW keeps, and what it updates."""
-    adam = engine._adam
+    adam = engine._optimizer
     kept = [t for values in adam.state.values() for t in values.values() if torch.is_tensor(t)]
     updated = [p for group in adam.param_groups for p in group["params"]]
     return _storages([*kept, *updated, *adam.state])
@@ -124,12 +124,12 @@ def _optimizer(engine: Any) -> dict[int, int]:
 
 @contextmanager
 def _gradients(engine: Any) -> Iterator[list[int]]:
-    """Bytes of what the global norm is summed over, which every engine hands to the books, and of what is updated with.
+    """Bytes of what the global norm is summed over, which every engine passes to engine/base.py, and of the update's.
 
     The second is the first, but for ZeRO in fp32, which makes a flat copy for the update.
     """
     result, kept = [0], {}
-    count = account.sum_of_squares
+    count = base.sum_of_squares
 
     def look(tensors: Any, device: torch.device) -> Tensor:
         keep(tensors)
@@ -144,12 +144,12 @@ def _gradients(engine: Any) -> Iterator[list[int]]:
         updated = [p for group in adam.param_groups for p in group["params"]]
         keep(p.grad for p in updated if p.grad is not None)
 
-    account.sum_of_squares = look
-    handle = engine._adam.register_step_pre_hook(look_again)
+    base.sum_of_squares = look
+    handle = engine._optimizer.register_step_pre_hook(look_again)
     try:
         yield result
     finally:
-        account.sum_of_squares = count
+        base.sum_of_squares = count
         handle.remove()
         result[0] = sum(storage.nbytes() for storage in kept.values())
 

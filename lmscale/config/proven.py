@@ -20,11 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.base.errors import ConfigError, Problem
+from lmscale.config.engine_kinds import ENGINE_KINDS, EngineKind
 from lmscale.config.schema import ModelConfig, RunConfig
 
+# The engines as the gradient tests name them, with their rows.
+_ENGINES: Mapping[str, EngineKind] = {
+    name: row for row in ENGINE_KINDS.values() for name in (row.gradient_factors or (row.name,))
+}
 # What a run file decides.
 FACTORS: Mapping[str, tuple[str, ...]] = {
-    "engine": ("ddp", "fsdp", "hsdp", "zero0", "zero1", "zero2", "zero3"),
+    "engine": tuple(sorted(_ENGINES)),
     "tp": ("1", "2", "4", "8"),
     "sequence_parallel": ("off", "on"),
     "recompute": ("none", "full", "selective", "every", "budget"),
@@ -109,28 +114,26 @@ def style(model: ModelConfig) -> str:
 def clash(words: Mapping[str, str]) -> str | None:
     """Why no run can have these words together; None where one can. Words that are missing are not looked at."""
     engine, tp = words.get("engine", ""), words.get("tp")
-    zero = engine.startswith("zero")
-    allowed = _OFFLOADS.get(engine)
+    kind = _ENGINES.get(engine)
+    allowed = _OFFLOADS.get(engine, kind.offloads if kind else None)
     offload, precision = words.get("offload", "none"), words.get("precision")
     if tp == "1" and words.get("sequence_parallel") == "on":
         return "sequence_parallel needs tp above 1"
     if allowed is not None and offload not in allowed:
         return f"{engine} cannot offload {offload}"
-    if engine and precision == "fp16" and not zero:
+    if kind and precision == "fp16" and precision not in kind.precisions:
         return "only deepspeed has fp16"
-    if zero and precision == "fp64":
-        return "deepspeed has no fp64"
-    if words.get("reshard") == "off" and engine not in ("", "fsdp", "hsdp"):
+    if kind and precision is not None and precision not in kind.precisions:
+        return f"{kind.name} has no {precision}"
+    if kind and words.get("reshard") == "off" and not kind.shards_parameters:
         return f"{engine} does not read reshard_after_forward"
     if engine == "zero3" and words.get("compile") == "on":
         return "zero3 gathers weights inside the blocks, where the compiler would have to break"
     return None
 
 
+# Where the stage decides.
 _OFFLOADS: Mapping[str, tuple[str, ...]] = {
-    "ddp": ("none",),
-    "fsdp": ("none", "all"),
-    "hsdp": ("none", "all"),
     "zero0": ("none",),
     "zero1": ("none", "optimizer"),
     "zero2": ("none", "optimizer"),
@@ -139,11 +142,11 @@ _OFFLOADS: Mapping[str, tuple[str, ...]] = {
 
 
 def _engine(cfg: RunConfig) -> str:
-    match cfg.engine.kind:
-        case "deepspeed":
-            return f"zero{cfg.engine.zero_stage}"
-        case "fsdp" if cfg.parallel.dp_replicate > 1:
-            return "hsdp"
+    traits = cfg.engine.traits
+    if traits.uses_zero_stage:
+        return f"zero{cfg.engine.zero_stage}"
+    if traits.shards_parameters and cfg.parallel.dp_replicate > 1:
+        return "hsdp"
     return cfg.engine.kind
 
 
@@ -418,6 +421,6 @@ def _telling(factor: str, cfg: RunConfig) -> tuple[str, ...]:
     kind, stage, replicate = KEYS["engine"]
     if factor != "engine":
         return KEYS[factor]
-    if cfg.engine.kind == "deepspeed":
+    if cfg.engine.traits.uses_zero_stage:
         return kind, stage
     return (kind, replicate) if cfg.parallel.dp_replicate > 1 else (kind,)

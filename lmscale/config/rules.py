@@ -17,6 +17,7 @@ from math import gcd
 from lmscale.base.errors import Problem
 from lmscale.base.units import parse_percent
 from lmscale.config import proven
+from lmscale.config.engine_kinds import ENGINE_KINDS, kinds_that
 from lmscale.config.schema import EngineConfig, RunConfig
 
 
@@ -115,63 +116,65 @@ def _sequence_parallel(cfg: RunConfig) -> Iterator[Problem]:
 
 
 def _axes_of_the_engine(cfg: RunConfig) -> Iterator[Problem]:
-    kind = cfg.engine.kind
-    if kind == "fsdp":
+    kind, sharding = cfg.engine.kind, kinds_that(shards_parameters=True)
+    if cfg.engine.traits.shards_parameters:
         return
     for name, default in (("dp_shard", "auto"), ("dp_replicate", 1)):
         if getattr(cfg.parallel, name) != default:
-            fact = f"engine.kind {kind} uses all data-parallel ranks; only fsdp reads this key"
-            hint = f"leave it at {default}, or set engine.kind=fsdp"
+            fact = (
+                f"engine.kind {kind} uses all data-parallel ranks; only {sharding} reads this key"
+            )
+            hint = f"leave it at {default}, or set engine.kind={sharding}"
             yield Problem(f"parallel.{name}", fact, hint)
 
 
 def _zero_stage(cfg: RunConfig) -> Iterator[Problem]:
-    engine = cfg.engine
-    if engine.kind != "deepspeed" and engine.zero_stage != _UNUSED_STAGE:
+    engine, staged = cfg.engine, kinds_that(uses_zero_stage=True)
+    if not engine.traits.uses_zero_stage and engine.zero_stage != _UNUSED_STAGE:
         fact = (
-            f"{engine.zero_stage}, but engine.kind is {engine.kind}; only deepspeed reads this key"
+            f"{engine.zero_stage}, but engine.kind is {engine.kind}; only {staged} reads this key"
         )
-        yield Problem("engine.zero_stage", fact, "leave it out, or set engine.kind=deepspeed")
+        yield Problem("engine.zero_stage", fact, f"leave it out, or set engine.kind={staged}")
 
 
 def _reshard(cfg: RunConfig) -> Iterator[Problem]:
-    if cfg.engine.kind != "fsdp" and not cfg.engine.reshard_after_forward:
-        fact = f"engine.kind {cfg.engine.kind} does not read this key; only fsdp does"
-        hint = "leave it at true, or set engine.kind=fsdp"
+    if not cfg.engine.traits.shards_parameters and not cfg.engine.reshard_after_forward:
+        sharding = kinds_that(shards_parameters=True)
+        fact = f"engine.kind {cfg.engine.kind} does not read this key; only {sharding} does"
+        hint = f"leave it at true, or set engine.kind={sharding}"
         yield Problem("engine.reshard_after_forward", fact, hint)
 
 
 def _offload(cfg: RunConfig) -> Iterator[Problem]:
-    kind, stage, offload = cfg.engine.kind, cfg.engine.zero_stage, cfg.engine.offload
-    match kind, offload:
-        case (_, "none") | ("fsdp", "all"):
-            return
-        case "ddp", _:
-            fact = f"{offload}, but ddp keeps the whole state on each accelerator"
-            hint = "use none, engine.kind=fsdp with offload=all, or engine.kind=deepspeed"
-            yield Problem("engine.offload", fact, hint)
-        case "fsdp", _:
-            fact = "fsdp moves weights, gradients and optimizer to the host together"
-            hint = "use all, or engine.kind=deepspeed, which can move the optimizer alone"
-            yield Problem("engine.offload", fact, hint)
-        case "deepspeed", "optimizer" if stage == 0:
-            fact = "optimizer, but zero_stage 0 keeps a whole optimizer on each accelerator"
-            yield Problem("engine.offload", fact, "use none, or engine.zero_stage 1, 2 or 3")
-        case "deepspeed", "all" | "nvme" if stage != 3:
-            fact = f"{offload}, but zero_stage {stage} keeps whole weights on each accelerator"
-            hint = "set engine.zero_stage=3" + (", or use optimizer" if stage else "")
-            yield Problem("engine.offload", fact, hint)
+    traits, stage, offload = cfg.engine.traits, cfg.engine.zero_stage, cfg.engine.offload
+    if offload not in traits.offloads:
+        fact = traits.offload_limit
+        if traits.offloads == ("none",):
+            fact = f"{offload}, but {fact}"
+        yield Problem("engine.offload", fact, traits.offload_hint)
+    elif not traits.uses_zero_stage:
+        return
+    elif offload == "optimizer" and stage == 0:
+        fact = "optimizer, but zero_stage 0 keeps a whole optimizer on each accelerator"
+        yield Problem("engine.offload", fact, "use none, or engine.zero_stage 1, 2 or 3")
+    elif offload in ("all", "nvme") and stage != 3:
+        fact = f"{offload}, but zero_stage {stage} keeps whole weights on each accelerator"
+        hint = "set engine.zero_stage=3" + (", or use optimizer" if stage else "")
+        yield Problem("engine.offload", fact, hint)
 
 
 def _precision(cfg: RunConfig) -> Iterator[Problem]:
     kind, precision, skips = cfg.engine.kind, cfg.engine.precision, cfg.optim.max_nonfinite_steps
-    if kind == "deepspeed" and precision == "fp64":
-        yield Problem("engine.precision", "deepspeed has no fp64", "use engine.kind=fsdp or ddp")
+    supported = precision in cfg.engine.traits.precisions
+    able = [row.name for row in ENGINE_KINDS.values() if precision in row.precisions]
+    if not supported and precision != "fp16":
+        hint = f"use engine.kind={' or '.join(able)}"
+        yield Problem("engine.precision", f"{kind} has no {precision}", hint)
     if precision != "fp16":
         return
-    if kind != "deepspeed":
-        fact = f"{kind} has no fp16: it needs a loss scale, which only deepspeed has here"
-        yield Problem("engine.precision", fact, "use bf16, or engine.kind=deepspeed")
+    if not supported:
+        fact = f"{kind} has no fp16: it needs a loss scale, which only {' or '.join(able)} has here"
+        yield Problem("engine.precision", fact, f"use bf16, or engine.kind={' or '.join(able)}")
     elif skips < _FP16_SKIPS:
         fact = f"{skips}, but fp16 finds its loss scale by skipping steps that overflow"
         hint = (
@@ -181,7 +184,8 @@ def _precision(cfg: RunConfig) -> Iterator[Problem]:
 
 
 def _compile(cfg: RunConfig) -> Iterator[Problem]:
-    if cfg.engine.kind == "deepspeed" and cfg.engine.zero_stage == 3 and cfg.engine.compile:
+    engine = cfg.engine
+    if engine.traits.uses_zero_stage and engine.zero_stage == 3 and engine.compile:
         fact = "true, but zero_stage 3 gathers weights inside the blocks, which the compiler cannot"
         hint = "set it to false, or use engine.kind=fsdp, or engine.zero_stage=2"
         yield Problem("engine.compile", fact, hint)

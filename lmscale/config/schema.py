@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lmscale.config.cluster_schema import ClusterConfig
+from lmscale.config.engine_kinds import ENGINE_KINDS, EngineKind, EngineName
 from lmscale.config.fields import (
     LIST_OR_TEXT,
     NUMBER_OR_TEXT,
@@ -127,7 +128,7 @@ class ParallelConfig(Section):
 class EngineConfig(Section):
     """Who computes one optimizer step, and in which precision."""
 
-    kind: Literal["fsdp", "ddp", "deepspeed"] = placement("the engine", default="fsdp")
+    kind: EngineName = placement("the engine", default="fsdp")
     zero_stage: Literal[0, 1, 2, 3] = placement(
         "what deepspeed splits over the ranks. 0: nothing; 1: optimizer states; 2: gradients too; "
         "3: weights too",
@@ -153,6 +154,11 @@ class EngineConfig(Section):
     reshard_after_forward: bool = placement(
         "free gathered weights between forward and backward (fsdp)", default=True
     )
+
+    @property
+    def traits(self) -> EngineKind:
+        """The engine's row in the table of engines."""
+        return ENGINE_KINDS[self.kind]
 
 
 class OptimConfig(Section):

@@ -1,102 +1,87 @@
-"""DistributedDataParallel: every rank holds the whole model; gradients are averaged while they arrive."""
+"""DistributedDataParallel: every rank has the whole model; gradients are averaged during the backward."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from lmscale.base.batch import Batch, Stream, Sums
-from lmscale.config.schema import EngineConfig, OptimConfig
 from lmscale.distributed.mesh import Mesh
-from lmscale.engine.layout import TpLayout
+from lmscale.engine.base import EngineInputs
 from lmscale.engine.torch_engine import TorchEngine
 from lmscale.parallel.low_precision import LowPrecision
 
 
 class DdpEngine(TorchEngine):
-    """See Engine. bf16: forward and backward see bf16 copies, weights, gradients and moments are fp32."""
+    """With bf16, forward and backward use bf16 copies; weights, gradients and moments are fp32."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        mesh: Mesh,
-        *,
-        engine: EngineConfig,
-        optim: OptimConfig,
-        layout: TpLayout,
-        layer_stats: bool,
-    ) -> None:
-        self._lowered: Callable[[], Any] = nullcontext
-        if engine.precision == "bf16":
-            self._lowered = LowPrecision(model, torch.bfloat16)
-        self._wrapper = _wrap(model, mesh)
-        forward = self._wrapper or model
-        super().__init__(model, forward, mesh, optim, layout, layer_stats=layer_stats)
+    def __init__(self, inputs: EngineInputs) -> None:
+        low_precision = None
+        if inputs.engine.precision == "bf16":
+            low_precision = LowPrecision(inputs.model, torch.bfloat16)
+        self._wrapper = _wrap(inputs.model, inputs.mesh)
+        forward = self._wrapper or inputs.model
+        super().__init__(inputs, forward, gradient_copies=inputs.mesh.dp_size)
+        if low_precision is not None:
+            self._low_precision = low_precision
         if self._wrapper is not None:
             self._settle_buckets(self._wrapper)
 
-    @property
-    def _copies(self) -> int:
-        return self._mesh.dp_size
-
-    _part = ""
-
+    @override
     def _prepare_gradients(self, micro_batches: int) -> None:
-        """Where gradients are added up, they are added up in DDP's buckets: else there are two of each.
+        """Several micro-batches are accumulated in DDP's buckets: else there are two of each gradient.
 
-        One micro-batch goes the other way: what autograd makes is moved into the buckets piece by
-        piece, which saves a pass over all gradients.
+        One micro-batch takes the other way: autograd's gradients are moved into the buckets one by
+        one, which saves a pass over all gradients.
         """
-        gradients = [o.parameter.grad for o in self._owned if o.parameter.grad is not None]
+        gradients = [t.parameter.grad for t in self._parameters if t.parameter.grad is not None]
         if micro_batches > 1 and gradients:
             torch._foreach_zero_(gradients)
         else:
             super()._release_gradients()
 
-    @contextmanager
-    def _micro_step(self, *, last: bool) -> Iterator[None]:
-        held = nullcontext() if last or self._wrapper is None else self._wrapper.no_sync()
-        with held, self._lowered():
-            yield
+    @override
+    def _micro_step(self, *, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last or self._wrapper is None else self._wrapper.no_sync()
 
+    @override
     def _local(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    @override
     def _offset(self, parameter: Tensor) -> int:
         return 0
 
-    def _drop_gathered(self) -> None:
-        pass
-
+    @override
     def _release_gradients(self) -> None:
         if self._wrapper is None:
-            super()._release_gradients()  # else they are views of the buckets, which stay anyway
+            super()._release_gradients()  # with it they are views of the buckets, which stay anyway
 
     def _settle_buckets(self, wrapper: DistributedDataParallel) -> None:
         """One backward of a batch without targets, whose gradients are zeros.
 
-        DDP groups gradients anew after its first backward, by their order of arrival, and a ring's
-        order of summation follows from the place in a group: without this the first step after a
+        DDP regroups gradients after its first backward by their order of arrival, and a ring's order
+        of summation follows from the position in a group: without this call the first step after a
         resume would differ in the last bit from the same step of an uninterrupted run.
         """
         device = next(self._model.parameters()).device
-        length = 2 * self._mesh.tp_size  # sequence parallelism deals the tokens out
+        length = 2 * self._mesh.tp_size  # sequence parallelism splits the tokens
         zeros_BL = torch.zeros(1, length, dtype=torch.int64, device=device)
         stream = Stream(zeros_BL, zeros_BL, None)
         row_B = torch.full((1,), -1, device=device)
         batch = Batch(
             stream, None, zeros_BL, torch.zeros_like(zeros_BL, dtype=torch.float32), row_B
         )
-        with self._micro_step(last=True):
+        with self._micro_step(last=True), self._low_precision():
             sums: Sums[Tensor] = wrapper(batch)
             sums.loss.backward()
 
 
 def _wrap(model: nn.Module, mesh: Mesh) -> DistributedDataParallel | None:
-    """None where nobody has other samples: there is nobody to average with, and the wrapper costs time and memory."""
+    """None with one data-parallel rank: nothing is averaged, and the wrapper costs time and memory."""
     if mesh.dp_size == 1:
         return None
     device = next(model.parameters()).device
@@ -110,7 +95,7 @@ def _wrap(model: nn.Module, mesh: Mesh) -> DistributedDataParallel | None:
 
 
 def _bucket_mb(ranks: int) -> int:
-    """torch's 25 MB, and from 7 ranks on Megatron-LM's 1M gradients a rank: a ring sends bucket / ranks at a time.
+    """torch's 25 MB, and from 7 ranks Megatron-LM's 1M gradients per rank: a ring sends bucket / ranks at a time.
 
     (megatron/core/distributed/distributed_data_parallel_config.py; theirs begins at 40M gradients.)
     """

@@ -1,4 +1,4 @@
-"""Who holds which part of a parameter over the tp axis: pure functions of its name."""
+"""Which part of a parameter each tp rank has, as a pure function of the parameter's name."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from lmscale.model.tp_plan import cut_dim, sums_over_tokens
 
 
 class TpLayout:
-    """What books and checkpoints must know of a model that parallel/tensor.py has cut.
+    """What norms and checkpoints need of a model that parallel/tensor.py has split.
 
     Over tp a parameter is an ordinary tensor that is smaller, under every engine: no DTensor, so one
-    forward serves all, and an engine cuts the local tensor further over dp as if it were the whole.
+    forward serves all, and an engine splits the local tensor further over dp as if it were the whole.
     """
 
     def __init__(self, mesh: Mesh, *, sequence_parallel: bool) -> None:
@@ -26,27 +26,27 @@ class TpLayout:
         return None if dim is None else TpShard(dim, self._mesh.tp_rank, self._mesh.tp_size)
 
     def tp_copies(self, name: str) -> int:
-        """Tp ranks that hold the same elements of it."""
+        """The number of tp ranks that have the same elements of it."""
         return self._mesh.tp_size if self.split(name) is None else 1
 
     def partial(self, name: str) -> bool:
-        """Whether its gradient must be summed over tp (account.sum_partial)."""
+        """Whether its gradient must be summed over tp (step.sum_partial_gradients)."""
         return self._sequence_parallel and sums_over_tokens(name)
 
     def fragment(self, name: str, flat: Tensor, *, start: int, shape: Sequence[int]) -> Tensor:
         """A view for checkpoints: `flat` is elements [start, ...) of this tp rank's tensor of `shape`.
 
-        Copies on other ranks are written once: the save planner drops boxes that it has seen.
+        Copies on other ranks are written once: the save planner drops boxes that it has already planned.
         """
         return Fragment(flat, start, shape, split=self.split(name))
 
-    def piece(self, name: str, part: str = "") -> str:
-        """Of Weight: which part of the global tensor; `part` says what the engine has cut besides."""
+    def piece(self, name: str, dp_piece: str = "") -> str:
+        """Names the part of the global tensor (Weight.piece); `dp_piece`: what the engine splits over dp."""
         split = self.split(name)
-        return part if split is None else f"tp {split.rank}/{split.size} {part}".rstrip()
+        return dp_piece if split is None else f"tp {split.rank}/{split.size} {dp_piece}".rstrip()
 
 
-def part_of(name: str) -> str:
-    """The part of the model that a parameter is counted with in statistics: a block, or its module."""
-    words = name.split(".")
-    return ".".join(words[:3] if words[1] == "blocks" else words[:-1])
+def block_name(name: str) -> str:
+    """The block of the model that a parameter belongs to in statistics; outside of blocks, its module."""
+    names = name.split(".")
+    return ".".join(names[:3] if names[1] == "blocks" else names[:-1])

@@ -90,13 +90,11 @@ def environment(world: World, device: torch.device, *, engine: str, peak: Peak) 
 
 def layout(cfg: RunConfig, mesh: Mesh) -> str:
     """How the ranks share the work, in words."""
-    match cfg.engine.kind:
-        case "fsdp":
-            words = f"replicate {mesh.replicate_size} x shard {mesh.shard_size}"
-        case "deepspeed":
-            words = f"ZeRO stage {cfg.engine.zero_stage} over {mesh.dp_size}"
-        case _:
-            words = f"replicate {mesh.dp_size}"
+    words = f"replicate {mesh.dp_size}"
+    if cfg.engine.traits.shards_parameters:
+        words = f"replicate {mesh.replicate_size} x shard {mesh.shard_size}"
+    elif cfg.engine.traits.uses_zero_stage:
+        words = f"ZeRO stage {cfg.engine.zero_stage} over {mesh.dp_size}"
     if mesh.tp_size > 1:
         words += f" x tp {mesh.tp_size}"
     if cfg.parallel.sequence_parallel:

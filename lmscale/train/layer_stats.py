@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lmscale.distributed.process_group import gather_objects, sum_over
 from lmscale.distributed.seeds import mix
-from lmscale.engine.base import Engine, StepResult
-from lmscale.engine.layout import part_of
-from lmscale.engine.step import sum_of_squares
+from lmscale.engine.base import Engine
+from lmscale.engine.layout import block_name
+from lmscale.engine.step import StepResult, sum_of_squares
 from lmscale.train.context import RunContext
 
 
@@ -72,7 +72,7 @@ class LayerStats:
         (step, gradients, weights), self._pending = self._pending, None
         line = {
             "step": step,
-            "grad_norm": {} if gradients is None else _named(self._engine.parts, gradients),
+            "grad_norm": {} if gradients is None else _named(self._engine.block_names, gradients),
             "weight_norm": _named(self._parts, weights),
         }
         for listener in self._listeners:
@@ -89,18 +89,18 @@ class LayerStats:
                 self._device, torch.promote_types(tensor.dtype, torch.float32)
             )
             own = sum_of_squares([wide], self._device) / self._copies[mix(name, piece)]
-            squares[part_of(name)] = squares[part_of(name)] + own
+            squares[block_name(name)] = squares[block_name(name)] + own
         total = torch.stack([squares[part] for part in self._parts])
         return sum_over(total).sqrt()
 
 
 def _books(engine: Engine) -> tuple[tuple[str, ...], Mapping[int, int]]:
     """All parts of the model, those of the engine first, and how many ranks hold each piece."""
-    own = {mix(name, piece): part_of(name) for name, piece, _ in engine.weights()}
+    own = {mix(name, piece): block_name(name) for name, piece, _ in engine.weights()}
     ranks = gather_objects((list(own), sorted(set(own.values()))))
     copies = Counter(place for places, _ in ranks for place in places)
-    others = {part for _, parts in ranks for part in parts}.difference(engine.parts)
-    return (*engine.parts, *sorted(others)), copies
+    others = {part for _, parts in ranks for part in parts}.difference(engine.block_names)
+    return (*engine.block_names, *sorted(others)), copies
 
 
 def _named(parts: Sequence[str], values: Tensor) -> dict[str, float | None]:

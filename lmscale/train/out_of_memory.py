@@ -51,9 +51,9 @@ def _recompute(cfg: RunConfig) -> Iterator[str]:
 def _split(cfg: RunConfig) -> Iterator[str]:
     """Fewer bytes of parameters, gradients and optimizer state, and of what each rank computes at once."""
     engine, parallel = cfg.engine, cfg.parallel
-    if engine.kind == "ddp":
+    if not engine.traits.splits_state:
         yield "engine.kind=fsdp: parameters, gradients and optimizer state are split over the ranks"
-    if engine.kind == "deepspeed" and engine.zero_stage < 3:
+    if engine.traits.uses_zero_stage and engine.zero_stage < 3:
         yield "engine.zero_stage=3: parameters are split over the ranks, too"
     yield "more ranks (--nproc, cluster.nodes): with fsdp and deepspeed each holds a smaller part"
     if parallel.tp > 1 and not parallel.sequence_parallel:
@@ -64,7 +64,7 @@ def _split(cfg: RunConfig) -> Iterator[str]:
     ):
         yield f"parallel.tp={wider}, inside one node: splits the weights and activations of every layer"
     if engine.offload == "none":
-        if engine.kind == "deepspeed" and engine.zero_stage > 0:
+        if engine.traits.uses_zero_stage and engine.zero_stage > 0:
             yield "engine.offload=optimizer: the optimizer works in the host's memory, much slower"
-        elif engine.kind == "fsdp":
+        elif engine.traits.shards_parameters:
             yield "engine.offload=all: parameters and optimizer in the host's memory, much slower"

@@ -75,9 +75,9 @@ def placement_facts(rank: RunContext) -> dict[str, Any]:
     return {
         "world_size": mesh.world.size,
         "engine": cfg.engine.kind,
-        "zero_stage": cfg.engine.zero_stage if cfg.engine.kind == "deepspeed" else None,
-        "replicate": mesh.replicate_size if cfg.engine.kind == "fsdp" else mesh.dp_size,
-        "shard": mesh.shard_size if cfg.engine.kind == "fsdp" else 1,
+        "zero_stage": cfg.engine.zero_stage if cfg.engine.traits.uses_zero_stage else None,
+        "replicate": mesh.replicate_size if cfg.engine.traits.shards_parameters else mesh.dp_size,
+        "shard": mesh.shard_size if cfg.engine.traits.shards_parameters else 1,
         "tp": mesh.tp_size,
         "sequence_parallel": cfg.parallel.sequence_parallel,
         "micro_batch": cfg.train.micro_batch_size,
@@ -294,7 +294,9 @@ class AttemptStart:
         except CheckpointError as error:
             return error
         state = source.body["state"]
-        engine.loaded(optim_step=int(state["train"]["updates"]), loss_scale=state.get("loss_scale"))
+        engine.finish_load(
+            optim_step=int(state["train"]["updates"]), loss_scale=state.get("loss_scale")
+        )
         return None
 
     def _settle(self, source: ResumePoint | None) -> str:

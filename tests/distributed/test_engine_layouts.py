@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lmscale.engine import step as account
-from lmscale.engine.layout import part_of
+from lmscale.engine import base
+from lmscale.engine.layout import block_name
 from tests.support.engine_case import (
     LR,
     TOLERANCE,
@@ -62,7 +62,7 @@ def _look_and_train(case: Case) -> Seen:
         steps.append(engine.step(micro_batches(case, step), lr=LR))
         states.append(gathered(engine.state()))
     assert steps[0].norms is not None
-    norms = dict(zip(engine.parts, steps[0].norms.tolist(), strict=True))
+    norms = dict(zip(engine.block_names, steps[0].norms.tolist(), strict=True))
     pieces = {(found.name, found.piece): found.tensor.clone() for found in engine.weights()}
     evaluated = (sums.loss.item(), sums.weight.item())
     return Seen(evaluated, logits, [plain(result) for result in steps], states, norms, pieces)
@@ -99,7 +99,7 @@ def _norms(case: Case, result: dict[str, float], state: dict[str, Tensor]) -> di
     squares: dict[str, float] = {}
     for name, moment in state.items():
         if name.startswith("optim.exp_avg."):
-            part = part_of(name.removeprefix("optim.exp_avg."))
+            part = block_name(name.removeprefix("optim.exp_avg."))
             squares[part] = squares.get(part, 0) + moment.double().square().sum().item()
     scale = (1 - case.config().optim.betas[0]) * case.clip / (result["norm"] + 1e-6)
     return {part: square**0.5 / scale for part, square in squares.items()}
@@ -154,14 +154,14 @@ def _planted(case: Case) -> Any:
     engine.step(micro_batches(case, 0), lr=LR)
     before = gathered(engine.state())
     (victim,) = [o for o in engine._owned if o.name == "decoder.blocks.1.attention.q.weight"]
-    real = account.sum_partial
+    real = base.sum_partial_gradients
 
     def plant(*args: Any) -> None:
         real(*args)
         if dist.get_rank() == 3:
             victim.local.grad.view(-1)[0] = torch.inf
 
-    with patch.object(account, "sum_partial", plant):
+    with patch.object(base, "sum_partial_gradients", plant):
         skipped = plain(engine.step(micro_batches(case, 1), lr=LR))
     after = gathered(engine.state())
     unchanged = all(torch.equal(before[name], after[name]) for name in before)

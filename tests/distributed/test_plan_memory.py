@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmscale.base.batch import Batch, Stream
-from lmscale.engine import step as account
+from lmscale.engine import base
 from lmscale.engine.build import build_engine
 from lmscale.modelspec.activations import Work, activation_bytes, block_bytes, modes_of
 from lmscale.modelspec.parameters import parameters
@@ -54,38 +55,35 @@ def storage_bytes(tensors: Iterable[Any]) -> int:
 def held(case: Case) -> dict[str, int]:
     """Bytes of a real engine when the update is made: weights, gradients, optimizer state."""
     engine: Any = build_engine(case.config(), model_of(case), mesh_for(case), torch.device("cpu"))
-    read = of_zero if case.kind == "deepspeed" else of_native
+    read = of_zero if case.kind == "deepspeed" else of_torch
     seen: dict[str, int] = {}
-    close = account.close
+    reduce_result = base.reduce_result
 
-    def look(*args: Any) -> Any:
+    def measure(*args: Any) -> Any:
         seen.update({part: storage_bytes(tensors) for part, tensors in read(engine).items()})
-        return close(*args)
+        return reduce_result(*args)
 
-    account.close = look  # type: ignore[assignment]
-    try:
+    with patch.object(base, "reduce_result", measure):
         engine.step([batch()], lr=1e-3)
-    finally:
-        account.close = close
     return seen
 
 
 def moments_of(engine: Any) -> list[Tensor]:
-    states = engine._adam.state.values()
+    states = engine._optimizer.state.values()
     return [value for state in states for value in state.values() if torch.is_tensor(value)]
 
 
-def of_native(engine: Any) -> dict[str, list[Tensor]]:
+def of_torch(engine: Any) -> dict[str, list[Tensor]]:
     return {
         "parameters": list(engine._model.parameters()),
         "optimizer": moments_of(engine),
-        "gradients": [o.local.grad for o in engine._owned if o.local.grad is not None],
+        "gradients": [t.local.grad for t in engine._parameters if t.local.grad is not None],
     }
 
 
 def of_zero(engine: Any) -> dict[str, list[Tensor]]:
     parameters = list(engine._model.parameters())
-    parts, stage = engine._parts, engine._wrapper.zero_optimization_stage()
+    parts, stage = engine._stage, engine._wrapper.zero_optimization_stage()
     masters = [part.flat for part in parts.trainable if part.size] if stage else []
     gradients = [g for g in parts.gradients() if g.numel()]
     whole = [p.grad_accum for p in parameters if getattr(p, "grad_accum", None) is not None]

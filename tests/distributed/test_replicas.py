@@ -14,8 +14,9 @@ import torch.distributed as dist
 from lmscale.base.errors import ExitCode
 from lmscale.base.world import World
 from lmscale.config.run_file import load
-from lmscale.engine.base import Engine, StepResult
-from lmscale.engine.layout import part_of
+from lmscale.engine.base import Engine
+from lmscale.engine.layout import block_name
+from lmscale.engine.step import StepResult
 from lmscale.run_folder.events import EventLog, read_events
 from lmscale.run_folder.paths import RunFolder
 from lmscale.run_folder.rank_progress import RankProgress
@@ -136,7 +137,7 @@ def test_layer_statistics_are_those_of_the_whole_model(
     assert line == other
     squares: dict[str, float] = defaultdict(float)
     for name, parameter in model_of(case).named_parameters():
-        squares[part_of(name)] += parameter.detach().double().square().sum().item()
+        squares[block_name(name)] += parameter.detach().double().square().sum().item()
     assert line["weight_norm"].keys() == squares.keys() == line["grad_norm"].keys()
     for part, value in line["weight_norm"].items():
         assert value == pytest.approx(math.sqrt(squares[part]), rel=1e-6)

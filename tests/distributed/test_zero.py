@@ -54,7 +54,7 @@ def _looked_at(case: Case) -> Any:
         looks.append((engine.evaluate(rows_of(0)).loss.item(), engine.logits(rows_of(0))))
         result = engine.step(micro_batches(case, step), lr=LR)
         if result.norms is not None:
-            assert len(result.norms) == len(engine.parts)
+            assert len(result.norms) == len(engine.block_names)
             torch.testing.assert_close(result.norms.square().sum().sqrt(), result.grad_norm)
         results.append(plain(result))
         states.append(gathered(engine.state()))
@@ -245,7 +245,7 @@ def test_a_step_with_an_infinite_gradient_changes_nothing(ranks, stage, precisio
 
 def _too_large(case: Case) -> Any:
     engine = engine_of(case)
-    engine.loaded(optim_step=0, loss_scale=2.0**40)
+    engine.finish_load(optim_step=0, loss_scale=2.0**40)
     applied = []
     while not applied or (not applied[-1] and len(applied) < 40):
         result = engine.step(micro_batches(case, 0), lr=LR)

@@ -21,8 +21,9 @@ from lmscale.config.schema import (
     RunConfig,
 )
 from lmscale.distributed.mesh import Mesh, make_mesh
-from lmscale.engine.base import Engine, StepResult
+from lmscale.engine.base import Engine
 from lmscale.engine.build import build_engine
+from lmscale.engine.step import StepResult
 from lmscale.model.build import build_model
 from lmscale.model.transformer import LanguageModel
 from lmscale.optim.optimizer import parameter_groups
@@ -160,7 +161,7 @@ def load_into(engine: Engine, state: dict[str, Tensor], *, optim_step: int) -> N
         for name, view in views.items():
             for where, part in pieces(view):
                 part.copy_(state[name][where])
-    engine.loaded(optim_step=optim_step)
+    engine.finish_load(optim_step=optim_step)
 
 
 def plain(result: StepResult) -> dict[str, float]:

@@ -81,7 +81,7 @@ def _engine(cfg: RunConfig) -> dict[str, Any]:
     engine = cfg.engine
     return {
         "kind": engine.kind,
-        "zero_stage": engine.zero_stage if engine.kind == "deepspeed" else None,
+        "zero_stage": engine.zero_stage if engine.traits.uses_zero_stage else None,
         "precision": engine.precision,
         "offload": engine.offload,
         "activation_checkpointing": engine.activation_checkpointing,
@@ -206,7 +206,7 @@ def _warnings(
         yield from warnings.starving_nodes(
             place.nodes, idle=reads["idle_nodes"], streams_stay=reads["streams_stay"]
         )
-    if cfg.engine.kind == "fsdp":
+    if cfg.engine.traits.shards_parameters:
         block = total(p for p in found if p.in_block) // cfg.model.num_layers // place.mesh.tp
         size = block * BYTES[cfg.engine.precision]
         yield from warnings.small_shards(size, shard=place.mesh.shard, nodes=place.nodes)

@@ -58,13 +58,12 @@ def held_by(
     """On a device that is the host itself, nothing moves. `found`: the model's parameters."""
     here = [parameter.slice_of(mesh.tp) for parameter in found]
     learning = trainable(model, here)
-    match engine.kind:
-        case "fsdp":
-            held = _fsdp(here, learning, engine, mesh.shard, accumulates=micro_batches > 1)
-        case "ddp":
-            held = _ddp(here, learning, engine)
-        case _:
-            held = _zero(here, learning, engine, mesh.dp)
+    if engine.traits.shards_parameters:
+        held = _fsdp(here, learning, engine, mesh.shard, accumulates=micro_batches > 1)
+    elif engine.traits.uses_zero_stage:
+        held = _zero(here, learning, engine, mesh.dp)
+    else:
+        held = _ddp(here, learning, engine)
     return _moved(held, engine.offload) if device == "cuda" else held
 
 

@@ -7,6 +7,7 @@ from textwrap import wrap
 from typing import Any
 
 from lmscale.base.units import show_bytes, show_count
+from lmscale.config.engine_kinds import ENGINE_KINDS
 from lmscale_launcher.planner.warnings import USABLE_FRAC
 
 _COLUMNS, _INDENT = 80, 15
@@ -195,18 +196,14 @@ def _note(name: str, plan: Mapping[str, Any]) -> str:
     kind, recompute = engine["kind"], engine["activation_checkpointing"]
     match name:
         case "optimizer":
-            return "moments" if kind != "deepspeed" else "masters and moments"
+            return "masters and moments" if ENGINE_KINDS[kind].uses_zero_stage else "moments"
         case "activations":
             again = "" if recompute == "none" else f", recomputing {recompute}"
             return f"of {_several(plan['micro_batch'], 'sample')}{again}"
         case "loss":
             return "logits of a chunk, gradient of the head"
         case "working":
-            return {
-                "fsdp": "gathered weights, reduction",
-                "ddp": "low-precision copies",
-                "deepspeed": "reduction",
-            }[kind]
+            return ENGINE_KINDS[kind].working_memory
     return ""
 
 

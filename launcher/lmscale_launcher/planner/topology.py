@@ -64,7 +64,7 @@ def placed(cfg: RunConfig, env: Mapping[str, str]) -> PlannedTopology:
 def mesh_of(cfg: RunConfig, ranks: int) -> MeshSizes:
     """The axes that so many ranks make. ddp replicates over all of them, ZeRO shards over all."""
     tp = cfg.parallel.tp
-    if cfg.engine.kind == "ddp":
+    if not cfg.engine.traits.splits_state:
         return MeshSizes(ranks // tp, 1, tp)
     return MeshSizes(cfg.parallel.dp_replicate, checks.shard_size(cfg, world_size=ranks), tp)
 

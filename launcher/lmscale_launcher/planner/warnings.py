@@ -160,15 +160,16 @@ def _levers(need: Memory, cfg: RunConfig) -> Iterator[str]:
             yield "parallel.sequence_parallel=true"
         if train.micro_batch_size > 1:
             yield f"train.micro_batch_size={train.micro_batch_size // 2}"
-    if engine.kind == "ddp":
+    traits = engine.traits
+    if not traits.splits_state:
         yield "engine.kind=fsdp"
-    if engine.kind == "deepspeed" and engine.zero_stage < 3:
+    if traits.uses_zero_stage and engine.zero_stage < 3:
         yield "engine.zero_stage=3"
-    if need.optimizer > 0.3 * need.total and engine.offload == "none" and engine.kind != "ddp":
-        yield f"engine.offload={'all' if engine.kind == 'fsdp' else 'optimizer'}"
+    if need.optimizer > 0.3 * need.total and engine.offload == "none" and traits.splits_state:
+        yield f"engine.offload={'all' if traits.shards_parameters else 'optimizer'}"
     if engine.precision == "fp32":
         yield "engine.precision=bf16"
-    yield "more ranks (cluster.nodes, --nproc)" if engine.kind != "ddp" else "a smaller model"
+    yield "more ranks (cluster.nodes, --nproc)" if traits.splits_state else "a smaller model"
 
 
 def rare_checkpoints(

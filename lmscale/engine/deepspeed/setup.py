@@ -1,9 +1,9 @@
-"""Our words -> DeepSpeed's. Pure, so that golden files show every key we send.
+"""Start DeepSpeed around a model and an optimizer: its configuration, import, groups and engine.
 
-Starting DeepSpeed: its import, the groups it talks over, and its engine around our model and optimizer.
+`zero_dict` is pure, so that golden files show every key that is passed to DeepSpeed.
 
-Private names of DeepSpeed: its engine's seq_data_parallel_group and device are read; ops.__compatible_ops__,
-the accelerator's is_fp16_supported and bf16_optimizer's see_memory_usage are set.
+Private names of DeepSpeed that are used here: of its engine seq_data_parallel_group and device (read);
+ops.__compatible_ops__, the accelerator's is_fp16_supported and bf16_optimizer's see_memory_usage (set).
 """
 
 import logging
@@ -19,29 +19,32 @@ from lmscale.base.errors import ConfigError, Problem
 from lmscale.config.schema import EngineConfig
 from lmscale.distributed.mesh import Mesh
 
-# Elements of a reduction. DeepSpeed's default of 5e8 allocates 2 GB of fp32 in every backward.
+# Elements per reduction. DeepSpeed's default of 5e8 allocates 2 GB of fp32 in every backward.
 _BUCKET = 1 << 24
 
 
 def zero_dict(engine: EngineConfig, *, parameters: int) -> dict[str, object]:
-    """The configuration of a DeepSpeed engine for a model of so many parameters on one rank.
+    """The configuration of a DeepSpeed engine for a model of `parameters` elements on one rank.
 
-    What we count ourselves is off or neutral here: micro-batches, averages, norm, clipping, overflow,
-    loss scale. Stage 0 is told fp32 whatever the precision: see zero_whole.py.
+    What engine/base.py does is off or neutral here: micro-batches, averages, norm, clipping, overflow,
+    loss scale. Stage 0 is configured for fp32 whatever the precision: see stages.Stage0.
     """
     precision = engine.precision if engine.zero_stage else "fp32"
     return {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed's statistics; nothing is divided by it
-        "gradient_accumulation_steps": 1,  # the boundary is set by hand, micro-batch by micro-batch
+        "gradient_accumulation_steps": 1,  # the boundary is set per micro-batch
         "gradient_clipping": 0.0,
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},  # waits for the device before every forward
         "bf16": {
             "enabled": precision == "bf16",
             "check_grad_overflow": False,
-            "immediate_grad_update": True,  # of stage 1: free bf16 gradients as soon as they are added up
+            "immediate_grad_update": True,  # stage 1: free bf16 gradients once they are accumulated
         },
-        "fp16": {"enabled": precision == "fp16", "loss_scale": 1.0},  # ours is in the loss already
+        "fp16": {
+            "enabled": precision == "fp16",
+            "loss_scale": 1.0,
+        },  # step.LossScale is in the loss already
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,  # the optimizer is torch's AdamW: nothing to compile
@@ -60,7 +63,7 @@ def zero_dict(engine: EngineConfig, *, parameters: int) -> dict[str, object]:
 
 
 def bucket_size(parameters: int) -> int:
-    """Elements of one reduction. DeepSpeed wants even numbers."""
+    """Elements of one reduction. DeepSpeed requires an even number."""
     return min(_BUCKET, max(parameters, 2)) // 2 * 2
 
 
@@ -68,15 +71,15 @@ def _stage_3(engine: EngineConfig, parameters: int) -> dict[str, object]:
     if engine.zero_stage != 3:
         return {}
     return {
-        # Norms and biases stay whole on every rank: a gather each would cost more than they weigh.
+        # Norms and biases stay whole on every rank: gathering each would cost more than it saves.
         "stage3_param_persistence_threshold": min(100_000, parameters // 512),
         "stage3_prefetch_bucket_size": min(_BUCKET, parameters // 32),
-        # DeepSpeed looks ahead until this much is gathered, and keeps what it has seen to come again. By
-        # default 1e9: all of a smaller model, from its forward to its backward.
+        # DeepSpeed prefetches until this much is gathered, and keeps what is used again soon. The default
+        # of 1e9 is all of a smaller model, from its forward to its backward.
         "stage3_max_live_parameters": min(10**9, parameters // 8),
         "stage3_max_reuse_distance": 0,
         # On by default: torch's linear is then replaced, in the whole process, by one that adds the bias in place
-        # to a product that selective recomputation keeps. Gradients are wrong, and nothing says so.
+        # to a product that selective recomputation keeps. Gradients are then wrong without an error.
         "memory_efficient_linear": False,
     }
 
@@ -92,10 +95,10 @@ def _offload(engine: EngineConfig) -> dict[str, object]:
             return {}
 
 
-class _Groups:
-    """The groups DeepSpeed shall use, in the form of Megatron's mpu.
+class _ModelParallelUnit:
+    """The groups that DeepSpeed must use, in the form of Megatron's mpu.
 
-    Always handed over: DeepSpeed keeps the last mpu in a global and would take up a stale one.
+    Always passed: DeepSpeed keeps the last mpu in a global and would use a stale one.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -127,25 +130,28 @@ class _Groups:
 def start_deepspeed(
     model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh, engine: EngineConfig
 ) -> Any:
-    """A DeepSpeed engine. Its optimizer now updates what DeepSpeed has made of the parameters. Collective."""
+    """A DeepSpeed engine, whose optimizer updates DeepSpeed's flat tensors from now on. Collective.
+
+    Raises ConfigError for offload to NVMe.
+    """
     if engine.offload == "nvme":
         _refuse_nvme()
-    # It insists on the variable, also in a world of one that nobody launched.
+    # DeepSpeed requires the variable, even in a world of one process without a launcher.
     os.environ.setdefault("LOCAL_RANK", str(mesh.world.local_rank))
     parameters = list(model.parameters())
-    wrapper, *_ = _load(parameters[0].device).initialize(
+    wrapper, *_ = _import_deepspeed(parameters[0].device).initialize(
         model=model,
         optimizer=optimizer,
         config=zero_dict(engine, parameters=sum(parameter.numel() for parameter in parameters)),
-        mpu=_Groups(mesh),
+        mpu=_ModelParallelUnit(mesh),
         dist_init_required=False,
     )
-    assert wrapper.seq_data_parallel_group is mesh.dp_group, "DeepSpeed took up other groups"
+    assert wrapper.seq_data_parallel_group is mesh.dp_group, "DeepSpeed uses other groups"
     return wrapper
 
 
-def _load(device: torch.device) -> ModuleType:
-    """DeepSpeed, told what it would otherwise find out with warnings, and kept from compiling kernels."""
+def _import_deepspeed(device: torch.device) -> ModuleType:
+    """Import DeepSpeed without its warnings about the accelerator and without compiling kernels."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -156,10 +162,10 @@ def _load(device: torch.device) -> ModuleType:
     logger.setLevel(logging.WARNING)
     # Stage 1 in bf16 prints a memory report for each parameter group, whatever the logger's level.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    # DeepSpeed 0.19 calls what torch 2.13 has renamed, once a step; a user can do nothing about it.
+    # DeepSpeed 0.19 calls what torch 2.13 has renamed, once per step; a user cannot change that.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if device.type == "cpu":
-        # It asks for fast kernels; torch computes fp16 on any CPU.
+        # DeepSpeed checks for fast kernels; torch computes fp16 on any CPU.
         deepspeed.get_accelerator().is_fp16_supported = lambda: True
     # A minute of compilation, for all-reduces within one host that gloo does as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -167,7 +173,7 @@ def _load(device: torch.device) -> ModuleType:
 
 
 def deepspeed() -> ModuleType:
-    """The package, loaded. No other file imports it."""
+    """The package, which `start_deepspeed` has imported. No other module imports it."""
     import deepspeed
 
     return deepspeed
@@ -178,7 +184,8 @@ def _refuse_nvme() -> None:
         [
             Problem(
                 "engine.offload",
-                "nvme needs DeepSpeed's async_io, which is built with libaio-dev and was never run here",
+                "nvme is not supported: it needs DeepSpeed's async_io extension (libaio-dev), which the "
+                "gradient tests do not cover",
                 "use all (stage 3) or optimizer: both offload to the CPU's memory",
             )
         ]

@@ -340,6 +340,8 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("model_"):
             return getattr(self._value, name)
+        if isinstance(derived := getattr(type(self._value), name, None), property):
+            return derived.fget(self)  # records the keys that it reads
         field = type(self._value).model_fields[name]
         path = ".".join(part for part in (self._path, key_of(name, field)) if part)
         value = getattr(self._value, name)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmscale.base.errors import Diverged
-from lmscale.engine.base import StepResult
+from lmscale.engine.step import StepResult
 from lmscale.train.callbacks import Line, Recorder
 
 

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from lmscale.engine.base import StepResult
-from lmscale.engine.step import clip, sum_of_squares
+from lmscale.engine.step import StepResult, clip_gradients, sum_of_squares
 
 CPU = torch.device("cpu")
 
@@ -47,5 +46,5 @@ def test_clipping_scales_to_the_largest_norm(largest, scale):
     gradients = [torch.tensor([3.0]), torch.tensor([[4.0]])]
     one = torch.ones((), dtype=torch.float64)
     result = StepResult(one, one, grad_norm=5 * one, applied=one > 0)
-    clip(gradients, result, largest)
+    clip_gradients(gradients, result, largest)
     assert [g.item() for g in gradients] == pytest.approx([3 * scale, 4 * scale], rel=1e-6)
