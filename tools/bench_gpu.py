@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from results import ROOT, provenance, table
 
 from lmscale.base.batch import Batch, Stream
 from lmscale.base.world import World
 from lmscale.config.schema import EngineConfig, ModelConfig, OptimConfig, RunConfig
+from lmscale.config.yaml import parse
 from lmscale.distributed.mesh import make_mesh
 from lmscale.distributed.process_group import distributed
 from lmscale.engine.build import build_engine
@@ -104,7 +104,7 @@ def measured(args: argparse.Namespace, engine: Mapping[str, Any]) -> dict[str, A
     world = World()
     text = (ROOT / "configs" / "models" / f"{args.model}.yaml").read_text(encoding="utf-8")
     cfg = RunConfig.model_construct(
-        model=ModelConfig(**yaml.safe_load(text)),
+        model=ModelConfig(**parse(text, name="yaml").value),
         engine=EngineConfig(**engine),
         optim=OptimConfig(lr=1e-4),
     )

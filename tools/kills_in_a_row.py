@@ -19,11 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import yaml
 from results import ROOT, facts, provenance, table, write_page
 from small_jobs import start
 from strike import abandoned, kill_all, shared_memory
 
+from lmscale.config.yaml import parse
 from tests.support.jobs import Job, descendants, prepare_corpus, rank_pids, small_run, wait_until
 
 WITHIN_S = 15.0  # to be training again, with the smoke model on two cores
@@ -40,7 +40,7 @@ class Outcome:
 
 def run_file(corpus: Path, kills: int) -> dict[str, Any]:
     """The smoke model; every checkpoint that moves gives the budget of restarts back."""
-    smoke = yaml.safe_load((ROOT / "configs" / "runs" / "smoke.yaml").read_text())
+    smoke = parse((ROOT / "configs" / "runs" / "smoke.yaml").read_text(), name="yaml").value
     run = small_run(
         corpus,
         train={"steps": STEPS, "seq_len": 256, "micro_batch_size": 4},

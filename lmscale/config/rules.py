@@ -362,6 +362,7 @@ def _allow_change(cfg: RunConfig) -> Iterator[Problem]:
         return
     from difflib import get_close_matches
 
+    from lmscale.config.aliases import advice_for
     from lmscale.config.identity import ORDER_KEYS, kinds
 
     known = kinds()
@@ -376,7 +377,8 @@ def _allow_change(cfg: RunConfig) -> Iterator[Problem]:
             yield Problem("train.allow_change", fact, "start another run (train.run_dir)")
         elif key not in known:
             close = get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "write keys as in train.steps"
+            spelling = f"did you mean {close[0]!r}?" if close else "write keys as in train.steps"
+            hint = advice_for(key.split(".")) or spelling
             yield Problem("train.allow_change", f"no key is called {key!r}", hint)
 
 

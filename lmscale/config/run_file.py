@@ -18,8 +18,9 @@ from pydantic import ValidationError
 
 from lmscale.base.errors import ConfigError, Problem
 from lmscale.config import rules as checks
+from lmscale.config.earlier_keys import is_stored, translate_config, translate_path
 from lmscale.config.schema import SECTIONS, RunConfig
-from lmscale.config.validation_messages import fields_of, in_words, section_at
+from lmscale.config.validation_messages import fields_of, in_words, renamed, section_at
 from lmscale.config.yaml import KeyPath, dotted, parse, render
 
 _FOLDERS = {"model": "models", "cluster": "clusters"}
@@ -208,7 +209,11 @@ class Draft:
             self.problems.append(Problem(dotted(full), problem.fact, problem.hint))
             self._break(full)
         self.origins = {key: o for key, o in self.origins.items() if not at or key[:1] != at}
-        self.origins |= {(*at, *key): f"{name}:{line}" for key, line in document.lines.items()}
+        lines = document.lines
+        if not at and is_stored(path):
+            document.value = translate_config(document.value)
+            lines = {translate_path(key): line for key, line in lines.items()} | lines
+        self.origins |= {(*at, *key): f"{name}:{line}" for key, line in lines.items()}
         return document.value
 
     def _break(self, path: KeyPath) -> None:
@@ -285,11 +290,17 @@ def _validate(draft: Draft) -> tuple[RunConfig | None, set[str]]:
         return RunConfig.model_validate(draft.tree), broken
     except ValidationError as error:
         entries = error.errors(include_url=False)
+    other_names = {key for entry in entries for key in renamed(entry)}
     for entry in entries:
         path: KeyPath = tuple(entry["loc"])
-        if not draft.is_broken(path):
-            draft.problems.append(in_words(entry, origin=draft.origin))
+        present = entry["type"] == "missing" and (
+            dotted(path) in other_names
+            or any(k.startswith(f"{dotted(path)}.") for k in other_names)
+        )
+        if not present and not draft.is_broken(path):
+            draft.problems += in_words(entry, origin=draft.origin)
         broken.add(dotted(path[:2]))
+    broken |= other_names
     tree = _stand_in(draft.tree, broken)
     try:
         return RunConfig.model_validate(tree), broken

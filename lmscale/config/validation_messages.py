@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lmscale.base.errors import Problem
+from lmscale.config.aliases import advice_for, key_for, normal, section_for
 from lmscale.config.fields import key_of, shown
 from lmscale.config.schema import RunConfig
 from lmscale.config.yaml import KeyPath, dotted
@@ -30,12 +31,58 @@ _LIMITS = {
 }
 
 
-def in_words(error: Mapping[str, Any], *, origin: Callable[[KeyPath], str]) -> Problem:
-    """One entry of ValidationError.errors() as a Problem."""
+def in_words(error: Mapping[str, Any], *, origin: Callable[[KeyPath], str]) -> list[Problem]:
+    """One entry of ValidationError.errors() as problems: several for a section of another project."""
     path, kind = tuple(error["loc"]), error["type"]
-    fact, hint = _words(kind, path, error["input"], error.get("ctx", {}))
-    place = "" if kind == "missing" else origin(path)
-    return Problem(dotted(path), f"{fact} ({place})" if place else fact, hint)
+    location = "" if kind == "missing" else origin(path)
+    suffix = f" ({location})" if location else ""
+    value = error["input"]
+    if kind == "extra_forbidden" and len(path) == 1 and isinstance(value, Mapping):
+        return list(_unknown_section(str(path[0]), value, suffix, origin))
+    fact, hint = _words(kind, path, value, error.get("ctx", {}))
+    return [Problem(dotted(path), fact + suffix, hint)]
+
+
+def renamed(error: Mapping[str, Any]) -> set[str]:
+    """Our keys that an unknown key or section has under other names: they are not missing as well."""
+    path, value = tuple(error["loc"]), error["input"]
+    if error["type"] != "extra_forbidden":
+        return set()
+    paths = [path]
+    if len(path) == 1 and isinstance(value, Mapping):
+        paths = [(path[0], str(key)) for key in value]
+    return {key for inner in paths if (key := _our_key(inner)) is not None}
+
+
+def _our_key(path: KeyPath) -> str | None:
+    """Our dotted key for an unknown key: by its name in another project, else by its name here."""
+    if len(path) > 2:
+        return None
+    key = key_for(path)
+    if key is not None:
+        return key
+    name = normal(path[-1])
+    keys = _keys_named(name)
+    section = (section_for(str(path[0])) or str(path[0])) if len(path) == 2 else ""
+    if f"{section}.{name}" in keys:
+        return f"{section}.{name}"
+    return keys[0] if len(keys) == 1 else None
+
+
+def _unknown_section(
+    name: str, values: Mapping[str, Any], suffix: str, origin: Callable[[KeyPath], str]
+) -> Iterator[Problem]:
+    section = section_for(name)
+    hint = f"rename it to {section}" if section else _did_you_mean((name,))
+    yield Problem(name, f"unknown section{suffix}", hint)
+    for key in values:
+        path = (name, str(key))
+        target = _our_key(path)
+        if target is not None and target != f"{section}.{key}":
+            location = origin(path)
+            inner = f" ({location})" if location else ""
+            advice = advice_for(path) or f"rename it to {target}"
+            yield Problem(dotted(path), f"unknown key{inner}", advice)
 
 
 def _words(kind: str, path: KeyPath, value: object, ctx: Mapping[str, Any]) -> tuple[str, str]:
@@ -108,29 +155,33 @@ def _how_to_add(path: KeyPath) -> str:
 
 
 def _did_you_mean(path: KeyPath) -> str:
+    """The key to use: under the name that another project gives it, in another section, or spelled alike."""
+    advice = advice_for(path)
+    if advice:
+        return advice
+    target = _our_key(path)
+    if target:
+        return f"rename it to {target}"
     key = str(path[-1])
     parent = section_at(path[:-1])
-    known = [name for name, _ in fields_of(parent)] if parent else []
-    close = get_close_matches(key, known, n=1)
+    names = [name for name, _ in fields_of(parent)] if parent else []
+    close = get_close_matches(key, names, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    elsewhere = _elsewhere(key)
+    elsewhere = _keys_named(key)
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
-    return f"known keys: {', '.join(known)}" if known else ""
+    return f"known keys: {', '.join(names)}" if names else ""
 
 
-def _elsewhere(key: str) -> list[str]:
-    """Dotted names in other sections, for a key that was put into the wrong one."""
-    homes = [
-        f"{section}.{name}"
+def _keys_named(name: str) -> list[str]:
+    """The dotted keys, of all sections, with this name."""
+    return [
+        f"{section}.{key}"
         for section, field in RunConfig.model_fields.items()
-        for name, _ in fields_of(model_in(field.annotation))
-        if name == key
+        for key, _ in fields_of(model_in(field.annotation))
+        if key == name
     ]
-    if homes or "." in key:
-        return homes
-    return []
 
 
 def fields_of(model: type[BaseModel] | None) -> Iterator[tuple[str, Any]]:

@@ -1,28 +1,30 @@
-"""YAML with the scalars of the 1.2 core schema, read with line numbers, written to read back.
+"""YAML 1.2 for run files: values with the line of every key, all problems together, and output that reads back.
 
-PyYAML follows YAML 1.1, where `1e-3` is text, `on` is true, `010` is 8 and `1:30` is 90.
+ruamel.yaml scans and emits. Its resolver accepts more than the core schema (`1_000`, `0b1` and dates are not text for
+it), so the scalars follow the table of the specification here. The nodes are converted here, too: ruamel.yaml stops at
+the first repeated key, whereas a user wants to see all problems of a file at once.
 """
 
+import io
 import math
 import re
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import BaseResolver, implicit_resolvers
 
 from lmscale.base.errors import Problem
-
-try:
-    from yaml import CSafeLoader as _Parser  # ten times faster on a run file
-except ImportError:  # a PyYAML built without libyaml
-    from yaml import SafeLoader as _Parser  # type: ignore[assignment]
 
 KeyPath = tuple[str | int, ...]
 
 _PREFIX = "tag:yaml.org,2002:"
-# https://yaml.org/spec/1.2.2/#1032-tag-resolution, in its order
-_CORE = (
+# https://yaml.org/spec/1.2.2/#1032-tag-resolution, in its order: tag, pattern, possible first characters
+_CORE_SCHEMA = (
     ("null", re.compile(r"^(?:null|Null|NULL|~|)$"), ("n", "N", "~", "")),
     ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), tuple("tTfF")),
     ("int", re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), tuple("-+0123456789")),
@@ -35,20 +37,14 @@ _CORE = (
         tuple("-+.0123456789"),
     ),
 )
-_MAX_NODES = 100_000  # aliases can make a small file unfold without end
-
-
-class _CoreLoader(_Parser):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's way of declaring them
-
-
-for _name, _pattern, _first in _CORE:
-    _CoreLoader.add_implicit_resolver(_PREFIX + _name, _pattern, _first)
+_TYPE_NAMES = {"bool": "true or false", "int": "a whole number", "float": "a number"}
+_MAX_NODES = 100_000  # a small file can expand to an endless number of values through aliases
+_MAX_DEPTH = 100  # a run file has five levels; deeper ones would exhaust Python's stack
 
 
 @dataclass
 class Document:
-    """A decoded text: its value, the line of each key, and what was wrong with it."""
+    """A decoded text: its value, the line of each key (from 1), and its problems."""
 
     value: Any
     lines: dict[KeyPath, int] = field(default_factory=dict)
@@ -61,40 +57,61 @@ def dotted(path: KeyPath) -> str:
 
 
 def parse(text: str, *, name: str) -> Document:
-    """Decode one document. Never raises: `problems` says what is wrong, with `name` and line."""
+    """Decode one document. Never raises: `problems` names each mistake with `name` and its line."""
     document = Document(None)
-    loader = None
     try:
-        loader = _CoreLoader(text)
-        node = loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
+        node = _parser().compose(text)
+    except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = f"{name}:{mark.line + 1}" if mark else name
-        document.problems.append(Problem("", f"{where}: not YAML: {error.problem}", _advice(error)))
-    except yaml.YAMLError as error:
+        location = f"{name}:{mark.line + 1}" if mark else name
+        fact = f"{location}: not YAML: {error.problem or error.context}"
+        document.problems.append(Problem("", fact, _hint(error)))
+    except YAMLError as error:
         document.problems.append(Problem("", f"{name}: not YAML: {str(error).splitlines()[0]}"))
     else:
         if node is not None:
-            _read(node, document, name=name)
-    finally:
-        if loader is not None:
-            loader.dispose()
+            _convert(node, document, name=name)
     return document
 
 
-def _read(node: yaml.Node, document: Document, *, name: str) -> None:
-    try:
-        document.value = _Reader(name, document).value(node, ())
-    except _UnfoldsWithoutEnd:
-        fact = f"{name}: its aliases unfold to more than {_MAX_NODES} values"
-        document.problems = [Problem("", fact, "write them out")]
+def render(value: Any) -> str:
+    """The value as YAML: parse(render(value)).value equals it, for anything that JSON can represent."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _CoreRepresenter
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.allow_unicode = True
+    yaml.width = 1 << 30  # no line is folded
+    stream = io.StringIO()
+    yaml.dump(value, stream)
+    return stream.getvalue().removesuffix("...\n")  # a document that is a single scalar ends so
 
 
-class _UnfoldsWithoutEnd(Exception):
-    pass
+class _CoreResolver(BaseResolver):
+    """The scalars of the YAML 1.2 core schema."""
+
+    def __init__(self, version: Any = None, loader: Any = None) -> None:
+        super().__init__(loader)
+
+    @property
+    def processing_version(self) -> tuple[int, int]:
+        """The version whose grammar the parser follows."""
+        return 1, 2
 
 
-def _advice(error: yaml.MarkedYAMLError) -> str:
+for _tag, _pattern, _first in _CORE_SCHEMA:
+    _CoreResolver.add_implicit_resolver_base(_PREFIX + _tag, _pattern, _first)
+
+
+def _parser() -> YAML:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Resolver = _CoreResolver
+    yaml.max_depth = _MAX_DEPTH
+    yaml.composer.warn_double_anchors = False  # YAML 1.2 lets a later anchor replace an earlier one
+    return yaml
+
+
+def _hint(error: MarkedYAMLError) -> str:
     text = f"{error.problem}"
     if "\\t" in text or "tab" in text:
         return "indent with spaces"
@@ -103,57 +120,69 @@ def _advice(error: yaml.MarkedYAMLError) -> str:
     return "check quotes, brackets and indentation there"
 
 
-class _Reader:
-    """Turns nodes into values and notes what the core schema or we do not allow."""
+class _TooManyNodesError(Exception):
+    pass
+
+
+def _convert(node: Node, document: Document, *, name: str) -> None:
+    try:
+        document.value = _Converter(name, document).value(node, ())
+    except _TooManyNodesError:
+        fact = f"{name}: its aliases unfold to more than {_MAX_NODES} values"
+        document.problems = [Problem("", fact, "write the values without aliases")]
+
+
+class _Converter:
+    """Turns nodes into values and records what the core schema or a run file does not allow."""
 
     def __init__(self, name: str, document: Document) -> None:
         self.name = name
         self.document = document
-        self.nodes = 0
-        self.open: set[int] = set()  # nodes being read, to see an alias inside its own anchor
+        self.num_nodes = 0
+        self.open_nodes: set[int] = set()  # being converted: an alias to one of them is circular
 
-    def value(self, node: yaml.Node, path: KeyPath) -> Any:
+    def value(self, node: Node, path: KeyPath) -> Any:
         self.document.lines.setdefault(path, node.start_mark.line + 1)
-        self.nodes += 1
-        if self.nodes > _MAX_NODES:
-            raise _UnfoldsWithoutEnd
-        if id(node) in self.open:
-            return self.problem(node, path, "an alias inside its own anchor", "write it out")
-        self.open.add(id(node))
+        self.num_nodes += 1
+        if self.num_nodes > _MAX_NODES:
+            raise _TooManyNodesError
+        if id(node) in self.open_nodes:
+            return self.problem(node, path, "an alias inside its own anchor", "write the value out")
+        self.open_nodes.add(id(node))
         try:
-            if isinstance(node, yaml.MappingNode):
+            if isinstance(node, MappingNode):
                 return self.mapping(node, path)
-            if isinstance(node, yaml.SequenceNode):
+            if isinstance(node, SequenceNode):
                 return [self.value(child, (*path, i)) for i, child in enumerate(node.value)]
             return self.scalar(node, path)
         finally:
-            self.open.remove(id(node))
+            self.open_nodes.remove(id(node))
 
-    def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+    def mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        first: dict[Hashable, int] = {}
+        first_line: dict[Hashable, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != _PREFIX + "str":
-                shown = getattr(key_node, "value", "")
-                shown = shown if isinstance(shown, str) else "a list or mapping"
+            if not isinstance(key_node, ScalarNode) or key_node.tag != _PREFIX + "str":
+                key_text = key_node.value if isinstance(key_node, ScalarNode) else None
+                shown = "a list or mapping" if key_text is None else key_text
                 self.problem(key_node, path, f"the key {shown} is not text", "put it in quotes")
                 continue
             key = key_node.value
-            here = (*path, key)
-            if key in first:
-                fact = f"repeated key, first on line {first[key]}"
-                self.problem(key_node, here, fact, "keep one of them")
+            key_path = (*path, key)
+            if key in first_line:
+                fact = f"repeated key, first on line {first_line[key]}"
+                self.problem(key_node, key_path, fact, "keep one of them")
                 continue
-            first[key] = line
-            self.document.lines[here] = line
-            values[key] = self.value(value_node, here)
+            first_line[key] = line
+            self.document.lines[key_path] = line
+            values[key] = self.value(value_node, key_path)
         return values
 
-    def scalar(self, node: yaml.Node, path: KeyPath) -> Any:
-        kind, text = node.tag.removeprefix(_PREFIX), node.value
+    def scalar(self, node: Node, path: KeyPath) -> Any:
+        tag, text = str(node.tag).removeprefix(_PREFIX), node.value
         try:
-            match kind:
+            match tag:
                 case "str" | "!":
                     return text
                 case "null":
@@ -164,20 +193,18 @@ class _Reader:
                     return _integer(text)
                 case "float":
                     return _float(text)
-        except (
-            ValueError,
-            KeyError,
-        ):  # an explicit tag on a text that is not of its kind, or a huge number
-            return self.problem(node, path, f"cannot read {text[:40]!r} as {_KINDS[kind]}", "")
-        return self.problem(node, path, f"unknown tag {node.tag}", "write the value without a tag")
+        except (ValueError, KeyError):  # a tag that does not fit its text, or a huge number
+            fact = f"cannot read {text[:40]!r} as {_TYPE_NAMES[tag]}"
+            return self.problem(node, path, fact, "")
+        hint = "write the value without a tag"
+        return self.problem(node, path, f"unknown tag {node.tag}", hint)
 
-    def problem(self, node: yaml.Node, path: KeyPath, fact: str, hint: str) -> None:
-        where = f"{self.name}:{node.start_mark.line + 1}"
-        self.document.problems.append(Problem(dotted(path), f"{fact} ({where})", hint))
+    def problem(self, node: Node, path: KeyPath, fact: str, hint: str) -> None:
+        location = f"{self.name}:{node.start_mark.line + 1}"
+        self.document.problems.append(Problem(dotted(path), f"{fact} ({location})", hint))
 
 
 _BOOLS = {"true": True, "false": False}
-_KINDS = {"bool": "true or false", "int": "a whole number", "float": "a number"}
 
 
 def _integer(text: str) -> int:
@@ -186,46 +213,36 @@ def _integer(text: str) -> int:
 
 
 def _float(text: str) -> float:
-    plain = text.lower()
-    if plain.endswith(".inf"):
-        return -math.inf if plain.startswith("-") else math.inf
-    return math.nan if plain == ".nan" else float(plain)
+    lower = text.lower()
+    if lower.endswith(".inf"):
+        return -math.inf if lower.startswith("-") else math.inf
+    return math.nan if lower == ".nan" else float(lower)
 
 
-class _CoreDumper(yaml.SafeDumper):
-    """Block style, flat lists on one line; quotes where YAML 1.1 or 1.2 sees no text."""
+class _CoreRepresenter(SafeRepresenter):
+    """Block style with flat lists on one line; quotes where YAML 1.1 or 1.2 would not read a text."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    style = "'" if any(pattern.match(text) for _, pattern, _ in _CORE) else None
-    if not text.replace(
-        "\n", ""
-    ).isprintable():  # line breaks of Unicode are folded without escapes
+def _represent_text(representer: SafeRepresenter, text: str) -> Any:
+    style = "'" if _is_other_scalar(text) else None
+    if not text.replace("\n", "").isprintable():  # the other styles would fold these characters
         style = '"'
-    return dumper.represent_scalar(_PREFIX + "str", text, style=style)
+    return representer.represent_scalar(_PREFIX + "str", text, style=style)
 
 
-def _represent_list(dumper: yaml.SafeDumper, values: Any) -> yaml.Node:
-    flat = not any(isinstance(value, (dict, list, tuple)) for value in values)
-    return dumper.represent_sequence(_PREFIX + "seq", values, flow_style=flat)
+def _is_other_scalar(text: str) -> bool:
+    """Whether a reader of YAML 1.1 or 1.2 would read this plain text as another type."""
+    core = any(pattern.match(text) for _, pattern, _ in _CORE_SCHEMA)
+    return core or any(pattern.match(text) for _, _, pattern, _ in implicit_resolvers)
 
 
-_CoreDumper.add_representer(str, _represent_text)
-_CoreDumper.add_representer(list, _represent_list)
+def _represent_list(representer: SafeRepresenter, values: Any) -> Any:
+    is_flat = not any(isinstance(value, (dict, list, tuple)) for value in values)
+    return representer.represent_sequence(_PREFIX + "seq", values, flow_style=is_flat)
 
 
-def render(value: Any) -> str:
-    """The value as YAML: parse(render(value)).value equals it, for anything JSON can hold."""
-    text = yaml.dump(
-        value,
-        Dumper=_CoreDumper,
-        sort_keys=False,
-        allow_unicode=True,
-        default_flow_style=False,
-        width=math.inf,
-    )
-    assert isinstance(text, str)
-    return text
+_CoreRepresenter.add_representer(str, _represent_text)
+_CoreRepresenter.add_representer(list, _represent_list)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from lmscale.config.yaml import render
 from tests.support.jobs import Job, clean_env, finished_process, prepare_corpus, small_run
 from tests.support.testbed import Testbed, wait_for, why_not
 
@@ -195,7 +195,7 @@ def user(whole: Testbed, shared_disk: Path, corpus: Path, request: pytest.Fixtur
     """A user with a run file and the site's cluster file; the run is named after the test."""
     name = re.sub(r"\W+", "-", request.node.originalname)[:40]
     folder = Path(tempfile.mkdtemp(dir=shared_disk, prefix="user-"))
-    (folder / "testbed.yaml").write_text(yaml.safe_dump(_CLUSTER))
+    (folder / "testbed.yaml").write_text(render(_CLUSTER))
     found = User(folder, name, bed=whole)
     found.write(small_cluster_run(corpus, STEPS))
     return found

@@ -7,8 +7,8 @@ import venv
 from pathlib import Path
 
 import pytest
-import yaml
 
+from lmscale.config.yaml import render
 from tests.support.jobs import clean_env, small_run
 
 pytestmark = pytest.mark.slow
@@ -56,7 +56,7 @@ def test_a_wheel_trains_and_knows_the_shipped_configs(
 ) -> None:
     run_file = small_run(corpus, train={"steps": 6})
     run_file["model"] = "smoke"
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(run_file))
+    (tmp_path / "mine.yaml").write_text(render(run_file))
     said = run(installed, "train", "mine.yaml", cwd=tmp_path)
     assert "finished 6 steps" in said
     assert (tmp_path / "runs" / "mine" / "report.html").exists()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lmscale.config.yaml import render
 
 LMSCALE = Path(sys.executable).with_name("lmscale")
 
@@ -113,7 +113,7 @@ class Job:
         return self.folder / "runs" / self.name
 
     def write(self, run: dict[str, Any]) -> None:
-        (self.folder / f"{self.name}.yaml").write_text(yaml.safe_dump(run))
+        (self.folder / f"{self.name}.yaml").write_text(render(run))
 
     def train(
         self, *overrides: str, timeout: float = 120, **env: str

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from lmscale.base.records import readable_lines
+from lmscale.config.earlier_keys import translate_config
+from lmscale.config.yaml import parse
 from lmscale.run_folder.paths import RunFolder
 
 COLUMNS = ("loss", "tokens", "lr", "grad_norm", "tokens_per_s", "mfu")
@@ -101,10 +102,8 @@ def finite(value: object) -> float | None:
 
 
 def _tree(text: str) -> object:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return None
+    """The configuration; None where it is not YAML. Names of an earlier version become today's."""
+    return translate_config(parse(text, name="config.yaml").value)
 
 
 def _metrics(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:

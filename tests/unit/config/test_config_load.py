@@ -121,9 +121,9 @@ def test_later_overrides_win_and_values_are_yaml(run: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "path", "words"),
     [
-        ("lr=3", "lr", "unknown key (override lr=3) | did you mean optim.lr?"),
+        ("lr=3", "lr", "unknown key (override lr=3) | rename it to optim.lr"),
         ("optim.lrr=3", "optim.lrr", "did you mean 'lr'?"),
-        ("train.lr=3", "train.lr", "did you mean optim.lr?"),
+        ("train.lr=3", "train.lr", "rename it to optim.lr"),
         ("optmi.lr=3", "optmi", "did you mean 'optim'?"),
         ("optim.lr.x=3", "optim.lr", "holds no keys"),
         ("data.corpora.0.path=x", "data.corpora", "holds no keys"),

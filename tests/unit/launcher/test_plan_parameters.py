@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmscale.config.schema import ModelConfig
+from lmscale.config.yaml import parse
 from lmscale.model.build import build_model
 from lmscale.model.tp_plan import cut_dim
 from lmscale.model.transformer import LanguageModel
@@ -25,7 +25,7 @@ PUBLISHED = {
 
 
 def config(name: str) -> ModelConfig:
-    values = yaml.safe_load((MODELS / f"{name}.yaml").read_text())
+    values = parse((MODELS / f"{name}.yaml").read_text(), name="yaml").value
     return ModelConfig(**{**values, "norm_eps": float(values.get("norm_eps", 1e-5))})
 
 

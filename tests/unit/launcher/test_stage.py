@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from lmscale.base.errors import ConfigError
 from lmscale.config.run_file import load
+from lmscale.config.yaml import render
 from lmscale.corpus.manifest import Manifest, TokenizerEntry, tokenizer_entry
 from lmscale.corpus.order import Order, step_positions
 from lmscale.corpus.shard_format import Chunk, chunk_range, num_chunks, shard_name, write_shard
@@ -72,7 +72,7 @@ def write_run(folder: Path, train: dict[str, Any]) -> Path:
         "optim": {"lr": 1e-3},
         "train": {"steps": 6, "global_batch_size": BATCH, "seq_len": SEQ_LEN} | train,
     }
-    path.write_text(yaml.safe_dump(body))
+    path.write_text(render(body))
     return path
 
 
