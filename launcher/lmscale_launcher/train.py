@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from lmscale.base.errors import ConfigError, ExitCode, LmscaleError, Problem, UsageError
 from lmscale.base.fs import storage_errors
+from lmscale.checks.corpora import missing_corpora
+from lmscale.checks.resume import finished_message, finished_step
 from lmscale.config import rules as checks
 from lmscale.config.run_file import load
 from lmscale.config.schema import RunConfig
@@ -15,7 +17,6 @@ from lmscale.run_folder.events import start_name
 from lmscale.run_folder.liveness import wait_for_silence
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.command_line import train_command
-from lmscale_launcher.resume_checks import farewell, finished, missing
 
 if TYPE_CHECKING:
     from lmscale_launcher.supervisor.context import SupervisorJob
@@ -45,13 +46,13 @@ def _job(source: str, overrides: Sequence[str]) -> "SupervisorJob":
     """What to supervise. Raises ConfigError for all that can be found wrong without torch."""
     cfg = load(source, overrides)
     num_ranks, nodes, node, master = world_of(cfg, os.environ)
-    if found := [*checks.world_problems(cfg, world_size=num_ranks * nodes), *missing(cfg)]:
+    if found := [*checks.world_problems(cfg, world_size=num_ranks * nodes), *missing_corpora(cfg)]:
         raise ConfigError(found)
     folder, by_hand = RunFolder(Path(cfg.train.run_dir)), "LMSCALE_START" not in os.environ
     if by_hand:
         wait_for_silence(folder)  # here, where Ctrl-C still ends the process at once
     # Node 0 judges for all: others may see an older state of a shared folder.
-    step = finished(cfg, folder) if node == 0 else None
+    step = finished_step(cfg, folder) if node == 0 else None
     staging = None
     if cfg.data.cache_dir is not None:
         from lmscale_launcher import stage
@@ -75,7 +76,7 @@ def _job(source: str, overrides: Sequence[str]) -> "SupervisorJob":
         deadline=_deadline(os.environ),
         stage=staging,
         unfit=() if by_hand else _unfit(folder, node=node, ranks=num_ranks),
-        finished="" if step is None else farewell(folder, step),
+        finished="" if step is None else finished_message(folder, step),
         patience=StallLimits(cfg.cluster.stall_limit, least_s=_least_stall_s(cfg)),
     )
 

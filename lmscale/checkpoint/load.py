@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,12 +30,6 @@ def load(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     with one_outcome(f"load of {path.name}"):
         dcp.load(dict(tensors), storage_reader=FilesReader(path, manifest), planner=LoadPlanner())
     logger.info("loaded %s in %.1f s", path.name, time.monotonic() - began)
-
-
-def read_body(path: Path) -> dict[str, Any]:
-    """What `save` was given as body, with format, step and attempt. Not collective."""
-    manifest = read_manifest(path)
-    return {key: value for key, value in manifest.items() if key not in ("files", "tensors")}
 
 
 def load_weights_one_process(path: Path) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from lmscale.base.errors import ConfigError, ExitCode, Problem
 from lmscale.base.world import World
+from lmscale.checks.resume import check_identity
 from lmscale.config.identity import total_steps
 from lmscale.config.run_file import dump
 from lmscale.config.schema import RunConfig
@@ -43,7 +44,6 @@ from lmscale.train.restore import (
     AttemptStart,
     ResumePoint,
     TrainState,
-    check_identity,
     checkpoint_body,
     choose,
     note_changes,

@@ -1,10 +1,10 @@
-"""Opening the corpora of a run, and the checks that need a run file and a manifest together."""
+"""Opening the corpora of a run."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmscale.base.errors import ConfigError, Problem
+from lmscale.base.errors import ConfigError
+from lmscale.checks.corpora import corpus_problems, missing_corpora
 from lmscale.config.schema import RunConfig
 from lmscale.corpus.manifest import Manifest, corpus_folder, tokenizer_path
 from lmscale.corpus.order import Order, chunks_in_use
@@ -28,12 +28,7 @@ class Corpora:
 
 def open_corpora(cfg: RunConfig, *, world_size: int) -> Corpora:
     """Open and check every corpus of the run. Raises ConfigError (all problems together) or DataError."""
-    missing = [
-        Problem(key, f"{path} does not exist", "make it with: lmscale prepare OUT INPUT...")
-        for key, path in _paths(cfg)
-        if not Path(path).exists()
-    ]
-    if missing:
+    if missing := list(missing_corpora(cfg)):
         raise ConfigError(missing)
     in_use = chunks_in_use(
         streams=cfg.data.streams or cfg.train.global_batch_size,
@@ -58,7 +53,13 @@ def open_corpora(cfg: RunConfig, *, world_size: int) -> Corpora:
         for path in cfg.eval.corpora
     }
     corpora = Corpora(train, held_out, corpus_tokenizer(train))
-    if found := list(_problems(cfg, corpora)):
+    problems = corpus_problems(
+        cfg,
+        train.manifest,
+        tokenizer_file=tokenizer_path(train.path, train.manifest),
+        held_out={path: reader.manifest for path, reader in held_out.items()},
+    )
+    if found := list(problems):
         raise ConfigError(found)
     return corpora
 
@@ -78,52 +79,3 @@ def build_order(cfg: RunConfig, reader: CorpusReader, *, streams: int) -> Order:
         window_chunks=cfg.data.shuffle_window_chunks,
         seed=cfg.train.seed,
     )
-
-
-def _paths(cfg: RunConfig) -> Iterator[tuple[str, str]]:
-    for index, corpus in enumerate(cfg.data.corpora):
-        yield f"data.corpora[{index}].path", str(corpus.path)
-    for index, path in enumerate(cfg.eval.corpora):
-        yield f"eval.corpora[{index}]", str(path)
-    if cfg.data.tokenizer is not None:
-        yield "data.tokenizer", str(cfg.data.tokenizer)
-
-
-def _problems(cfg: RunConfig, corpora: Corpora) -> Iterator[Problem]:
-    manifest = corpora.manifest
-    batch, samples = cfg.train.global_batch_size, corpora.train.num_samples
-    if samples < batch:
-        yield Problem(
-            "train.global_batch_size",
-            f"{batch} samples a step, but the corpus has only {samples} samples of {cfg.train.seq_len} tokens",
-            f"use train.global_batch_size <= {samples}, a shorter train.seq_len, or a larger corpus",
-        )
-    if cfg.model.vocab_size is not None and cfg.model.vocab_size < manifest.tokenizer.vocab_size:
-        yield Problem(
-            "model.vocab_size",
-            f"{cfg.model.vocab_size}, but the corpus' tokenizer has {manifest.tokenizer.vocab_size} ids",
-            "leave model.vocab_size out: it is taken from the corpus",
-        )
-    wanted = manifest.tokenizer.fingerprint
-    if cfg.data.tokenizer is not None:
-        given = Tokenizer.load(Path(cfg.data.tokenizer)).fingerprint
-        if given != wanted:
-            yield Problem(
-                "data.tokenizer",
-                f"{cfg.data.tokenizer} ({given[:12]}) is not the one that the corpus was made with ({wanted[:12]})",
-                f"leave data.tokenizer out, or prepare the corpus anew with --tokenizer {cfg.data.tokenizer}",
-            )
-    for index, (path, reader) in enumerate(corpora.held_out.items()):
-        if reader.manifest.tokenizer.fingerprint != wanted:
-            yield Problem(
-                f"eval.corpora[{index}]",
-                f"{path} was made with another tokenizer ({reader.manifest.tokenizer.fingerprint[:12]}) "
-                f"than the training corpus ({wanted[:12]})",
-                f"prepare it anew with --tokenizer {tokenizer_path(corpora.train.path, manifest)}",
-            )
-        if reader.num_samples == 0:
-            yield Problem(
-                f"eval.corpora[{index}]",
-                f"{path} holds no sample of {cfg.train.seq_len} tokens",
-                "use a larger held-out share (lmscale prepare --heldout 5%) or a shorter train.seq_len",
-            )

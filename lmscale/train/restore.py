@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.base.errors import CheckpointError, ConfigError, Problem, RetryableError, UsageError
-from lmscale.checkpoint.load import load, read_body
+from lmscale.checkpoint.load import load
 from lmscale.checkpoint.planners import Mismatch
-from lmscale.config.identity import ORDER_KEYS, differing, fingerprint, identity, placement
+from lmscale.checks.resume import check_identity, read_checkpoint
+from lmscale.config.identity import differing, fingerprint, identity, placement
 from lmscale.config.schema import RunConfig
 from lmscale.engine.base import Engine
 from lmscale.run_folder import attempts
@@ -144,7 +145,7 @@ def find_trained(path: Path) -> TrainedModel:
                 f"{path} holds no valid checkpoint; look at it with `lmscale verify {path}`"
             )
         path = found.path
-    body = read_body(path)
+    body = read_checkpoint(path)
     return TrainedModel(path, int(body["step"]), RunConfig.model_validate(body["config"]), body)
 
 
@@ -206,25 +207,6 @@ def report_damage(rank: RunContext, path: Path, error: Exception) -> None:
     if rank.is_root:
         log.warning("checkpoint %s is damaged and left out: %s", path, error)
     rank.write_event("damage", path=str(path), reason=str(error))
-
-
-def check_identity(cfg: RunConfig, body: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys that differ and are allowed to. Raises ConfigError naming those that are not."""
-    before = body["identity"]
-    changed = differing(before, now)
-    refused = [key for key in changed if key not in cfg.train.allow_change]
-    if refused:
-        raise ConfigError(
-            Problem(
-                key,
-                f"{now.get(key)!r}, but the checkpoint was trained with {before.get(key)!r}",
-                "set it back, or choose another train.run_dir"
-                if key in ORDER_KEYS
-                else f"set it back, or allow it with train.allow_change: [{key}], or choose another train.run_dir",
-            )
-            for key in refused
-        )
-    return changed
 
 
 class AttemptStart:
@@ -313,7 +295,7 @@ class AttemptStart:
 
 def source_of(path: Path, *, foreign: bool = False) -> ResumePoint:
     """A checkpoint as a place to go on from. Raises CheckpointError where its manifest is damaged."""
-    body = read_body(path)
+    body = read_checkpoint(path)
     return ResumePoint(path, int(body["step"]), body, foreign)
 
 

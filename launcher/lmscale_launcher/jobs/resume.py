@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lmscale.base.errors import ConfigError, Problem, UsageError
+from lmscale.checks.resume import resume_problems
 from lmscale.config.run_file import load
 from lmscale.config.schema import RunConfig
 from lmscale.run_folder.bad_nodes import read_bad_nodes
@@ -16,7 +17,6 @@ from lmscale.run_folder.checkpoints import CheckpointEntry, newest_valid
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.jobs.run_facts import find_run_folder
 from lmscale_launcher.jobs.submit import hand_over, refuse_a_live_run, run_name
-from lmscale_launcher.resume_checks import changes
 
 _JOB_CONFIG = re.compile(r"([1-9]\d*)\.yaml")
 
@@ -62,7 +62,7 @@ def _config(folder: RunFolder, overrides: Sequence[str]) -> RunConfig:
 
 def _check(cfg: RunConfig, folder: RunFolder, found: CheckpointEntry) -> None:
     """Say here what the ranks would refuse, or do nothing about, in their first seconds."""
-    if problems := changes(cfg, found):
+    if problems := resume_problems(cfg, found):
         raise ConfigError(problems)
     if cfg.train.stop_at is not None and found.step >= cfg.train.stop_at:
         fact = f"{cfg.train.stop_at}, but the run stands at step {found.step} already"

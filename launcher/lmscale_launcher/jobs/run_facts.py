@@ -153,8 +153,8 @@ def _planned_steps(
 
 
 def _steps_of(path: Path) -> int | None:
+    from lmscale.checks.corpora import corpus_samples
     from lmscale.config.identity import total_steps
-    from lmscale_launcher.resume_checks import corpus_samples
 
     try:
         cfg = load(path)

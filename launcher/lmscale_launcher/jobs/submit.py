@@ -13,6 +13,8 @@ from typing import Any
 
 from lmscale.base.errors import ConfigError, ExitCode, Problem
 from lmscale.base.fs import storage_errors
+from lmscale.checks.corpora import missing_corpora
+from lmscale.checks.resume import finished_message, finished_step
 from lmscale.config.run_file import dump, load
 from lmscale.config.schema import RunConfig
 from lmscale.run_folder.liveness import live, refusal, wait_for_silence
@@ -29,7 +31,6 @@ from lmscale_launcher.jobs.job_plan import (
     write_record,
 )
 from lmscale_launcher.jobs.run_state import code_in_words
-from lmscale_launcher.resume_checks import farewell, finished, missing
 
 _TAIL_LINES = 20
 
@@ -43,12 +44,12 @@ def hand_over(cfg: RunConfig, *, dry_run: bool, as_json: bool, notes: Sequence[s
     """Submit a loaded run. `notes` are said first."""
     say = Say(as_json)
     folder = RunFolder(Path(cfg.train.run_dir))
-    if found := list(missing(cfg)):
+    if found := list(missing_corpora(cfg)):
         raise ConfigError(found)
     plan = plan_job(cfg, number=next_number(folder), cwd=Path.cwd())
     refuse_a_live_run(folder)
-    if (step := finished(cfg, folder)) is not None:
-        say.lines(farewell(folder, step))
+    if (step := finished_step(cfg, folder)) is not None:
+        say.lines(finished_message(folder, step))
         say.result({"run": str(folder.path), "finished": step})
         return ExitCode.DONE
     say.lines(*notes, *(f"note: {one.path}: {one.fact}; {one.hint}" for one in unstaged(cfg)))

@@ -42,17 +42,13 @@ def corpus_facts(cfg: RunConfig) -> CorpusFacts:
     path = cfg.data.corpora[0].path
     if not Path(path).exists():
         return CorpusFacts(path, None, None, *_vocabulary(cfg))
+    from lmscale.checks.corpora import too_few_samples
     from lmscale.corpus.manifest import load_part
 
     _, manifest = load_part(Path(path))
+    if problems := list(too_few_samples(cfg, manifest)):
+        raise ConfigError(problems)
     samples = manifest.num_samples(cfg.train.seq_len)
-    if samples < cfg.train.global_batch_size:
-        fact = (
-            f"{cfg.train.global_batch_size} samples a step, but the corpus has {samples} of "
-            f"{cfg.train.seq_len} tokens"
-        )
-        hint = "use fewer, or a larger corpus"
-        raise ConfigError([Problem("train.global_batch_size", fact, hint)])
     given, size = cfg.model.vocab_size, manifest.tokenizer.vocab_size
     if given is not None:
         return CorpusFacts(path, samples, manifest.tokens, given, "model.vocab_size", manifest)

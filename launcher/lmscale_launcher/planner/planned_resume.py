@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmscale.base.errors import ConfigError, Problem
+from lmscale.checks.resume import identity_problem, read_checkpoint
 from lmscale.config.schema import RunConfig
-from lmscale.run_folder.checkpoints import newest_valid, read_manifest
+from lmscale.run_folder.checkpoints import newest_valid
 from lmscale.run_folder.paths import RunFolder
 
 if TYPE_CHECKING:  # it loads numpy
@@ -42,7 +43,7 @@ def standing(cfg: RunConfig) -> PlannedResume:
     batch = cfg.train.global_batch_size
     if (path := _source(cfg)) is None:
         return PlannedResume(cfg.data.streams or batch, first_batch=batch)
-    body = read_manifest(path)
+    body = read_checkpoint(path)
     identity, state = body.get("identity", {}), body.get("state", {}).get("train", {})
     step = int(body.get("step", 0))
     before = int(identity.get(_KEY, batch))
@@ -52,12 +53,8 @@ def standing(cfg: RunConfig) -> PlannedResume:
     position = int(state.get("position", step * before))
     if before != batch:
         if _KEY not in cfg.train.allow_change:
-            fact = f"{batch}, but {path} was trained with {before}"
-            hint = (
-                f"set it back, or allow it with train.allow_change: [{_KEY}], or choose another "
-                "train.run_dir"
-            )
-            raise ConfigError([Problem(_KEY, fact, hint)])
+            problem = identity_problem(_KEY, now=batch, before=before, checkpoint=str(path))
+            raise ConfigError([problem])
         later.append((step, position, batch))
     kept = identity.get("data.streams")
     streams = kept if isinstance(kept, int) else cfg.data.streams or first

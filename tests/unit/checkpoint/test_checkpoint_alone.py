@@ -11,10 +11,11 @@ import torch
 
 from lmscale.base.errors import CheckpointError, LmscaleError, Overtaken, RetryableError
 from lmscale.checkpoint import save as saving
-from lmscale.checkpoint.load import load, load_weights_one_process, read_body
+from lmscale.checkpoint.load import load, load_weights_one_process
 from lmscale.checkpoint.planners import Mismatch
 from lmscale.checkpoint.retention import retain
 from lmscale.checkpoint.save import save
+from lmscale.checks.resume import read_checkpoint
 from lmscale.run_folder.attempts import claim
 from lmscale.run_folder.checkpoints import damage, listing
 from lmscale.run_folder.paths import RunFolder
@@ -61,7 +62,7 @@ def test_the_folder_is_sound_and_holds_no_pickle(run):
     path = save_step(run, 12)
     assert damage(path, deep=True) == []
     assert sorted(os.listdir(path)) == ["manifest.json", "rank-00000.safetensors"]
-    assert read_body(path) == {"format": 1, "step": 12, "attempt": 1, **BODY}
+    assert read_checkpoint(path) == {"format": 1, "step": 12, "attempt": 1, **BODY}
 
 
 def test_weights_for_one_process_come_by_parameter_name(run):
