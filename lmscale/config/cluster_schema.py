@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator
 
@@ -142,12 +142,35 @@ class MpiConfig(Section):
     options: PlainTexts = _texts("more options of mpirun, passed on as they are")
 
 
+class ClusterKind(NamedTuple):
+    """Where a cluster kind is implemented. The launcher imports the module when the kind is used."""
+
+    module: str
+    class_name: str
+    section: str | None = None  # its key below `cluster`; None: it has no settings of its own
+    ends_jobs: bool = False  # it ends a job at cluster.time_limit
+
+
+# Every cluster kind; the values of cluster.kind are derived from it (docs/extending.md).
+CLUSTER_KINDS = {
+    "local": ClusterKind("lmscale_launcher.clusters.local", "LocalCluster"),
+    "mpi": ClusterKind("lmscale_launcher.clusters.mpi", "MpiCluster", section="mpi"),
+    "slurm": ClusterKind(
+        "lmscale_launcher.slurm.slurm_cluster", "SlurmCluster", section="slurm", ends_jobs=True
+    ),
+}
+PLANNED_KINDS = ("kubernetes",)  # refused by lmscale/config/rules.py
+
+if TYPE_CHECKING:
+    KindName = str
+else:
+    KindName = Literal[(*CLUSTER_KINDS, *PLANNED_KINDS)]
+
+
 class ClusterConfig(Section):
     """Where the ranks run."""
 
-    kind: Literal["local", "mpi", "slurm", "kubernetes"] = placement(
-        "who starts them", default="local"
-    )
+    kind: KindName = placement("who starts them", default="local")
     nodes: int = placement("hosts", default=1, ge=1)
     min_nodes: int | None = placement("fewest hosts to go on with; null: all", default=None, ge=1)
     ranks_per_node: int | None = placement(
@@ -173,3 +196,9 @@ class ClusterConfig(Section):
     env: Environment = placement("variables of every rank, e.g. NCCL_DEBUG", default={})
     slurm: SlurmConfig = placement("of kind slurm", default_factory=SlurmConfig)
     mpi: MpiConfig = placement("of kind mpi", default_factory=MpiConfig)
+
+    @property
+    def save_lead_s(self) -> int | None:
+        """Seconds before the time limit at which the cluster asks for a checkpoint; None: it does not ask."""
+        section = CLUSTER_KINDS[self.kind].section
+        return getattr(getattr(self, section), "signal_lead", None) if section else None

@@ -17,6 +17,7 @@ from math import gcd
 from lmscale.base.errors import Problem
 from lmscale.base.units import parse_percent
 from lmscale.config import proven
+from lmscale.config.cluster_schema import CLUSTER_KINDS
 from lmscale.config.engine_kinds import ENGINE_KINDS, kinds_that
 from lmscale.config.schema import EngineConfig, RunConfig
 
@@ -69,8 +70,9 @@ def _rest(cfg: RunConfig) -> Iterator[Problem]:
 
 
 def _cluster(cfg: RunConfig) -> Iterator[Problem]:
-    if cfg.cluster.kind == "kubernetes":
-        yield _not_yet("cluster.kind", "kubernetes", "use slurm, mpi or local")
+    if cfg.cluster.kind not in CLUSTER_KINDS:
+        hint = f"use one of {', '.join(CLUSTER_KINDS)}"
+        yield _not_yet("cluster.kind", cfg.cluster.kind, hint)
 
 
 Check = Callable[[RunConfig], Iterator[Problem]]
@@ -345,16 +347,19 @@ def _time_limit(cfg: RunConfig) -> Iterator[Problem]:
     cluster = cfg.cluster
     if cluster.time_limit is None:
         return
-    if cluster.kind != "slurm":
-        fact = f"{cluster.time_limit} s, but nobody ends a job of kind {cluster.kind}"
+    if cluster.kind not in CLUSTER_KINDS:
+        return
+    if not CLUSTER_KINDS[cluster.kind].ends_jobs:
+        fact = f"{cluster.time_limit} s, but kind {cluster.kind} has no time limits"
         hint = "leave it out; `lmscale stop` or train.stop_at saves and ends a run"
         yield Problem("cluster.time_limit", fact, hint)
-    elif cluster.time_limit <= cluster.slurm.signal_lead:
+    elif (lead_s := cluster.save_lead_s) is not None and cluster.time_limit <= lead_s:
+        key = f"cluster.{cluster.kind}.signal_lead"
         fact = (
-            f"{cluster.time_limit} s, and cluster.slurm.signal_lead asks for a checkpoint "
-            f"{cluster.slurm.signal_lead} s before: the job would stop as soon as it starts"
+            f"{cluster.time_limit} s, and {key} requests a checkpoint {lead_s} s before: the job "
+            "would stop as soon as it starts"
         )
-        yield Problem("cluster.time_limit", fact, "raise it, or lower cluster.slurm.signal_lead")
+        yield Problem("cluster.time_limit", fact, f"raise it, or lower {key}")
 
 
 def _allow_change(cfg: RunConfig) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.config.cluster_schema import ClusterConfig
-from lmscale_launcher.jobs.job_plan import JobPlan
+from lmscale_launcher.clusters.job import JobPlan
 
 CORPUS, CACHE = Path("/data/corpus/train"), Path("/local/cache")
 

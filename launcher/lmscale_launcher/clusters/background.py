@@ -1,4 +1,4 @@
-"""Jobs that are processes of a host in the background: started, told apart from later ones, ended."""
+"""Jobs that are background processes of a host: started, distinguished from later processes, ended."""
 
 import os
 import shlex
@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from typing_extensions import override
+
 from lmscale.base.env import scrubbed
 from lmscale.base.errors import ConfigError, Problem
 from lmscale.base.fs import storage_errors
@@ -16,13 +18,29 @@ from lmscale.base.proc import is_alive, started_ticks, this_host
 from lmscale.base.records import readable_lines
 from lmscale.run_folder.liveness import STALE_S
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.clusters.base import JobState
-from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord
-from lmscale_launcher.jobs.logs import ends_quietly
+from lmscale_launcher.clusters.base import Cluster, JobState
+from lmscale_launcher.clusters.job import JobPlan, JobRecord
+from lmscale_launcher.jobs.interrupts import ends_quietly
 
 # What the ranks find wrong shows after they have imported torch; what the supervisor does, at once.
 _WATCH_S = 10.0
 _POLL_S = 0.05
+
+
+class BackgroundCluster(Cluster):
+    """What kinds share whose job is a background process: its pid names the job, nothing is ever pending."""
+
+    @override
+    def states(self, jobs: Sequence[tuple[RunFolder, JobRecord]]) -> list[JobState]:
+        return [state(folder, record) for folder, record in jobs]
+
+    @override
+    def cancel(self, folder: RunFolder, record: JobRecord) -> None:
+        kill(record)
+
+    @override
+    def withdraw(self, folder: RunFolder, record: JobRecord) -> bool:
+        return False
 
 
 def preview(plan: JobPlan, command: Sequence[str]) -> str:

@@ -1,20 +1,15 @@
-"""Cluster kinds by name: which module implements `cluster.kind`."""
+"""From a cluster kind's name to its implementation, by the table in lmscale/config/cluster_schema.py."""
 
+from functools import cache
+from importlib import import_module
+
+from lmscale.config.cluster_schema import CLUSTER_KINDS
 from lmscale_launcher.clusters.base import Cluster
 
 
+@cache
 def cluster_of(kind: str) -> Cluster:
-    """The cluster of this kind."""
-    match kind:
-        case "slurm":
-            from lmscale_launcher.slurm.slurm_cluster import SlurmCluster
-
-            return SlurmCluster()
-        case "mpi":
-            from lmscale_launcher.clusters.mpi import MpiCluster
-
-            return MpiCluster()
-        case _:
-            from lmscale_launcher.clusters.local import LocalCluster
-
-            return LocalCluster()
+    """The cluster of this kind. Its module is imported here, so that other kinds cost nothing."""
+    row = CLUSTER_KINDS[kind]
+    implementation: type[Cluster] = getattr(import_module(row.module), row.class_name)
+    return implementation()

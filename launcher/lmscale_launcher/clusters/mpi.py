@@ -12,47 +12,50 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from typing_extensions import override
+
 from lmscale.base.errors import ConfigError, LmscaleError, Problem
-from lmscale.run_folder.paths import RunFolder
+from lmscale.config.cluster_schema import ClusterConfig
 from lmscale_launcher.clusters import background
-from lmscale_launcher.clusters.base import JobState
-from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord, plan_job
+from lmscale_launcher.clusters.background import BackgroundCluster
+from lmscale_launcher.clusters.base import RankLauncher
+from lmscale_launcher.clusters.job import JobPlan, JobRecord
+from lmscale_launcher.jobs.job_plan import plan_job
 
 # Of the environment of this host, mpirun hands nothing to ranks on others but what -x names.
 _PASSED_ON = ("LMSCALE_START", "PYTHONPATH", "PYTHONUNBUFFERED", "OMP_NUM_THREADS")
 
 
-class MpiCluster:
-    """mpirun. The pid of its supervisor names the job; nothing is ever pending."""
+class MpiCluster(BackgroundCluster):
+    """mpirun. The pid of its supervisor names the job."""
 
+    reports_all_hosts = (
+        False  # of an mpirun with a host file only the host of its supervisor is known
+    )
+    tool = "mpi"
+
+    @override
+    def runs_on_this_host_only(self, cluster: ClusterConfig) -> bool:
+        return cluster.nodes == 1 and not cluster.mpi.hosts
+
+    @override
+    def rank_launcher(self, cluster: ClusterConfig) -> RankLauncher | None:
+        return RankLauncher("cluster.kind mpi", "kind slurm or local")
+
+    @override
     def preview(self, plan: JobPlan) -> str:
-        """See Cluster."""
         return (
             f"{background.preview(plan, _supervisor(plan))}"
             f"# it runs, and within cluster.max_restarts={plan.cluster.max_restarts} runs again:\n"
             f"{_assignments(plan.cluster.env)}{shlex.join(mpirun(plan, os.environ))}\n"
         )
 
+    @override
     def submit(self, plan: JobPlan) -> JobRecord:
-        """See Cluster. The record of a job that has ended within seconds has its exit code in `facts`."""
-        mpirun(
-            plan, os.environ
-        )  # what is wrong with hosts or mpirun shall be said here, not in the log
+        mpirun(plan, os.environ)  # errors in hosts or mpirun are reported here, not only in the log
         record = background.start(plan, _supervisor(plan), os.environ)
         hosts = [host.partition(":")[0] for host in plan.cluster.mpi.hosts]
         return replace(record, facts={**record.facts, "hosts": hosts}) if hosts else record
-
-    def states(self, jobs: Sequence[tuple[RunFolder, JobRecord]]) -> list[JobState]:
-        """See Cluster."""
-        return [background.state(folder, record) for folder, record in jobs]
-
-    def cancel(self, folder: RunFolder, record: JobRecord) -> None:
-        """See Cluster."""
-        background.kill(record)
-
-    def withdraw(self, folder: RunFolder, record: JobRecord) -> bool:
-        """See Cluster: mpirun has always started."""
-        return False
 
 
 def mpirun(plan: JobPlan, env: Mapping[str, str]) -> list[str]:

@@ -14,6 +14,7 @@ from lmscale import __version__
 from lmscale.base.errors import ExitCode, UsageError
 from lmscale.base.units import show_bytes
 from lmscale.config.cluster_schema import ClusterConfig
+from lmscale_launcher.clusters.kinds import cluster_of
 from lmscale_launcher.doctor import (
     file_systems as storage,
 )
@@ -53,7 +54,7 @@ def doctor(*, cluster: str | None = None, as_json: bool = False, nodes: int = 0)
     `nodes`: run the check of a node on so many nodes of the (Slurm) cluster, too.
     """
     section = _cluster(cluster) if cluster is not None else None
-    if nodes and (section is None or section.kind != "slurm"):
+    if nodes and (section is None or not cluster_of(section.kind).can_check_nodes):
         raise UsageError("--nodes needs --cluster with a cluster of kind slurm")
     groups: list[Group] = []
     show = _Table(sys.stdout)
@@ -83,7 +84,7 @@ def _cluster(name: str) -> ClusterConfig:
 
 def _groups(section: ClusterConfig | None, nodes: int) -> Iterator[Group]:
     env = os.environ
-    kind = section.kind if section else None
+    tool = cluster_of(section.kind).tool if section else None
     several = section is not None and section.nodes > 1
     asked = probes.Probes(env)  # torch takes seconds: it is asked first and answers later
     asked_gpus, asked_name = nvidia.start_query(), host.start_name_lookup()
@@ -93,8 +94,8 @@ def _groups(section: ClusterConfig | None, nodes: int) -> Iterator[Group]:
     yield "torch", [*in_torch, *asked.gloo()]
     yield "GPUs", _gpus(driver, facts, env, section)
     yield "deepspeed", asked.deepspeed()
-    yield "mpi", probes.mpi(env, wanted=kind == "mpi")
-    yield "slurm", slurm.check(env, section if kind == "slurm" else None)
+    yield "mpi", probes.mpi(env, wanted=tool == "mpi")
+    yield "slurm", slurm.check(env, section if tool == "slurm" else None)
     on_disk, offset = _storage(several)
     yield "storage", on_disk
     yield "clock", [*offset, clock.keeper()]
@@ -127,7 +128,7 @@ def _gpus(
     section: ClusterConfig | None,
 ) -> list[Finding]:
     ranks = 1
-    if section is not None and section.kind in {"local", "mpi"}:
+    if section is not None and cluster_of(section.kind).nodes_are_like_this_host:
         ranks = section.ranks_per_node or 1
     found = nvidia.check(driver, env, ranks=ranks)
     if driver.gpus:

@@ -20,9 +20,9 @@ from lmscale.base.env import scrubbed
 from lmscale.base.errors import ConfigError, LmscaleError
 from lmscale.base.units import show_seconds
 from lmscale.config.cluster_schema import ClusterConfig
+from lmscale_launcher.clusters.job import JobPlan
 from lmscale_launcher.doctor.command_result import CommandResult, run_command
 from lmscale_launcher.doctor.findings import Finding, fail, ok, warn
-from lmscale_launcher.jobs.job_plan import JobPlan
 from lmscale_launcher.slurm import preflight
 from lmscale_launcher.slurm import query as commands
 from lmscale_launcher.slurm.partitions import SlurmPartition

@@ -1,4 +1,4 @@
-"""What clusters say of many jobs: one question for each kind of cluster, and not too often."""
+"""The clusters' answers about many jobs: one query per kind of cluster, and not too often."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,14 +6,10 @@ from collections.abc import Callable, Sequence
 from lmscale.base.errors import LmscaleError
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters.base import Cluster, JobState
+from lmscale_launcher.clusters.job import JobRecord
 from lmscale_launcher.clusters.kinds import cluster_of
-from lmscale_launcher.jobs.job_plan import JobRecord
 from lmscale_launcher.jobs.run_facts import RunFacts, belongs, newest_start_of
 from lmscale_launcher.jobs.run_state import is_final
-
-# A controller serves all users of a site: its admins ask for at least half a minute between polls.
-_AT_LEAST_S = {"slurm": 30.0}
-_AT_LEAST_ELSE_S = 2.0  # a look at a few pids
 
 
 class ClusterAnswers:
@@ -45,7 +41,7 @@ class ClusterAnswers:
     ) -> dict[object, JobState]:
         now = self._clock()
         asked, known = self._kept.get(kind, (None, {}))
-        if asked is None or now - asked >= _AT_LEAST_S.get(kind, _AT_LEAST_ELSE_S):
+        if asked is None or now - asked >= self._clusters(kind).poll_interval_s:
             known = self._ask(kind, jobs)
             self._kept[kind] = (now, known)
         unasked = JobState("unknown", f"{kind} will be asked within half a minute")

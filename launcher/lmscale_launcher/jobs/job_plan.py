@@ -1,93 +1,31 @@
-"""A job as one value: everything that any kind of cluster needs to know to start it. Pure.
-
-RUN/jobs/K.json: what was submitted where. All that a later `status`, `logs` or `stop` goes by.
-"""
+"""From a checked run file to a JobPlan, and RUN/jobs/K.json, the record of what was submitted where."""
 
 import json
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from lmscale.base.errors import ConfigError, Problem
 from lmscale.base.fs import atomic_write, storage_errors
 from lmscale.config import rules as checks
-from lmscale.config.cluster_schema import ClusterConfig
 from lmscale.config.schema import RunConfig
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.command_line import lmscale_command
-
-
-@dataclass(frozen=True, slots=True)
-class JobPlan:
-    """What one submission starts, and where. Paths are absolute and the same on every node."""
-
-    name: str  # of the run, for lists of jobs
-    run_dir: Path
-    number: int  # of this submission in its run folder, from 1
-    nodes: int  # at most
-    min_nodes: int  # at least
-    ranks_per_node: int
-    gpus_per_node: int  # 0: none are asked for
-    workdir: Path
-    python: str  # interpreter on the nodes
-    cluster: ClusterConfig
-    paths: tuple[Path, ...] = ()  # corpora, tokenizer, caches: what a container must mount
-    env: Mapping[str, str] = field(default_factory=dict)  # of the whole job, besides cluster.env
-
-    @property
-    def folder(self) -> RunFolder:
-        """The run folder."""
-        return RunFolder(self.run_dir)
-
-    @property
-    def config(self) -> Path:
-        """The resolved run file of this submission: later edits of the user's file change nothing."""
-        return self.folder.jobs / f"{self.number}.yaml"
-
-    @property
-    def script(self) -> Path:
-        """What the cluster runs, kept for people and for follow-up jobs."""
-        return self.folder.jobs / f"{self.number}.sh"
-
-    @property
-    def log(self) -> Path:
-        """The merged log of all ranks and of every start of this job."""
-        return self.folder.logs / f"job-{self.number}.log"
-
-    @property
-    def command(self) -> tuple[str, ...]:
-        """What one supervisor runs on its node."""
-        return (*self.rank_command, "--nproc", str(self.ranks_per_node))
-
-    @property
-    def rank_command(self) -> tuple[str, ...]:
-        """What one rank runs where the cluster itself starts the ranks."""
-        return tuple(lmscale_command("train", str(self.config), python=self.python))
-
-    def in_words(self) -> str:
-        """One line for people."""
-        fewest = "" if self.nodes == self.min_nodes else f"{self.min_nodes} to "
-        nodes = f"{fewest}{self.nodes} node{'s' if self.nodes > 1 else ''}"
-        ranks = f"{self.ranks_per_node} rank{'s' if self.ranks_per_node > 1 else ''}"
-        gpus = f", {self.gpus_per_node} GPUs a node" if self.gpus_per_node else ""
-        return f"{nodes} x {ranks}{gpus}"
+from lmscale_launcher.clusters.job import JobPlan, JobRecord
+from lmscale_launcher.clusters.kinds import cluster_of
 
 
 def unstaged(cfg: RunConfig) -> list[Problem]:
     """Where data.cache_dir stays as it is: it is filled by a supervisor a node, which not every job has."""
-    by_ranks = cfg.cluster.kind == "slurm" and cfg.cluster.slurm.launch == "rank"
-    if cfg.data.cache_dir is None or not (by_ranks or cfg.cluster.kind == "mpi"):
+    launcher = cluster_of(cfg.cluster.kind).rank_launcher(cfg.cluster)
+    if cfg.data.cache_dir is None or launcher is None:
         return []
-    starter = "cluster.slurm.launch=rank" if by_ranks else "cluster.kind mpi"
     fact = (
-        f"nothing fills it with {starter}, which has no supervisor on each node: what is not there "
-        "already is read from the corpus"
+        f"nothing fills it with {launcher.setting}, which has no supervisor on each node: what is not "
+        "there already is read from the corpus"
     )
-    instead = "cluster.slurm.launch=node" if by_ranks else "kind slurm or local"
-    return [Problem("data.cache_dir", fact, f"use {instead} to have it filled, or set it to null")]
+    hint = f"use {launcher.alternative} to have it filled, or set it to null"
+    return [Problem("data.cache_dir", fact, hint)]
 
 
 def plan_job(cfg: RunConfig, *, number: int, cwd: Path, python: str = sys.executable) -> JobPlan:
@@ -96,12 +34,12 @@ def plan_job(cfg: RunConfig, *, number: int, cwd: Path, python: str = sys.execut
     min_nodes = cluster.min_nodes or cluster.nodes
     ranks = cluster.ranks_per_node or cluster.gpus_per_node
     if ranks is None:
-        if cluster.kind == "slurm":  # its nodes cannot be looked at from here
-            hint = "set one of cluster.ranks_per_node and cluster.gpus_per_node"
-            raise ConfigError(
-                [Problem("cluster.ranks_per_node", "unknown for slurm's nodes", hint)]
-            )
         from lmscale_launcher.gpus import count_gpus_here
+
+        if not cluster_of(cluster.kind).nodes_are_like_this_host:
+            fact = f"unknown for the nodes of kind {cluster.kind}"
+            hint = "set one of cluster.ranks_per_node and cluster.gpus_per_node"
+            raise ConfigError([Problem("cluster.ranks_per_node", fact, hint)])
 
         ranks = count_gpus_here() or 2
     found = [
@@ -132,21 +70,6 @@ def plan_job(cfg: RunConfig, *, number: int, cwd: Path, python: str = sys.execut
 
 
 _NAME = re.compile(r"([1-9]\d*)\.(?:json|yaml|sh|chain|tries)")
-
-
-@dataclass(frozen=True, slots=True)
-class JobRecord:
-    """One submission of a run."""
-
-    number: int  # from 1
-    kind: str  # local | mpi | slurm: cluster.kind
-    job: str  # the cluster's name for it: a job id, or pid of the supervisor that stands for it
-    host: str  # where it was submitted
-    time: float
-    nodes: int
-    min_nodes: int
-    ranks_per_node: int
-    facts: Mapping[str, Any] = field(default_factory=dict)  # of its kind: ticks of a pid, ...
 
 
 def next_number(folder: RunFolder) -> int:

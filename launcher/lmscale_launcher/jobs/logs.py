@@ -1,31 +1,23 @@
-"""The two ends of a file of one JSON object a line, however long it has grown.
+"""`lmscale logs RUN [-f] [--rank R] [--json]`: which log file shows a run, and following it.
 
-Which log file shows a run: of the newest job, or of one rank of the newest start that has one.
-
-A file that somebody else appends to, read as it grows, through truncation and rotation.
-
-Verbs that people end with Ctrl-C, or pipe into head: that is no error and worth no words.
-
-`lmscale logs RUN [-f] [--rank R] [--json]`: what the ranks of a run say.
+The log is the merged one of the newest job, or that of one rank of the newest start that has one.
 """
 
 import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from lmscale.base.errors import ConfigError, ExitCode, Problem
+from lmscale.base.records import FollowedFile
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.jobs.answers import ClusterAnswers
-from lmscale_launcher.jobs.json_tail import begin_of_last
+from lmscale_launcher.jobs.interrupts import ends_quietly
 from lmscale_launcher.jobs.run_facts import (
     RunFacts,
     RunFolderReader,
@@ -97,90 +89,6 @@ def _begun(log: LogFile, times: Mapping[str, float]) -> tuple[float, str]:
     """When its start began; a file without events counts by its last write."""
     time = times.get(log.start or "")
     return (log.path.stat().st_mtime if time is None else time), log.path.name
-
-
-_FOLLOW_READ_BYTES = 1 << 20
-
-
-class FollowedFile:
-    """The whole lines that appear in a file. It may not be there yet."""
-
-    def __init__(self, path: Path, *, last: int | None = None) -> None:
-        """`last`: of what is there already only so many lines; None: all of them."""
-        self.path = path
-        self._last = last
-        self._file: BinaryIO | None = None
-        self._rest = b""
-
-    def lines(self) -> list[bytes]:
-        """The lines since the last call, without their ends. What is no line yet is kept back."""
-        found: list[bytes] = []
-        if self._file is not None:
-            found += self._read()
-            if self._replaced():
-                found += [*self._read(), *self.rest()]
-                self.close()
-        if self._file is None and self._open():
-            found += self._read()
-        return found
-
-    def rest(self) -> list[bytes]:
-        """What never became a line."""
-        rest, self._rest = self._rest, b""
-        return [rest] if rest else []
-
-    def close(self) -> None:
-        """Close the file; a next call of `lines` opens it anew."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> bool:
-        try:
-            self._file = open(self.path, "rb")  # noqa: SIM115 read for as long as it grows
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        if self._last is not None:
-            self._file.seek(begin_of_last(self._file, self._last))
-        self._last = None  # a file that takes its place is new from its first line
-        return True
-
-    def _read(self) -> list[bytes]:
-        assert self._file is not None
-        if os.fstat(self._file.fileno()).st_size < self._file.tell():  # truncated: written anew
-            self._file.seek(0)
-            self._rest = b""
-        found: list[bytes] = []
-        while data := self._file.read(_FOLLOW_READ_BYTES):
-            *whole, self._rest = (self._rest + data).split(b"\n")
-            found += whole
-        return found
-
-    def _replaced(self) -> bool:
-        """Whether the name stands for another file by now. A removed one may come again."""
-        assert self._file is not None
-        own = os.fstat(self._file.fileno())
-        try:
-            named = os.stat(self.path)
-        except (FileNotFoundError, NotADirectoryError):
-            return True
-        return (own.st_dev, own.st_ino) != (named.st_dev, named.st_ino)
-
-
-@contextmanager
-def ends_quietly() -> Iterator[None]:
-    """Swallow Ctrl-C, and the end of whoever reads standard output."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        pass
-    except BrokenPipeError:
-        # The interpreter flushes once more at its end: give it somewhere to write to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 _FIRST_LINES = 20

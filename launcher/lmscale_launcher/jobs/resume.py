@@ -15,6 +15,7 @@ from lmscale.config.schema import RunConfig
 from lmscale.run_folder.bad_nodes import read_bad_nodes
 from lmscale.run_folder.checkpoints import CheckpointEntry, newest_valid
 from lmscale.run_folder.paths import RunFolder
+from lmscale_launcher.clusters.kinds import cluster_of
 from lmscale_launcher.jobs.run_facts import find_run_folder
 from lmscale_launcher.jobs.submit import hand_over, refuse_a_live_run, run_name
 
@@ -29,7 +30,10 @@ def resume(run: str, overrides: Sequence[str], *, dry_run: bool, as_json: bool) 
     found = newest_valid(folder)
     if found is not None:
         _check(cfg, folder, found)
-    notes = [_from_where(found), *_bad_nodes(folder, leaves_out=cfg.cluster.kind == "slurm")]
+    notes = [
+        _from_where(found),
+        *_bad_nodes(folder, excludes=cluster_of(cfg.cluster.kind).excludes_bad_nodes),
+    ]
     return hand_over(cfg, dry_run=dry_run, as_json=as_json, notes=notes)
 
 
@@ -76,11 +80,12 @@ def _from_where(found: CheckpointEntry | None) -> str:
     return f"going on from step {found.step} ({found.path.name})"
 
 
-def _bad_nodes(folder: RunFolder, *, leaves_out: bool) -> Iterator[str]:
+def _bad_nodes(folder: RunFolder, *, excludes: bool) -> Iterator[str]:
     for bad in read_bad_nodes(folder):
-        if leaves_out:
+        if excludes:
             yield f"excluded: {bad.host} ({bad.why}); to use it again, remove {bad.path}"
         else:
             yield (
-                f"careful, nothing leaves {bad.host} out here ({bad.why}); once it is mended, remove {bad.path}"
+                f"warning: {bad.host} is marked bad ({bad.why}), but this cluster kind cannot exclude "
+                f"nodes. Delete {bad.path} when it is repaired."
             )

@@ -15,12 +15,14 @@ from typing import Any
 
 from lmscale.base.errors import ConfigError, LmscaleError, Problem
 from lmscale.base.proc import is_alive, this_host
+from lmscale.base.records import decode_lines, ends_of, newest_lines
 from lmscale.config.run_file import load
 from lmscale.run_folder.attempts import Fence, fence
 from lmscale.run_folder.checkpoints import MANIFEST
 from lmscale.run_folder.paths import RunFolder, parse_checkpoint_name
-from lmscale_launcher.jobs.job_plan import JobRecord, newest_record
-from lmscale_launcher.jobs.json_tail import ends_of, newest_lines, objects
+from lmscale_launcher.clusters.job import JobRecord
+from lmscale_launcher.clusters.kinds import cluster_of
+from lmscale_launcher.jobs.job_plan import newest_record
 
 Event = Mapping[str, Any]
 _LINES = 50  # behind loss, tokens/s and time left
@@ -97,7 +99,7 @@ def starts_of(folder: RunFolder) -> list[tuple[Path, Event]]:
     found = []
     for path in folder.events.glob("*.jsonl") if folder.events.is_dir() else ():
         with open(path, "rb") as file:
-            first = objects([file.readline(_TAIL_BYTES)])
+            first = decode_lines([file.readline(_TAIL_BYTES)])
         found += [(path, event) for event in first]
     return sorted(found, key=lambda one: when(one[1]))
 
@@ -205,10 +207,6 @@ def _text(path: Path) -> str | None:
         return None
 
 
-# Clocks of a login node and of a compute node may differ by this much; a job of this host has one clock.
-_SKEW_S = {"slurm": 5.0}
-
-
 @dataclass(frozen=True, slots=True)
 class StartRecord:
     """What is known of a start. Its owner (a supervisor, or a lone rank 0) outlives its ranks."""
@@ -266,7 +264,7 @@ def belongs(start: StartRecord, record: JobRecord) -> bool:
     """Whether this start is one of this submission, by its name or, for other names, by its time."""
     if start.name.startswith(f"{record.kind}-{record.job}-"):
         return True
-    return not start.by_hand and start.time >= record.time - _SKEW_S.get(record.kind, 0.0)
+    return not start.by_hand and start.time >= record.time - cluster_of(record.kind).clock_skew_s
 
 
 def _cause(events: Sequence[Event]) -> str:

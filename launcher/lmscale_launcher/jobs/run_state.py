@@ -21,6 +21,7 @@ from lmscale.base.errors import FINAL, ExitCode
 from lmscale.base.units import show_seconds
 from lmscale.run_folder.liveness import STALE_S
 from lmscale_launcher.clusters.base import JobState
+from lmscale_launcher.clusters.kinds import cluster_of
 from lmscale_launcher.jobs.run_facts import (
     Event,
     RunFacts,
@@ -426,15 +427,16 @@ def _restarts(starts: Sequence[Event]) -> int:
 def _nodes(facts: RunFacts, start: StartRecord | None, answer: JobState | None) -> int | None:
     record = facts.record
     if answer is not None and answer.standing == "running" and answer.hosts:
-        # Of an mpirun with a host file only its own host is known.
-        few = record is not None and record.kind == "mpi" and len(answer.hosts) < record.nodes
-        return record.nodes if record is not None and few else len(answer.hosts)
+        complete = record is None or cluster_of(record.kind).reports_all_hosts
+        return max(len(answer.hosts), record.nodes if record and not complete else 0)
     if start is not None and (record is None or not belongs(start, record)):
         return len(start.nodes) or 1
-    goes_on = start is not None and start.exit is None and start.restart is None
-    if start is not None and goes_on and record is not None and record.kind == "slurm":
+    if record is None:
+        return None
+    active = start is not None and start.exit is None and start.restart is None
+    if start is not None and active and cluster_of(record.kind).reports_all_hosts:
         return len(start.nodes) or record.nodes  # of an elastic job, while its cluster is silent
-    return record.nodes if record is not None else None
+    return record.nodes
 
 
 def _hosts(start: StartRecord | None, answer: JobState | None, *, running: bool) -> tuple[str, ...]:

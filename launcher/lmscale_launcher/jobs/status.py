@@ -19,7 +19,7 @@ from lmscale.base.errors import ExitCode
 from lmscale.base.units import show_count, show_seconds
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.jobs.answers import ClusterAnswers
-from lmscale_launcher.jobs.logs import ends_quietly
+from lmscale_launcher.jobs.interrupts import ends_quietly
 from lmscale_launcher.jobs.run_facts import RunFolderReader, find_run_folder, run_folders
 from lmscale_launcher.jobs.run_state import RunStatus, judge
 

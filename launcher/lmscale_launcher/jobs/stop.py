@@ -2,8 +2,6 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +13,17 @@ from lmscale.run_folder.liveness import LiveRun, live
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters.background import signal_to
 from lmscale_launcher.clusters.base import Cluster, JobState
+from lmscale_launcher.clusters.job import JobRecord
 from lmscale_launcher.clusters.kinds import cluster_of
-from lmscale_launcher.jobs.job_plan import JobRecord, newest_record
+from lmscale_launcher.jobs.interrupts import exits_on_interrupt
+from lmscale_launcher.jobs.job_plan import newest_record
 from lmscale_launcher.jobs.run_facts import find_run_folder
 from lmscale_launcher.jobs.run_state import code_in_words
 from lmscale_launcher.jobs.submit import Say, in_words, run_name
 
 _POLL_S = 0.1
 _REMIND_S = 10.0
-# A controller serves all users of a site; what the run itself writes is looked at more often.
-_ASK_S = {"slurm": 10.0}
-_ASK_SOON_S = 2.0
+_QUERY_SOON_S = 2.0  # once the process has ended: its job is about to follow
 _KILL_S = 60.0  # for a cluster to end what it was told to cancel
 
 
@@ -35,7 +33,7 @@ def stop(run: str, *, now: bool, as_json: bool) -> int:
     with storage_errors(f"writing {folder.stop}"):
         folder.stop.touch()
     ending = _Ending(folder, newest_record(folder), say, since=time.time())
-    with _interruptible(lambda: say.lines(f"the request stands: {folder.stop}")):
+    with exits_on_interrupt(lambda: say.lines(f"the request stands: {folder.stop}")):
         result = ending.kill() if now else ending.save()
     say.lines(_in_words(result))
     say.result({"run": str(folder.path), **result})
@@ -91,10 +89,13 @@ class _Ending:
         return self._result("killed", ended=self._wait(found, state, forever=False))
 
     def _gone(self, found: LiveRun | None, state: JobState) -> bool:
-        """Whether a start of the newest job is dead, however young its heartbeat looks: Slurm says so."""
-        mine = found is None or (not found.here and found.start.startswith("slurm-"))
-        slurm = self.record is not None and self.record.kind == "slurm"
-        return slurm and mine and state.standing == "ended"
+        """Whether the scheduler confirms the end of the newest job, however young its heartbeat looks."""
+        if self.record is None or not self._cluster().confirms_job_end:
+            return False
+        of_job = found is None or (
+            not found.here and found.start.startswith(f"{self.record.kind}-")
+        )
+        return of_job and state.standing == "ended"
 
     def _cluster(self) -> Cluster:
         assert self.record is not None
@@ -121,7 +122,7 @@ class _Ending:
     def _wait(self, found: LiveRun | None, state: JobState, *, forever: bool) -> bool:
         """Until process and job have ended; whether they have."""
         ticks = started_ticks(found.pid) if found is not None and found.here else None
-        every_s = _ASK_S.get(self.record.kind, _POLL_S) if self.record is not None else _POLL_S
+        every_s = self._cluster().stop_poll_interval_s if self.record is not None else _POLL_S
         begun = told = time.monotonic()
         asked = 0.0
         while (
@@ -130,7 +131,7 @@ class _Ending:
             time.sleep(_POLL_S)
             now = time.monotonic()
             over = found is not None and not runs  # its job is about to follow
-            if now - asked >= (min(every_s, _ASK_SOON_S) if over else every_s):
+            if now - asked >= (min(every_s, _QUERY_SOON_S) if over else every_s):
                 answer, asked = self._state(), now
                 # A silent controller ends no job; then only the run's own heartbeat can tell.
                 if answer.standing != "unknown" or found is not None:
@@ -213,16 +214,3 @@ def _in_words(result: dict[str, Any]) -> str:
                 "it ended without a word"
             )  # fmt: skip
             return f"{ended}; {stands}"
-
-
-@contextmanager
-def _interruptible(say: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C ends the waiting, with a word."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    except KeyboardInterrupt:
-        say()
-        raise SystemExit(128 + signal.SIGINT) from None
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,18 +1,16 @@
 """`lmscale submit RUN.yaml`: everything that can be checked here is; then a cluster of any kind gets the job."""
 
-import fcntl
 import json
 import shlex
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lmscale.base.errors import ConfigError, ExitCode, Problem
-from lmscale.base.fs import storage_errors
+from lmscale.base.fs import lock_folder, storage_errors
 from lmscale.checks.corpora import missing_corpora
 from lmscale.checks.resume import finished_message, finished_step
 from lmscale.config.run_file import dump, load
@@ -20,10 +18,10 @@ from lmscale.config.schema import RunConfig
 from lmscale.run_folder.liveness import live, refusal, wait_for_silence
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters.base import Cluster, JobState
+from lmscale_launcher.clusters.job import JobPlan, JobRecord
 from lmscale_launcher.clusters.kinds import cluster_of
+from lmscale_launcher.jobs.interrupts import uninterrupted
 from lmscale_launcher.jobs.job_plan import (
-    JobPlan,
-    JobRecord,
     newest_record,
     next_number,
     plan_job,
@@ -56,10 +54,10 @@ def hand_over(cfg: RunConfig, *, dry_run: bool, as_json: bool, notes: Sequence[s
     cluster = cluster_of(cfg.cluster.kind)
     if dry_run:
         return _preview(plan, cluster, say)
-    with _one_at_a_time(folder):
+    with _submit_lock(folder):
         refuse_a_live_run(folder)
         plan = replace(plan, number=next_number(folder))
-        with _in_place(plan, dump(cfg)), _uninterrupted(say):
+        with _in_place(plan, dump(cfg)), uninterrupted(_explain_wait(say)):
             record = cluster.submit(plan)
             write_record(folder, record)
     (state,) = cluster.states([(folder, record)])
@@ -85,8 +83,14 @@ def refuse_a_live_run(folder: RunFolder) -> None:
     other = live(folder)
     if other is not None and other.here:
         raise refusal(folder, other)
-    # A cluster that says its job has ended need not be doubted: attempts fence off what it has lost sight of.
-    if record is None or state is None or record.kind != "slurm" or state.standing != "ended":
+    # Where the scheduler confirms the end, attempts fence off processes that it has lost.
+    confirmed = (
+        record is not None
+        and state is not None
+        and state.standing == "ended"
+        and cluster_of(record.kind).confirms_job_end
+    )
+    if not confirmed:
         wait_for_silence(folder)
 
 
@@ -125,6 +129,11 @@ def run_name(folder: RunFolder) -> str:
     return shlex.quote(str(path))
 
 
+def _explain_wait(say: Say) -> Callable[[], None]:
+    """A job that is started but not recorded would be unknown to every verb."""
+    return lambda: say.lines("Ctrl-C received; waiting until the job is recorded")
+
+
 def _preview(plan: JobPlan, cluster: Cluster, say: Say) -> int:
     text = cluster.preview(plan)
     if say.as_json:
@@ -137,15 +146,15 @@ def _preview(plan: JobPlan, cluster: Cluster, say: Say) -> int:
 
 
 @contextmanager
-def _one_at_a_time(folder: RunFolder) -> Iterator[None]:
-    """Of two submits of a run on a file system with locks, the second finds the job of the first."""
+def _submit_lock(folder: RunFolder) -> Iterator[None]:
+    """Of two simultaneous submissions of a run, the second finds the job of the first.
+
+    On a file system without locks a warning is logged, and the exclusive creation of K.yaml decides.
+    """
     path = folder.jobs / ".lock"
     with storage_errors(f"locking {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "wb")  # noqa: SIM115 closed below
-    with file:
-        with storage_errors(f"locking {path}"):
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock = lock_folder(path)
+    with lock:
         yield
 
 
@@ -171,18 +180,6 @@ def _in_place(plan: JobPlan, config: str) -> Iterator[None]:
             with suppress(OSError):  # it holds something: it is not ours
                 path.rmdir()
         raise
-
-
-@contextmanager
-def _uninterrupted(say: Say) -> Iterator[None]:
-    """A job that is started but not written down would be lost to every verb: Ctrl-C waits for its record."""
-    before = signal.signal(
-        signal.SIGINT, lambda *_: say.lines("a moment: what is started is written down first")
-    )
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _tell(plan: JobPlan, record: JobRecord, state: JobState, say: Say) -> int:

@@ -214,11 +214,11 @@ def _warnings(
     yield from warnings.rare_checkpoints(
         cfg.checkpoint, seconds_a_step=_pace(cfg), time_limit=cluster.time_limit
     )
-    if cluster.kind == "slurm":
+    if (lead_s := cluster.save_lead_s) is not None:
         yield from warnings.short_lead(
             plan["checkpoints"]["bytes"],
             nodes=place.nodes,
-            signal_lead=cluster.slurm.signal_lead,
+            signal_lead=lead_s,
             time_limit=cluster.time_limit,
         )
 
@@ -255,7 +255,7 @@ def _split_saves(cfg: RunConfig, vocab_size: int, place: PlannedTopology) -> int
 
 def _pace(cfg: RunConfig) -> float | None:
     """Seconds a step took lately; None for a run that has not trained yet."""
-    from lmscale_launcher.jobs.json_tail import newest_lines
+    from lmscale.base.records import newest_lines
 
     lines = newest_lines(RunFolder(Path(cfg.train.run_dir)).metrics, 20)
     rates = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]

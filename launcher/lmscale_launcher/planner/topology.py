@@ -4,12 +4,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from lmscale.base.errors import ConfigError
 from lmscale.config import rules as checks
 from lmscale.config.schema import RunConfig
 from lmscale.modelspec.activations import Device
+from lmscale_launcher.clusters.kinds import cluster_of
 from lmscale_launcher.gpus import count_gpus
 from lmscale_launcher.planner.memory_estimate import MeshSizes
 
@@ -26,7 +26,7 @@ class PlannedTopology:
     min_nodes: int
     ranks_per_node: int
     assumed: bool  # nobody said how many ranks a node has
-    launch: Literal["node", "rank"] | None  # tasks that Slurm starts
+    launch: str | None  # tasks that the cluster starts: one per "node" or one per "rank"
     device: Device
     mesh: MeshSizes
 
@@ -39,15 +39,16 @@ class PlannedTopology:
 def placed(cfg: RunConfig, env: Mapping[str, str]) -> PlannedTopology:
     """The ranks of a start on all of its nodes. Raises ConfigError for ranks that cannot share the work."""
     cluster = cfg.cluster
-    here = cluster.kind != "slurm"  # a plan is made on any machine; Slurm's nodes are others
+    kind = cluster_of(cluster.kind)
+    here = kind.nodes_are_like_this_host  # a plan is made on any machine
     gpus = count_gpus(env) if here and cluster.gpus_per_node is None else cluster.gpus_per_node
     ranks = cluster.ranks_per_node or gpus or (2 if here else None)
     ranks_per_node = ranks or ASSUMED_RANKS
     if found := list(checks.world_problems(cfg, world_size=cluster.nodes * ranks_per_node)):
         raise ConfigError(found)
-    # A Slurm job that asks for no GPU has none, unless its nodes come whole (gpus: none).
+    # A job that requests no GPU has none, unless its nodes come with all their GPUs.
     device: Device = "cpu"
-    if gpus or ranks is None or (not here and gpus is None and cluster.slurm.gpus == "none"):
+    if gpus or ranks is None or (gpus is None and kind.has_gpus_by_default(cluster)):
         device = "cuda"
     return PlannedTopology(
         kind=cluster.kind,
@@ -55,7 +56,7 @@ def placed(cfg: RunConfig, env: Mapping[str, str]) -> PlannedTopology:
         min_nodes=cluster.min_nodes or cluster.nodes,
         ranks_per_node=ranks_per_node,
         assumed=ranks is None,
-        launch=None if here else cluster.slurm.launch,
+        launch=kind.launch_mode(cluster),
         device=device,
         mesh=mesh_of(cfg, cluster.nodes * ranks_per_node),
     )
@@ -74,7 +75,7 @@ def room_of(place: PlannedTopology, env: Mapping[str, str], cfg: RunConfig) -> i
 
     None where the ranks will be on other machines, or where nobody knows.
     """
-    if place.kind == "slurm" or cfg.cluster.mpi.hosts or place.nodes > 1:
+    if not cluster_of(place.kind).runs_on_this_host_only(cfg.cluster):
         return None
     if place.device == "cuda":
         return _gpu_bytes(env)
@@ -83,7 +84,7 @@ def room_of(place: PlannedTopology, env: Mapping[str, str], cfg: RunConfig) -> i
 
 def host_room_of(place: PlannedTopology, cfg: RunConfig) -> int | None:
     """Bytes of its host that one rank may have for what is offloaded; None where nobody knows the host."""
-    if place.kind == "slurm" or cfg.cluster.mpi.hosts or place.nodes > 1:
+    if not cluster_of(place.kind).runs_on_this_host_only(cfg.cluster):
         return None
     return _host_bytes() // place.ranks_per_node
 

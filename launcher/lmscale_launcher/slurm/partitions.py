@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lmscale.base.errors import Problem
 from lmscale.base.units import parse_seconds, show_seconds
-from lmscale_launcher.jobs.job_plan import JobPlan
+from lmscale_launcher.clusters.job import JobPlan
 from lmscale_launcher.slurm.script import passed_through, words
 from lmscale_launcher.slurm.states import expand
 

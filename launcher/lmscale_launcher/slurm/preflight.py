@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from lmscale.base.errors import ConfigError, Problem
-from lmscale_launcher.jobs.job_plan import JobPlan
+from lmscale_launcher.clusters.job import JobPlan
 from lmscale_launcher.slurm import (
     query as commands,
 )

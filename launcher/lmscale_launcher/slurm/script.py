@@ -16,7 +16,7 @@ from lmscale.base.errors import ConfigError, Problem
 from lmscale.config.cluster_schema import ContainerConfig
 from lmscale.config.run_file import cluster_dir
 from lmscale.run_folder.bad_nodes import read_bad_nodes
-from lmscale_launcher.jobs.job_plan import JobPlan
+from lmscale_launcher.clusters.job import JobPlan
 
 # What the script and `status`, `logs` and `stop` rely on, and where to say it instead.
 _OURS = {

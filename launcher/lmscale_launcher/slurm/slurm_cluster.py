@@ -6,12 +6,15 @@ import time
 from collections.abc import Collection, Mapping, Sequence, Set
 from typing import NamedTuple
 
+from typing_extensions import override
+
 from lmscale.base.errors import ConfigError, Problem, RetryableError
 from lmscale.base.fs import atomic_write, storage_errors
 from lmscale.base.proc import this_host
+from lmscale.config.cluster_schema import ClusterConfig
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.clusters.base import JobState
-from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord
+from lmscale_launcher.clusters.base import Cluster, JobState, RankLauncher
+from lmscale_launcher.clusters.job import JobPlan, JobRecord
 from lmscale_launcher.slurm import preflight, states
 from lmscale_launcher.slurm import query as answers
 from lmscale_launcher.slurm import query as commands
@@ -31,14 +34,44 @@ class SlurmJob(NamedTuple):
     name: str  # empty: not known
 
 
-class SlurmCluster:
+class SlurmCluster(Cluster):
     """The queue that this machine's Slurm commands talk to."""
 
+    # A controller serves all users of a site: its admins ask for at least 30 s between polls.
+    poll_interval_s = 30.0
+    stop_poll_interval_s = 10.0
+    clock_skew_s = 5.0  # between a login node and a compute node
+    confirms_job_end = True
+    excludes_bad_nodes = True
+    nodes_are_like_this_host = False
+    can_check_nodes = True
+    tool = "slurm"
+
+    @override
+    def runs_on_this_host_only(self, cluster: ClusterConfig) -> bool:
+        return False
+
+    @override
+    def has_gpus_by_default(self, cluster: ClusterConfig) -> bool:
+        return cluster.slurm.gpus == "none"  # nodes come whole
+
+    @override
+    def launch_mode(self, cluster: ClusterConfig) -> str | None:
+        return cluster.slurm.launch
+
+    @override
+    def rank_launcher(self, cluster: ClusterConfig) -> RankLauncher | None:
+        if cluster.slurm.launch == "node":
+            return None
+        return RankLauncher("cluster.slurm.launch=rank", "cluster.slurm.launch=node")
+
+    @override
     def preview(self, plan: JobPlan) -> str:
         """The script, with the command that queues it as its last line: still a script, for shellcheck."""
         where = f"cd {shlex.quote(str(plan.workdir))} && "
         return f"{_script(plan)}# queued by: {where}{shlex.join(command(plan))}\n"
 
+    @override
     def submit(self, plan: JobPlan) -> JobRecord:
         """Check, queue, and look whether it can ever start. Raises ConfigError, RetryableError."""
         with storage_errors(f"writing {plan.script}"):
@@ -57,6 +90,7 @@ class SlurmCluster:
             facts={key: text for key, text in facts.items() if text},
         )  # fmt: skip
 
+    @override
     def states(self, jobs: Sequence[tuple[RunFolder, JobRecord]]) -> list[JobState]:
         """One state a job: squeue for all of them, and only for those it no longer lists sacct, then scontrol."""
         chains = [_chain(folder, record) for folder, record in jobs]
@@ -73,6 +107,7 @@ class SlurmCluster:
             for chain in chains
         ]
 
+    @override
     def cancel(self, folder: RunFolder, record: JobRecord) -> None:
         """End it and its follow-ups. Raises RetryableError where Slurm has not ended it within 50 s."""
         chain = _chain(folder, record)
@@ -95,6 +130,7 @@ class SlurmCluster:
             f"  hint: look again in a minute: squeue -j {','.join(job.id for job in alive)}"
         )
 
+    @override
     def withdraw(self, folder: RunFolder, record: JobRecord) -> bool:
         """Take what waits out of the queue; whether there was anything."""
         alive = _alive(_chain(folder, record))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lmscale.base.errors import Problem
 from lmscale.run_folder.bad_nodes import read_bad_nodes
-from lmscale_launcher.jobs.job_plan import JobPlan
+from lmscale_launcher.clusters.job import JobPlan
 
 _REASONS = {
     "": "",

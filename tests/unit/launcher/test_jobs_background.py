@@ -18,8 +18,8 @@ from lmscale.config.cluster_schema import ClusterConfig
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters import background
+from lmscale_launcher.clusters.job import JobPlan, JobRecord
 from lmscale_launcher.clusters.local import LocalCluster
-from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord
 
 
 def plan_of(folder: Path, **cluster: object) -> JobPlan:

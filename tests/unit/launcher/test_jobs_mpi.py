@@ -9,8 +9,8 @@ import pytest
 
 from lmscale.base.errors import ConfigError
 from lmscale.config.cluster_schema import ClusterConfig
+from lmscale_launcher.clusters.job import JobPlan
 from lmscale_launcher.clusters.mpi import MpiCluster, mpirun
-from lmscale_launcher.jobs.job_plan import JobPlan
 
 
 def plan_of(folder: Path, python: str = sys.executable, **cluster: Any) -> JobPlan:

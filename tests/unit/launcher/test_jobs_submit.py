@@ -20,10 +20,11 @@ from lmscale.run_folder.attempts import claim, settle
 from lmscale.run_folder.checkpoints import describe_file, write_manifest
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.clusters.base import JobState
+from lmscale_launcher.clusters.base import Cluster, JobState
+from lmscale_launcher.clusters.job import JobPlan, JobRecord
 from lmscale_launcher.jobs import stop as stopping
 from lmscale_launcher.jobs import submit as submitting
-from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord, read_records
+from lmscale_launcher.jobs.job_plan import read_records
 from lmscale_launcher.jobs.resume import newest_config, resume
 from lmscale_launcher.jobs.run_facts import find_run_folder
 from lmscale_launcher.jobs.stop import stop
@@ -38,8 +39,13 @@ cluster: {kind: slurm, nodes: 2, min_nodes: 1, ranks_per_node: 2, max_restarts: 
 """
 
 
-class Site:
-    """A cluster in memory."""
+class Site(Cluster):
+    """A cluster in memory, with the properties of Slurm."""
+
+    stop_poll_interval_s = 0.05
+    confirms_job_end = True
+    excludes_bad_nodes = True
+    nodes_are_like_this_host = False
 
     def __init__(self) -> None:
         self.state = JobState("pending", "more nodes than are free", raw="PENDING")
@@ -83,7 +89,6 @@ def site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Site:
     found = Site()
     monkeypatch.setattr(submitting, "cluster_of", lambda kind: found)
     monkeypatch.setattr(stopping, "cluster_of", lambda kind: found)
-    monkeypatch.setattr(stopping, "_ASK_S", {"slurm": 0.05})
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(RUN)
     (tmp_path / "corpus").mkdir()
@@ -152,7 +157,7 @@ def test_ctrl_c_loses_no_job_that_has_just_been_queued(
     monkeypatch.setattr(site, "submit", slow)
     assert submitted() == 0
     assert [record.job for record in read_records(run_folder())] == ["101"]
-    assert "a moment" in capsys.readouterr().out
+    assert "waiting until the job is recorded" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
@@ -271,7 +276,7 @@ def test_resume_takes_the_newest_run_file_and_says_from_where(site: Site, capsys
     assert "going on from step 20 (step-00000020-a1)" in out
     assert "excluded: n3 (no space on /tmp)" in out
     resume("run", ["cluster=local"], dry_run=True, as_json=False)
-    assert "careful, nothing leaves n3 out here (no space on /tmp)" in capsys.readouterr().out
+    assert "n3 is marked bad (no space on /tmp)" in capsys.readouterr().out
     site.state = JobState("running")
     with pytest.raises(ConfigError):
         resume("run", [], dry_run=False, as_json=False)

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmscale.base.proc import this_host
+from lmscale.base.records import begin_of_last
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.jobs.job_plan import JobRecord, write_record
-from lmscale_launcher.jobs.json_tail import begin_of_last
+from lmscale_launcher.clusters.job import JobRecord
+from lmscale_launcher.jobs.job_plan import write_record
 from lmscale_launcher.jobs.logs import FollowedFile, LogFile, as_object
 
 ROOT = Path(__file__).parents[3]

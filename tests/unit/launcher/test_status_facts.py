@@ -13,13 +13,14 @@ from typing import Any, get_args
 import pytest
 
 from lmscale.base.errors import RetryableError
+from lmscale.base.records import ends_of, newest_lines
 from lmscale.run_folder.attempts import claim, mark_finished, settle
 from lmscale.run_folder.events import EventLog, events_path
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters.base import JobState
+from lmscale_launcher.clusters.job import JobRecord
 from lmscale_launcher.jobs.answers import ClusterAnswers
-from lmscale_launcher.jobs.job_plan import JobRecord, write_record
-from lmscale_launcher.jobs.json_tail import ends_of, newest_lines
+from lmscale_launcher.jobs.job_plan import write_record
 from lmscale_launcher.jobs.run_facts import RunFacts, RunFolderReader, run_folders
 from lmscale_launcher.jobs.run_state import State, judge
 from lmscale_launcher.jobs.status import as_object
@@ -179,6 +180,8 @@ def test_runs_are_found_in_folders_of_folders(tmp_path: Path) -> None:
 
 class Controller:
     """A cluster that answers, or does not."""
+
+    poll_interval_s = 30.0
 
     def __init__(self) -> None:
         self.asked: list[list[str]] = []

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters.base import JobState
-from lmscale_launcher.jobs.job_plan import JobRecord
+from lmscale_launcher.clusters.job import JobRecord
 from lmscale_launcher.jobs.run_facts import RunFacts, SavedCheckpoint
 from lmscale_launcher.jobs.run_state import RunStatus, judge
 from lmscale_launcher.jobs.status import as_object

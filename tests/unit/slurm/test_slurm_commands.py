@@ -10,7 +10,8 @@ import pytest
 from lmscale.base.errors import ConfigError
 from lmscale.config.cluster_schema import ClusterConfig
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.jobs.job_plan import JobPlan, JobRecord, next_number
+from lmscale_launcher.clusters.job import JobPlan, JobRecord
+from lmscale_launcher.jobs.job_plan import next_number
 from lmscale_launcher.slurm import (
     partitions as partition,
 )

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.jobs.job_plan import JobRecord, write_record
+from lmscale_launcher.clusters.job import JobRecord
+from lmscale_launcher.jobs.job_plan import write_record
 from lmscale_launcher.slurm.script import render
 from tests.support.slurm_plans import plan
 
