@@ -1,4 +1,4 @@
-"""A run is proven when every three of its factors were tested together; else the nearest proven setting is named."""
+"""A run is proven when every three of its factor values were tested together; else the untested ones are named."""
 
 import json
 import re
@@ -159,73 +159,62 @@ def test_a_triple_that_was_not_run_proves_nothing(
 
 
 def only(found: Iterator[Problem]) -> Problem:
-    (one,) = found
-    return one
+    (problem,) = found
+    return problem
 
 
 @pytest.mark.parametrize(
-    ("without", "overrides", "path", "hint"),
+    ("without", "overrides", "path", "named"),
     [
         (
             {"recompute": "selective", "tp": "2", "precision": "bf16"},
             ["engine.activation_checkpointing=selective", "parallel.tp=2"],
-            "engine.activation_checkpointing",
-            "engine.activation_checkpointing=full",
+            "engine.precision",
+            "parallel.tp=2, engine.activation_checkpointing=selective with engine.precision=bf16",
         ),
         (
             {"compile": "on", "engine": "fsdp", "accumulation": "3"},
             ["engine.compile=true"],
             "engine.compile",
-            "engine.compile=false",
+            "engine.kind=fsdp, engine.compile=true with several micro-batches per step",
         ),
         (
             {"tp": "4", "engine": "fsdp"},
             ["parallel.tp=8"],
             "parallel.tp",
-            "parallel.tp=2",
+            "engine.kind=fsdp with parallel.tp=8",
         ),
         (
             {"engine": "hsdp"},
             ["parallel.dp_replicate=2", "parallel.dp_shard=2"],
             "engine.kind",
-            "parallel.dp_replicate=1 parallel.dp_shard=auto",
+            "engine.kind=fsdp with parallel.dp_replicate=2",
         ),
         (
             {"engine": "zero2", "precision": "bf16"},
             ["engine.kind=deepspeed"],
-            "engine.kind",
-            "engine.kind=fsdp",
+            "engine.precision",
+            "engine.kind=deepspeed, engine.zero_stage=2 with engine.precision=bf16",
         ),
     ],
 )  # fmt: skip
-def test_the_nearest_proven_setting_is_named(
-    folder: Path, without: dict[str, str], overrides: list[str], path: str, hint: str
+def test_the_values_that_were_not_tested_together_are_named(
+    folder: Path, without: dict[str, str], overrides: list[str], path: str, named: str
 ) -> None:
     found = only(problems(config(folder, *overrides), table(without=without)))
     assert found.path == path
-    assert found.hint.endswith(f": {hint}")
-    assert "not proven" in found.fact
-    assert not list(problems(config(folder, *overrides, *hint.split()), table(without=without)))
+    assert found.fact == f"{named} is not covered by the gradient tests"
+    assert "docs/gradients.md" in found.hint
 
 
-def test_a_cure_may_take_several_changes(folder: Path) -> None:
-    cfg = config(folder, "engine.compile=true", "engine.activation_checkpointing=full")
-    cases = [c for c in EVERY if c["compile"] == "off" and c["recompute"] == "selective"]
-    found = only(problems(cfg, ProvenTable({"cases": cases, "refused": []})))
-    assert "engine.activation_checkpointing=selective engine.compile=false" in found.hint
-
-
-def test_a_model_is_changed_last_and_said_to_be(folder: Path) -> None:
+def test_a_single_value_that_was_never_tested_is_named_alone(folder: Path) -> None:
     found = only(problems(config(folder, "model.dropout=0.1"), table()))
-    assert found.path == "model.dropout"
-    assert found.hint.startswith("no setting for this model is proven")
-    assert found.hint.endswith("model.dropout=0")
-    found = only(problems(config(folder, "model.tie_embeddings=true"), table()))
-    assert found.path == "model.norm"  # the first of the keys that make a style
-    assert found.hint.endswith("that is: model.tie_embeddings=false")
+    assert (found.path, found.fact) == (
+        "model.dropout", "model.dropout=0.1 is not covered by the gradient tests",
+    )  # fmt: skip
 
 
-def test_nothing_near_is_said_too(folder: Path) -> None:
+def test_a_run_of_which_nothing_was_tested_is_one_problem(folder: Path) -> None:
     found = only(problems(config(folder), ProvenTable({"cases": [], "refused": []})))
     assert "docs/gradients.md" in found.hint
 
@@ -235,7 +224,7 @@ def test_what_failed_is_refused_with_its_reason(folder: Path) -> None:
     found = only(problems(config(folder, "parallel.tp=8"), table(refused=[entry])))
     assert found.path == "parallel.tp"
     assert found.fact == "engine.kind=fsdp with parallel.tp=8 is refused: norms drift"
-    assert found.hint.endswith("parallel.tp=2")
+    assert found.hint == "a wish"
     assert not list(problems(config(folder, "parallel.tp=2"), table(refused=[entry])))
     # An open factor is one that a run may come to at any restart.
     entry["factors"] = {"engine": "fsdp", "targets": "unequal"}
@@ -265,7 +254,7 @@ def test_nvme_is_refused_with_the_package_that_it_would_need(folder: Path) -> No
     (found,) = raised.value.problems
     assert found.path == "engine.offload"
     assert "libaio-dev" in found.fact
-    assert found.hint.endswith("engine.offload=all")
+    assert "use all" in found.hint
 
 
 @pytest.mark.parametrize(
@@ -282,22 +271,17 @@ def test_a_table_that_cannot_be_read_is_an_installation_error(
     assert "install lmscale again" in str(raised.value)
 
 
-def test_the_table_is_read_and_searched_quickly_and_without_torch(folder: Path) -> None:
-    """A bad run file is answered in a fraction of a second, the search for another setting included."""
+def test_the_table_is_read_without_numpy_and_torch(folder: Path) -> None:
     path = folder / "table.json"
-    cases = [c for c in EVERY if c["engine"] == "hsdp" and c["recompute"] == "full"][:200]
-    path.write_text(json.dumps({"cases": cases, "refused": []}))
+    path.write_text(json.dumps({"cases": EVERY[:200], "refused": []}))
     config(folder, "engine.compile=true")
     code = f"""
-import sys, time
+import sys
 from pathlib import Path
 from lmscale.config.run_file import load
 from lmscale.config.proven import ProvenTable, problems
 cfg = load({str(folder / "r.yaml")!r}, ["engine.compile=true"])
-before = time.process_time()
 assert list(problems(cfg, ProvenTable.read(Path({str(path)!r}))))
-print(time.process_time() - before)
 assert not {{"numpy", "torch"}} & set(sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 0.3
+    subprocess.run([sys.executable, "-c", code], check=True)
