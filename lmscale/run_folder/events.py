@@ -9,7 +9,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,17 +33,18 @@ class EventLog:
 
     def __init__(self, folder: RunFolder, start: str) -> None:
         self.path = events_path(folder, start)
-        self._start = start
+        self.start = start
         with storage_errors(f"writing {self.path}"):
             self._file = LineFile(self.path)
         pid = os.getpid()
         self._origin = {"host": this_host(), "pid": pid, "ticks": started_ticks(pid)}
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
+        self.on_beat: Callable[[], None] = lambda: None  # called at each beat, in its thread
 
     def write(self, kind: str, **fields: Any) -> None:
         """Append one event: time, kind, start, host, pid and the given fields. Visible at once."""
-        event = {"time": time.time(), "kind": kind, "start": self._start, **self._origin, **fields}
+        event = {"time": time.time(), "kind": kind, "start": self.start, **self._origin, **fields}
         with storage_errors(f"writing {self.path}"):
             self._file.append(event)
 
@@ -76,6 +77,7 @@ class EventLog:
         while not self._ended.wait(BEAT_S):
             try:
                 self.beat()
+                self.on_beat()
             except OSError as error:  # a stale NFS handle, say: the next beat may succeed
                 _log.warning("%s: heartbeat failed: %s", self.path, error)
 
@@ -90,6 +92,15 @@ def read_events(folder: RunFolder) -> list[dict[str, Any]]:
     files = sorted(folder.events.glob("*.jsonl")) if folder.events.is_dir() else []
     events = [event for file in files for event in readable_lines(file)]
     return sorted(events, key=lambda event: float(event.get("time", 0)))
+
+
+def newest_start(folder: RunFolder) -> str | None:
+    """The name of the start that began last, by the first event of each file."""
+    files = folder.events.glob("*.jsonl") if folder.events.is_dir() else []
+    firsts = [event for file in files if (event := next(readable_lines(file), None)) is not None]
+    dated = [event for event in firsts if isinstance(event.get("time"), float)]
+    name = max(dated, key=lambda event: event["time"], default={}).get("start")
+    return name if isinstance(name, str) else None
 
 
 def start_name(env: Mapping[str, str]) -> str:

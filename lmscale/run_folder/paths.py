@@ -78,6 +78,11 @@ class RunFolder:
         """While this file is there, nothing starts the run again by itself."""
         return self.path / "stop"
 
+    @property
+    def status(self) -> Path:
+        """State, step and reason, replaced every 10 s while the run is alive (run_folder/status.py)."""
+        return self.path / "status.json"
+
     def trace(self, rank: int) -> Path:
         """The samples that this rank trained on (`data.trace`)."""
         return self.path / "trace" / f"rank-{rank}.jsonl"

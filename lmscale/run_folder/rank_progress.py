@@ -10,7 +10,7 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -36,6 +36,13 @@ class ProgressReading:
     warm: bool = False  # its first step is done
     longest_s: float = 0.0  # between two words while it was stepping
 
+    @property
+    def steps_done(self) -> int | None:
+        """Optimizer steps of the run that are done; None before this start has begun its first."""
+        if self.step == 0:
+            return None
+        return self.step - 1 if self.phase in STEPPING else self.step
+
 
 class RankProgress:
     """The rank's side. Without a supervisor that listens, saying something costs nothing."""
@@ -44,6 +51,17 @@ class RankProgress:
         self._descriptor = descriptor
         self._last = ProgressReading()
         self._at = time.monotonic()
+        self.observer: Callable[[], None] | None = None  # called after each tick
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a supervisor reads it."""
+        return self._descriptor is not None
+
+    @property
+    def reading(self) -> ProgressReading:
+        """What the supervisor would read now."""
+        return self._last
 
     @classmethod
     def inherited(cls, env: Mapping[str, str]) -> Self:
@@ -65,6 +83,8 @@ class RankProgress:
         self._last = ProgressReading(last.count + 1, step, phase, warm, longest_s)
         if self._descriptor is not None:
             os.pwrite(self._descriptor, _packed(self._last), 0)
+        if self.observer is not None:
+            self.observer()
 
 
 def new_descriptors() -> dict[str, int]:

@@ -167,7 +167,7 @@ def train(
     *,
     folder: RunFolder,
     events: EventLog | None,
-    pulse: RankProgress,
+    progress: RankProgress,
 ) -> ExitCode:
     """Open the corpora, meet the other ranks, train. Raises LmscaleError with what to do."""
     corpora = open_corpora(cfg, world_size=world.size)
@@ -175,9 +175,9 @@ def train(
     # Refuses kernels whose sums depend on timing; the CPU kernels used here are deterministic anyway.
     torch.use_deterministic_algorithms(cfg.train.deterministic)
     with distributed(world, device=device):
-        pulse.tick("load")
+        progress.tick("load")
         mesh = make_mesh(cfg.parallel, world, device.type)
-        rank = RunContext(cfg, mesh, device, folder, events, pulse)
+        rank = RunContext(cfg, mesh, device, folder, events, progress)
         try:
             return _train(rank, corpora, stop)
         except (RuntimeError, MemoryError) as error:

@@ -1,8 +1,7 @@
-"""A trained model at work: scored by any number of ranks, or loaded whole in this process.
+"""The verbs that use a trained model and do not train.
 
-`lmscale eval RUN_OR_CHECKPOINT`: score a checkpoint, each held-out sample once, on any number of ranks.
-
-`lmscale generate CHECKPOINT --prompt TEXT`: continue a text with a trained model, in one process.
+`lmscale eval` scores a checkpoint on any number of ranks, each held-out sample once; `lmscale
+generate` continues a text in one process.
 """
 
 import json
@@ -17,10 +16,11 @@ from lmscale.base.errors import ConfigError, ExitCode, Problem, UsageError
 from lmscale.base.world import World
 from lmscale.checkpoint.load import load
 from lmscale.config.schema import RunConfig
-from lmscale.corpus.manifest import Manifest, corpus_folder, tokenizer_path
+from lmscale.corpus.manifest import Manifest, resolve, tokenizer_path
 from lmscale.distributed.mesh import make_mesh
 from lmscale.distributed.process_group import choose_device, distributed
 from lmscale.engine.build import build_engine
+from lmscale.model.generate import generate
 from lmscale.model.transformer import LanguageModel
 from lmscale.run_folder.paths import RunFolder
 from lmscale.tokenizer.tokenizer import SpecialTokens, Tokenizer
@@ -33,8 +33,73 @@ from lmscale.train.restore import TrainedModel, check_tokenizer, find_trained
 log = logging.getLogger(__name__)
 
 
+def eval_verb(
+    checkpoint: Path,
+    *,
+    corpora: Sequence[Path] = (),
+    max_samples: int | None = None,
+    micro_batch_size: int | None = None,
+    as_json: bool = False,
+) -> ExitCode:
+    """One rank of `lmscale eval`; rank 0 prints the scores, one line per corpus and metric.
+
+    checkpoint: its folder, or a run folder (its newest valid checkpoint). corpora: scored instead of
+    eval.corpora. Raises UsageError, ConfigError, CheckpointError. Collective.
+    """
+    world = World.from_env(os.environ)
+    logs.configure(world)
+    trained = find_trained(checkpoint)
+    evaluation: dict[str, Any] = {} if max_samples is None else {"max_samples": max_samples}
+    if corpora:
+        evaluation["corpora"] = [str(path.absolute()) for path in corpora]
+    train = {} if micro_batch_size is None else {"micro_batch_size": micro_batch_size}
+    cfg = _scoring_config(trained.cfg, evaluation=evaluation, train=train, ranks=world.size)
+    lines = score(TrainedModel(trained.path, trained.step, cfg, trained.body), world)
+    if world.is_root:
+        for line in lines:
+            print(json.dumps(line) if as_json else _as_text(line))
+    return ExitCode.DONE
+
+
+def generate_verb(  # noqa: PLR0913 one keyword per option
+    checkpoint: Path,
+    *,
+    max_new: int,
+    prompt: str | None = None,
+    tokens: str | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    ignore_eos: bool = False,
+    as_json: bool = False,
+) -> ExitCode:
+    """Print the continuation of a prompt, or as JSON {"tokens": [the new ones], "text": ...}.
+
+    Give prompt (a text) or tokens (ids separated by commas), not both. max_new: most new tokens.
+    temperature 0 takes the most probable token each time. Raises UsageError, CheckpointError.
+    """
+    if (prompt is None) == (tokens is None):
+        raise UsageError("give either --prompt TEXT or --tokens IDS")
+    logs.configure(World())
+    trained = find_trained(checkpoint)
+    tokenizer = run_tokenizer(trained.cfg)
+    check_tokenizer(trained, tokenizer.fingerprint)
+    ids = _encoded(prompt, tokenizer) if prompt is not None else _token_ids(tokens or "", tokenizer)
+    model = load_model(trained.cfg, trained.path, vocab_size=tokenizer.vocab_size)
+    new = generate(
+        model,
+        ids,
+        max_new=max_new,
+        temperature=temperature,
+        eos=None if ignore_eos else tokenizer.special.eos,
+        seed=seed,
+    )
+    text = tokenizer.decode(new)
+    print(json.dumps({"tokens": new, "text": text}) if as_json else text)
+    return ExitCode.DONE
+
+
 def score(trained: TrainedModel, world: World) -> list[Line]:
-    """Validation of a checkpoint's weights by any number of ranks, the lines of eval.jsonl."""
+    """Validation of a checkpoint's weights: the lines of eval.jsonl. Collective, any number of ranks."""
     cfg = trained.cfg
     corpora = open_corpora(cfg, world_size=world.size)
     check_tokenizer(trained, corpora.manifest.tokenizer.fingerprint)
@@ -57,63 +122,36 @@ def load_model(cfg: RunConfig, checkpoint: Path, *, vocab_size: int) -> Language
     return model
 
 
-log = logging.getLogger(__name__)
+def run_tokenizer(cfg: RunConfig) -> Tokenizer:
+    """The tokenizer of a run: data.tokenizer, else the one beside its training corpus."""
+    if cfg.data.tokenizer is not None:
+        return Tokenizer.load(Path(cfg.data.tokenizer))
+    corpus = resolve(Path(cfg.data.corpora[0].path), "train")
+    manifest = Manifest.load(corpus)
+    special = SpecialTokens(**manifest.tokenizer.special)  # roles are not in tokenizer.json
+    return Tokenizer.load(tokenizer_path(corpus, manifest), special)
 
 
-def eval_verb(
-    checkpoint: Path,
-    *,
-    corpora: Sequence[Path],
-    max_samples: int | None,
-    micro_batch_size: int | None,
-    as_json: bool,
-) -> ExitCode:
-    """Score a checkpoint as one rank, a world of one without RANK; rank 0 prints the lines."""
-    world = World.from_env(os.environ)
-    logs.configure(world)
-    wanted: dict[str, Any] = {}
-    if max_samples is not None:
-        wanted["max_samples"] = max_samples
-    if corpora:
-        wanted["corpora"] = [str(path.absolute()) for path in corpora]
-    trained = _with_options(find_trained(checkpoint), wanted, micro_batch_size, world)
-    lines = score(trained, world)
-    if world.is_root:
-        show = json.dumps if as_json else _in_words
-        for line in lines:
-            print(show(line))
-    return ExitCode.DONE
-
-
-def _with_options(
-    trained: TrainedModel, wanted: dict[str, Any], micro_batch_size: int | None, world: World
-) -> TrainedModel:
-    """The model with other keys of eval.* and the engine and mesh that score it on this world."""
-    cfg = trained.cfg
-    train = {"micro_batch_size": micro_batch_size} if micro_batch_size is not None else {}
+def _scoring_config(
+    cfg: RunConfig, *, evaluation: dict[str, Any], train: dict[str, Any], ranks: int
+) -> RunConfig:
+    """The run file with the options of `eval`, and with an engine and a mesh fit for scoring."""
     cfg = cfg.model_copy(
         update={
-            "eval": cfg.eval.model_copy(update=wanted),
+            "eval": cfg.eval.model_copy(update=evaluation),
             "train": cfg.train.model_copy(update=train),
-            "engine": cfg.engine.model_copy(update=_engine(cfg)),
-            "parallel": cfg.parallel.model_copy(update=_parallel(cfg, world.size)),
+            "engine": cfg.engine.model_copy(update=_engine_changes(cfg)),
+            "parallel": cfg.parallel.model_copy(update=_parallel_changes(cfg, ranks)),
         }
     )
     if not cfg.eval.corpora:
-        raise ConfigError(
-            [
-                Problem(
-                    "eval.corpora",
-                    "the run names none",
-                    "name one: lmscale eval CHECKPOINT --corpus PATH",
-                )
-            ]
-        )
-    return TrainedModel(trained.path, trained.step, cfg, trained.body)
+        fact, hint = "the run names none", "name one: lmscale eval CHECKPOINT --corpus PATH"
+        raise ConfigError([Problem("eval.corpora", fact, hint)])
+    return cfg
 
 
-def _engine(cfg: RunConfig) -> dict[str, Any]:
-    """Scoring needs no optimizer and no replica: the sharded engine holds the least and runs on any world."""
+def _engine_changes(cfg: RunConfig) -> dict[str, Any]:
+    """Scoring needs no optimizer and no replica: fsdp needs the least memory and runs on any world."""
     changed = {
         "kind": "fsdp",
         "compile": False,
@@ -121,14 +159,14 @@ def _engine(cfg: RunConfig) -> dict[str, Any]:
         "offload": "none",
         "reshard_after_forward": True,
     }
-    if cfg.engine.precision == "fp16":  # deepspeed's alone; the masters are fp32 anyway
+    if cfg.engine.precision == "fp16":  # supported by deepspeed only; the master weights are fp32
         log.info("engine.precision is fp16, which only deepspeed trains in: scoring in fp32")
         changed["precision"] = "fp32"
     return changed
 
 
-def _parallel(cfg: RunConfig, ranks: int) -> dict[str, Any]:
-    """The run's tensor parallelism where the ranks make up whole groups of it, else none."""
+def _parallel_changes(cfg: RunConfig, ranks: int) -> dict[str, Any]:
+    """The run's tensor parallelism where the number of ranks is a multiple of it, else none."""
     changed: dict[str, Any] = {"dp_shard": "auto", "dp_replicate": 1}
     tp = cfg.parallel.tp
     if ranks % tp:
@@ -137,66 +175,24 @@ def _parallel(cfg: RunConfig, ranks: int) -> dict[str, Any]:
     return changed
 
 
-def _in_words(line: dict[str, object]) -> str:
-    return f"step {line['step']}  {line['corpus']}  {line['metric']} {line['value']:.6f}  ({line['count']} targets)"
+def _as_text(line: Line) -> str:
+    score_text = f"{line['metric']} {line['value']:.6f}"
+    return f"step {line['step']}  {line['corpus']}  {score_text}  ({line['count']} targets)"
 
 
-def generate_verb(  # noqa: PLR0913 one parameter per option
-    checkpoint: Path,
-    *,
-    prompt: str | None,
-    tokens: str | None,
-    max_new: int,
-    temperature: float,
-    seed: int,
-    ignore_eos: bool,
-    as_json: bool,
-) -> ExitCode:
-    """Print the continuation of a text or of ids; as JSON {"tokens": [the new ones], "text": ...}."""
-    logs.configure(World())
-    trained = find_trained(checkpoint)
-    tokenizer = run_tokenizer(trained.cfg)
-    check_tokenizer(trained, tokenizer.fingerprint)
-    context = _context(prompt, tokens, tokenizer)
-
-    model = load_model(trained.cfg, trained.path, vocab_size=tokenizer.vocab_size)
-    from lmscale.model.generate import generate
-
-    new = generate(
-        model,
-        context,
-        max_new=max_new,
-        temperature=temperature,
-        eos=None if ignore_eos else tokenizer.special.eos,
-        seed=seed,
-    )
-    text = tokenizer.decode(new)
-    print(json.dumps({"tokens": new, "text": text}) if as_json else text)
-    return ExitCode.DONE
+def _encoded(prompt: str, tokenizer: Tokenizer) -> list[int]:
+    bos = tokenizer.special.bos
+    return ([] if bos is None else [bos]) + tokenizer.encode(prompt)
 
 
-def run_tokenizer(cfg: RunConfig) -> Tokenizer:
-    """The tokenizer of a run: data.tokenizer, else the one beside its training corpus."""
-    if cfg.data.tokenizer is not None:
-        return Tokenizer.load(Path(cfg.data.tokenizer))
-    corpus = corpus_folder(Path(cfg.data.corpora[0].path), "train")
-    manifest = Manifest.load(corpus)
-    special = SpecialTokens(**manifest.tokenizer.special)  # roles are not in tokenizer.json
-    return Tokenizer.load(tokenizer_path(corpus, manifest), special)
-
-
-def _context(prompt: str | None, tokens: str | None, tokenizer: Tokenizer) -> list[int]:
-    """The ids to continue, from a text or from a list of ids. Raises UsageError."""
-    if prompt is not None:
-        bos = tokenizer.special.bos
-        return ([] if bos is None else [bos]) + tokenizer.encode(prompt)
+def _token_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     try:
-        ids = [int(token) for token in (tokens or "").split(",")]
+        tokens = [int(token) for token in text.split(",")]
     except ValueError:
-        raise UsageError(f"--tokens {tokens!r}: write ids like 17,4,256") from None
-    wrong = [token for token in ids if not 0 <= token < tokenizer.vocab_size]
+        raise UsageError(f"--tokens {text!r}: write ids like 17,4,256") from None
+    wrong = [token for token in tokens if not 0 <= token < tokenizer.vocab_size]
     if wrong:
         raise UsageError(
             f"--tokens: {wrong} are not ids of this vocabulary of {tokenizer.vocab_size}"
         )
-    return ids
+    return tokens

@@ -25,9 +25,7 @@ class RunContext:
     device: torch.device
     folder: RunFolder
     events: EventLog | None  # rank 0 only
-    pulse: RankProgress = field(
-        default_factory=RankProgress
-    )  # tells the supervisor that this rank gets on
+    progress: RankProgress = field(default_factory=RankProgress)  # shared with the supervisor
 
     @property
     def is_root(self) -> bool:

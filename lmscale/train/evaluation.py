@@ -55,7 +55,7 @@ class Validation:
             text_bytes = 0
             for batch in self._batches(reader, rank.mesh.dp_rank, rank.mesh.dp_size):
                 found = engine.evaluate(to_device(batch, rank.device))
-                rank.pulse.tick("eval")
+                rank.progress.tick("eval")
                 sums += torch.stack([found.loss.double(), found.weight.double()])
                 text_bytes += self._bytes(batch)
             total = torch.cat([sums, sums.new_tensor([text_bytes])])

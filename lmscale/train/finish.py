@@ -75,7 +75,7 @@ def finish(loop: TrainLoop, corpora: Corpora, *, counted: Loader) -> ExitCode:
     """Close a run that has done its last step. Collective. RETRY when the last checkpoint could not be saved."""
     loop.evaluate()
     rank, step = loop.rank, loop.state.step
-    rank.pulse.tick("finish")
+    rank.progress.tick("finish")
     if rank.is_root and corpora.held_out:
         lines = loop.validation.count_baselines(
             counted,

@@ -81,9 +81,9 @@ class TrainLoop:
         with closing(self.loader.steps(self.state.position)) as batches:
             asked = agree({"stop": self._stop_asked(), "save": 0})
             while self.state.step < last and not asked["stop"]:
-                self.rank.pulse.tick("data", self.state.step + 1)
+                self.rank.progress.tick("data", self.state.step + 1)
                 batch = next(batches)
-                self.rank.pulse.tick("step")
+                self.rank.progress.tick("step")
                 self._step(batch)
                 due = self.rank.is_root and self.saver.due(self.state.step)
                 asked = agree({"stop": self._stop_asked(), "save": int(due)})
@@ -114,7 +114,7 @@ class TrainLoop:
         self.scale.after_step(step)
         self.replicas.after_step(step)
         if self.profile.recording:
-            self.rank.pulse.tick("save")  # writing a trace may take minutes
+            self.rank.progress.tick("save")  # writing a trace may take minutes
         if path := self.profile.after(step):
             log.info("profile of steps up to %d: %s", step, path)
 
@@ -143,7 +143,7 @@ class TrainLoop:
         """Validate now, unless this step has been validated."""
         if self._evaluated == self.state.step:
             return
-        self.rank.pulse.tick("eval")
+        self.rank.progress.tick("eval")
         with self._paused():
             self._flush()
             self.scores = self.validation.score(self.engine, self.rank, step=self.state.step)
@@ -160,7 +160,7 @@ class TrainLoop:
         """Publish a checkpoint of this step, unless it stands already."""
         if self.saver.newest_step == self.state.step:
             return True
-        self.rank.pulse.tick("save")
+        self.rank.progress.tick("save")
         with self._paused():
             self._flush()
             self.replicas.before_save(self.state.step)
@@ -183,6 +183,7 @@ class TrainLoop:
         if self.rank.is_root and now - self._stop_seen > 5:
             self._stop_seen = now
             if self.rank.folder.stop.exists():
+                self.stop.stop_file_found = True
                 return 1
         return 0
 

@@ -1,10 +1,12 @@
-"""The composition root of `train`: one rank, from its command line to its exit code."""
+"""The entry of `train`: one rank, from its command line to its exit code."""
 
 import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from lmscale.base import log as logs
 from lmscale.base.errors import ConfigError, ExitCode, LmscaleError
@@ -15,39 +17,45 @@ from lmscale.distributed.mpi_rendezvous import meet
 from lmscale.run_folder.events import EventLog, start_name
 from lmscale.run_folder.liveness import begin
 from lmscale.run_folder.paths import RunFolder
-from lmscale.run_folder.rank_progress import RankProgress
+from lmscale.run_folder.rank_progress import STEPPING, RankProgress
+from lmscale.run_folder.status import SUPERVISED, StatusWriter, WrittenState, state_after_exit
 from lmscale.train.stop_request import StopRequest
 
 log = logging.getLogger(__name__)
 
 
 def main(source: str, overrides: Sequence[str], stop: StopRequest) -> ExitCode:
-    """Run one rank of `lmscale train RUN.yaml [a.b=c ...]`."""
-    pulse = RankProgress.inherited(os.environ)
-    pulse.tick("start")
+    """Train as the rank that the environment names. Raises LmscaleError with the next action."""
+    progress = RankProgress.inherited(os.environ)
+    progress.tick("start")
     os.environ |= meet(os.environ)
     world = World.from_env(os.environ)
     logs.configure(world)
     cfg = load(source, overrides)
-    if found := list(checks.world_problems(cfg, world_size=world.size)):
-        raise ConfigError(found)
+    if problems := list(checks.world_problems(cfg, world_size=world.size)):
+        raise ConfigError(problems)
     folder = RunFolder(Path(cfg.train.run_dir))
-    with recorded(folder, world, os.environ) as events:
-        # cuBLAS is deterministic only with this set before CUDA starts (docs of use_deterministic_algorithms).
+    with (
+        recorded(folder, world, os.environ) as events,
+        StatusReport.of_rank(events, folder, progress, stop, os.environ) as status,
+    ):
+        # cuBLAS is deterministic only with this set before CUDA starts (docs of
+        # torch.use_deterministic_algorithms).
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        from lmscale.train.build import train
+        from lmscale.train.build import train  # imports torch and the engine: seconds
 
-        code = train(cfg, world, stop, folder=folder, events=events, pulse=pulse)
-        _tell_end(events, code, code.name.lower())
+        code = train(cfg, world, stop, folder=folder, events=events, progress=progress)
+        _write_exit(events, code, code.name.lower())
+        status.ended(code)
         return code
 
 
 @contextlib.contextmanager
 def recorded(folder: RunFolder, world: World, env: Mapping[str, str]) -> Iterator[EventLog | None]:
-    """On rank 0 the events of this start, with its heartbeat; how it failed is written, too.
+    """The events of this start with its heartbeat, on rank 0; an LmscaleError is written as its end.
 
-    Raises ConfigError for a start by hand on a run that is alive. A supervisor or a scheduler
-    (LMSCALE_START) has judged that already.
+    Raises ConfigError for a start by hand of a run that is alive. For other starts the supervisor or
+    the scheduler (LMSCALE_START) has checked that already.
     """
     if not world.is_root:
         yield None
@@ -59,8 +67,77 @@ def recorded(folder: RunFolder, world: World, env: Mapping[str, str]) -> Iterato
         try:
             yield events
         except LmscaleError as error:
-            _tell_end(events, error.exit_code, str(error))
+            _write_exit(events, error.exit_code, str(error))
             raise
+
+
+class StatusReport:
+    """Keeps RUN/status.json up to date, on rank 0 of a start without a supervisor; else does nothing.
+
+    As a context manager: it writes at each change of state and with each heartbeat.
+    """
+
+    def __init__(
+        self, events: EventLog | None, folder: RunFolder, progress: RankProgress, stop: StopRequest
+    ) -> None:
+        self._events = events
+        self._folder = folder
+        self._progress = progress
+        self._stop = stop
+        self._writer = StatusWriter(folder, events.start) if events is not None else None
+
+    @classmethod
+    def of_rank(
+        cls,
+        events: EventLog | None,
+        folder: RunFolder,
+        progress: RankProgress,
+        stop: StopRequest,
+        env: Mapping[str, str],
+    ) -> Self:
+        """The report of this rank. A supervisor that shares memory with it writes the file itself."""
+        supervised = env.get(SUPERVISED) == "1" or progress.is_shared
+        return cls(None if supervised else events, folder, progress, stop)
+
+    def ended(self, code: int, reason: str = "") -> None:
+        """Write the last state of this start."""
+        if self._writer is not None and self._detach():
+            state, phrase = state_after_exit(self._folder, code)
+            self._writer.update(
+                state, step=self._progress.reading.steps_done, reason=reason or phrase
+            )
+
+    def _detach(self) -> bool:
+        """Stop the updates; False where they have been stopped before."""
+        attached = self._progress.observer is not None
+        self._progress.observer = None
+        if self._events is not None:
+            self._events.on_beat = lambda: None
+        return attached
+
+    def _update(self) -> None:
+        assert self._writer is not None
+        reading, reason = self._progress.reading, self._stop.reason
+        begun = reading.warm or reading.phase in STEPPING
+        state: WrittenState = "saving" if reason else "running" if begun else "starting"
+        self._writer.update(state, step=reading.steps_done, reason=reason)
+
+    def __enter__(self) -> Self:
+        if self._events is not None:
+            self._progress.observer = self._events.on_beat = self._update
+            self._update()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, LmscaleError):
+            self.ended(error.exit_code, str(error).partition("\n")[0])
+        elif error is not None:
+            self.ended(ExitCode.BUG, f"internal error: {type(error).__name__}")
 
 
 def by_hand(world: World, env: Mapping[str, str]) -> bool:
@@ -70,7 +147,7 @@ def by_hand(world: World, env: Mapping[str, str]) -> bool:
     return unnamed and env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 
 
-def _tell_end(events: EventLog | None, code: ExitCode, reason: str) -> None:
+def _write_exit(events: EventLog | None, code: ExitCode, reason: str) -> None:
     if events is None:
         return
     try:

@@ -17,8 +17,16 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.stop_file_found = False  # rank 0 has seen RUN/stop
         self._at = 0.0
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def reason(self) -> str:
+        """Who has asked this rank to stop, in words; empty before a request."""
+        if self.signal is not None:
+            return f"asked to stop by {self.signal.name}"
+        return "asked to stop by lmscale stop" if self.stop_file_found else ""
 
     def __enter__(self) -> "StopRequest":
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):

@@ -168,7 +168,7 @@ def start(world: World, run_file: Path, run_dir: Path, flip_at: int) -> ExitCode
     with patch.object(assemble, "build_engine", flipping):
         try:
             return assemble.train(
-                cfg, world, StopRequest(), folder=folder, events=events, pulse=RankProgress()
+                cfg, world, StopRequest(), folder=folder, events=events, progress=RankProgress()
             )
         except Drifted as drift:
             return drift.exit_code

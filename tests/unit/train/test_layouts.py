@@ -12,8 +12,7 @@ from lmscale.config.schema import RunConfig
 from lmscale.distributed.mesh import Mesh
 from lmscale.run_folder.events import EventLog, read_events
 from lmscale.run_folder.paths import RunFolder
-from lmscale.train import commands as eval_command
-from lmscale.train import loop
+from lmscale.train import commands, loop
 from lmscale.train import restore as attempt
 from lmscale.train.context import RunContext
 from lmscale.train.environment import layout
@@ -74,7 +73,7 @@ def test_scoring_keeps_tensor_parallelism_where_the_ranks_fill_it(
 ) -> None:
     cfg = load("smoke", ["parallel.tp=2", "parallel.sequence_parallel=true"])
     with caplog.at_level(logging.INFO):
-        parallel = cfg.parallel.model_copy(update=eval_command._parallel(cfg, ranks))
+        parallel = cfg.parallel.model_copy(update=commands._parallel_changes(cfg, ranks))
     assert (parallel.tp, parallel.sequence_parallel) == (tp, tp > 1)
     assert ("tp=1" in caplog.text) == (tp == 1)
 
