@@ -14,16 +14,16 @@ import json
 import logging
 import math
 import os
-import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from lmscale.base.errors import ExitCode
+from lmscale.base.decoding import Limits, convert, decode_file
+from lmscale.base.errors import DataError, ExitCode
+from lmscale.base.fs import atomic_write
 from lmscale.base.proc import this_host
 from lmscale.base.units import show_seconds
 from lmscale.run_folder.attempts import finished_at
@@ -45,7 +45,7 @@ WrittenState = Literal[
     "lost",  # never written: derived by readers from an old heartbeat
 ]
 _ENDED: frozenset[WrittenState] = frozenset({"stopped", "finished", "failed"})
-_MAX_BYTES = 1 << 16
+_LIMITS = Limits(max_bytes=1 << 16)
 _log = logging.getLogger(__name__)
 
 
@@ -110,15 +110,11 @@ class StatusWriter:
         newer = _read(self._path)
         if newer is not None and newer.start != record.start and newer.started > record.started:
             return
-        temporary = self._path.with_name(f".{self._path.name}.{record.pid}.tmp")
         text = json.dumps({"format": FORMAT, **asdict(record)}, indent=1, allow_nan=False) + "\n"
         try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self._path)
+            atomic_write(self._path, text.encode(), durable=False)
             self._failed = False
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
             if not self._failed:
                 _log.warning("%s cannot be written: %s", self._path, error.strerror or error)
             self._failed = True
@@ -170,26 +166,8 @@ def judged(record: StatusRecord, *, beat_time: float, now: float) -> StatusRecor
 def _read(path: Path) -> StatusRecord | None:
     """The file's record; None if it is missing, unreadable, damaged, or of another format."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not block the reader
-        with open(descriptor, "rb") as file:
-            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
-            data = file.read(_MAX_BYTES) if regular else b""
-        body = json.loads(data)
-    except (OSError, ValueError, RecursionError):
+        body = decode_file(dict[str, Any], path, limits=_LIMITS)
+        record = convert(StatusRecord, body, where=path)
+    except (OSError, DataError):
         return None
-    return _decoded(body) if isinstance(body, dict) and body.get("format") == FORMAT else None
-
-
-def _decoded(body: Mapping[str, Any]) -> StatusRecord | None:
-    fields: dict[str, Any] = {name: body.get(name) for name in StatusRecord.__dataclass_fields__}
-    texts = all(isinstance(fields[name], str) for name in ("start", "state", "reason", "host"))
-    times = all(_is_time(fields[name]) for name in ("since", "started", "time"))
-    counts = type(fields["pid"]) is int and (fields["step"] is None or type(fields["step"]) is int)
-    if not (texts and times and counts and fields["state"] in get_args(WrittenState)):
-        return None
-    return StatusRecord(**fields)
-
-
-def _is_time(value: object) -> bool:
-    """JSON as Python reads it has NaN and integers of any size; neither is a time."""
-    return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < 1e12
+    return record if body.get("format") == FORMAT else None

@@ -144,14 +144,21 @@ def test_a_run_of_hardly_any_steps_without_anything_else(folder, steps: int) -> 
         assert absent not in page.text
 
 
-@pytest.mark.parametrize("unknown", [None, float("nan"), float("inf"), "text", [1]])
+@pytest.mark.parametrize("unknown", [None, "text", [1]])
 def test_unknown_values_leave_gaps_not_errors(folder, unknown: object) -> None:
     names = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "tokens")
     folder.write_metrics(60, **{name: lambda _, value=unknown: value for name in names})
-    folder.write_eval("held", {30: float("nan"), 60: float("nan")})
+    score = {"corpus": "held", "metric": "loss", "value": unknown, "count": 1}
+    folder.write(folder.eval, ({"step": step, **score} for step in (30, 60)))
     folder.write_events("a", [{"kind": "save", "time": unknown, "step": unknown}])
     page = page_of(folder)
     assert "not finite" in page.text and "MFU" not in page.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_line_that_is_not_json_is_left_out(folder, value: float) -> None:
+    folder.write_metrics(60, loss=lambda step: value if step == 30 else 2.0)
+    assert "After 60 steps" in page_of(folder).text
 
 
 def test_who_wrote_an_event_is_not_repeated_on_every_row(folder) -> None:
