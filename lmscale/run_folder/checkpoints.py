@@ -111,7 +111,7 @@ def unknown_files(directory: Path) -> list[str]:
     return sorted(n for n in os.listdir(directory) if n not in known and not n.startswith(_FOREIGN))
 
 
-def publish(temporary: Path, final: Path) -> None:
+def publish_folder(temporary: Path, final: Path) -> None:
     """Give a whole checkpoint its name. The caller has checked the fence just before."""
     fsync_dir(temporary)
     os.rename(temporary, final)

@@ -8,7 +8,7 @@ from typing import Any
 from lmscale.base.errors import DistributedError, RetryableError
 from lmscale.base.records import LineFile
 from lmscale.checkpoint.retention import retain
-from lmscale.checkpoint.save import save
+from lmscale.checkpoint.save import save_checkpoint
 from lmscale.distributed.process_group import agree
 from lmscale.engine.base import Engine
 from lmscale.run_folder.attempts import check_not_overtaken
@@ -65,7 +65,7 @@ class Saver:
         try:
             self._rank.on_root(lambda: check_not_overtaken(self._rank.folder, self.attempt))
             self._sync(lines)
-            path = save(
+            path = save_checkpoint(
                 self._rank.folder,
                 self._engine.state(),
                 step=state.step,

@@ -14,7 +14,7 @@ from typing import Any
 from lmscale.base import log as logs
 from lmscale.base.errors import ConfigError, ExitCode, Problem, UsageError
 from lmscale.base.world import World
-from lmscale.checkpoint.load import load
+from lmscale.checkpoint.load import load_checkpoint
 from lmscale.config.schema import RunConfig
 from lmscale.corpus.manifest import Manifest, resolve, tokenizer_path
 from lmscale.distributed.mesh import make_mesh
@@ -110,14 +110,14 @@ def score(trained: TrainedModel, world: World) -> list[Line]:
         model = model_of(cfg, corpora.manifest.tokenizer.vocab_size)
         engine = build_engine(cfg, model, mesh, device)
         tensors = {name: t for name, t in engine.state().items() if name.startswith("model.")}
-        load(trained.path, tensors)
+        load_checkpoint(trained.path, tensors)
         return validation_of(rank, corpora).score(engine, rank, step=trained.step)
 
 
 def load_model(cfg: RunConfig, checkpoint: Path, *, vocab_size: int) -> LanguageModel:
     """A model with a checkpoint's weights, in this process."""
     model = model_of(cfg, vocab_size)
-    load(checkpoint, {f"model.{name}": p.data for name, p in model.named_parameters()})
+    load_checkpoint(checkpoint, {f"model.{name}": p.data for name, p in model.named_parameters()})
     model.eval()
     return model
 

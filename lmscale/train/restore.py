@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.base.errors import CheckpointError, ConfigError, Problem, RetryableError, UsageError
-from lmscale.checkpoint.load import load
-from lmscale.checkpoint.planners import Mismatch
+from lmscale.checkpoint.load import load_checkpoint
+from lmscale.checkpoint.torch_dcp import Mismatch
 from lmscale.checks.resume import check_identity, read_checkpoint
 from lmscale.config.identity import differing, fingerprint, identity, placement
 from lmscale.config.schema import RunConfig
@@ -270,7 +270,7 @@ class AttemptStart:
     def _try_load(self, engine: Engine, source: ResumePoint) -> CheckpointError | None:
         """None when all ranks loaded; else the damage, the same on all ranks. Collective."""
         try:
-            load(source.path, engine.state(loading=True))
+            load_checkpoint(source.path, engine.state(loading=True))
         except Mismatch:  # sound, but of another model: an older one would not fit either
             raise
         except CheckpointError as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lmscale.checkpoint.load import load, load_weights_one_process
+from lmscale.checkpoint.load import load_checkpoint, load_weights_one_process
 from lmscale.run_folder.attempts import claim
 from lmscale.run_folder.checkpoints import damage, read_manifest
 from lmscale.run_folder.paths import RunFolder
@@ -60,7 +60,7 @@ def test_any_ranks_load_what_any_ranks_saved(ranks, saved, saver):
 @pytest.mark.parametrize("saver", SAVERS, ids="{0[1]}-{0[0]}".format)
 def test_one_process_without_a_group_loads_it(saved, saver):
     tensors = present("plain", blank=True)
-    load(saved[saver], tensors)
+    load_checkpoint(saved[saver], tensors)
     assert differences(tensors) == []
     weights = load_weights_one_process(saved[saver])
     assert sorted(f"model.{name}" for name in weights) == [

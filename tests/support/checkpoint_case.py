@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from lmscale.base.errors import LmscaleError
 from lmscale.checkpoint.fragment import Fragment, TpShard
-from lmscale.checkpoint.load import load
-from lmscale.checkpoint.save import save
+from lmscale.checkpoint.load import load_checkpoint
+from lmscale.checkpoint.save import save_checkpoint
 from lmscale.run_folder.paths import RunFolder
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -122,25 +122,27 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def save_as(folder: str, kind: str, step: int) -> str:
     tensors = present(kind)
-    return str(save(RunFolder(Path(folder)), tensors, step=step, attempt=1, body={"kind": kind}))
+    return str(
+        save_checkpoint(RunFolder(Path(folder)), tensors, step=step, attempt=1, body={"kind": kind})
+    )
 
 
 def save_equal(folder: str) -> str:
     """Eight replicated tensors of one size."""
     tensors = {f"model.{number}": torch.zeros(1000) for number in range(8)}
-    return str(save(RunFolder(Path(folder)), tensors, step=1, attempt=1, body={}))
+    return str(save_checkpoint(RunFolder(Path(folder)), tensors, step=1, attempt=1, body={}))
 
 
 def load_as(path: str, kind: str) -> list[str]:
     tensors = present(kind, blank=True)
-    load(Path(path), tensors)
+    load_checkpoint(Path(path), tensors)
     return differences(tensors)
 
 
 def try_load(path: str) -> tuple[str, str]:
     """Load rows; the error's class and text."""
     try:
-        load(Path(path), present("rows", blank=True))
+        load_checkpoint(Path(path), present("rows", blank=True))
     except LmscaleError as error:
         return type(error).__name__, str(error)
     return "fine", ""
@@ -175,7 +177,7 @@ def save_numbers(folder: str, numbers: int, step: int) -> tuple[str, str]:
     tensor = torch.zeros(dist.get_world_size(), numbers)
     parts = {"model.w": distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)}
     try:
-        path = save(RunFolder(Path(folder)), parts, step=step, attempt=1, body={})
+        path = save_checkpoint(RunFolder(Path(folder)), parts, step=step, attempt=1, body={})
     except LmscaleError as error:
         return type(error).__name__, str(error)
     return "fine", path.name
@@ -185,7 +187,7 @@ def save_mixed_precision(folder: str) -> tuple[str, str]:
     """One rank hands over bf16."""
     dtype = torch.bfloat16 if dist.get_rank() == 1 else torch.float32
     try:
-        save(
+        save_checkpoint(
             RunFolder(Path(folder)),
             {"model.w": torch.ones(4, dtype=dtype)},
             step=1,

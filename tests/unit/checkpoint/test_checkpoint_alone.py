@@ -11,10 +11,10 @@ import torch
 
 from lmscale.base.errors import CheckpointError, LmscaleError, Overtaken, RetryableError
 from lmscale.checkpoint import save as saving
-from lmscale.checkpoint.load import load, load_weights_one_process
-from lmscale.checkpoint.planners import Mismatch
+from lmscale.checkpoint.load import load_checkpoint, load_weights_one_process
 from lmscale.checkpoint.retention import retain
-from lmscale.checkpoint.save import save
+from lmscale.checkpoint.save import save_checkpoint
+from lmscale.checkpoint.torch_dcp import Mismatch
 from lmscale.checks.resume import read_checkpoint
 from lmscale.run_folder.attempts import claim
 from lmscale.run_folder.checkpoints import damage, listing
@@ -44,7 +44,7 @@ def run(tmp_path) -> RunFolder:
 
 
 def save_step(run: RunFolder, step: int, attempt: int = 1) -> Path:
-    return save(run, tensors(), step=step, attempt=attempt, body=BODY)
+    return save_checkpoint(run, tensors(), step=step, attempt=attempt, body=BODY)
 
 
 def test_what_was_saved_is_loaded_bit_for_bit(run):
@@ -52,7 +52,7 @@ def test_what_was_saved_is_loaded_bit_for_bit(run):
     assert path == run.checkpoints / "step-00000012-a1"
     loaded = {name: torch.full_like(tensor, 9) for name, tensor in tensors().items()}
     kept = dict(loaded)
-    load(path, loaded)
+    load_checkpoint(path, loaded)
     for name, want in tensors().items():
         assert torch.equal(loaded[name], want), name
         assert loaded[name] is kept[name], "in place"
@@ -73,31 +73,31 @@ def test_weights_for_one_process_come_by_parameter_name(run):
 
 def test_a_part_of_the_tensors_can_be_loaded_into_parameters(run):
     weight = torch.nn.Parameter(torch.zeros(70, 30))
-    load(save_step(run, 1), {"model.a.weight": weight})
+    load_checkpoint(save_step(run, 1), {"model.a.weight": weight})
     assert torch.equal(weight, tensors()["model.a.weight"])
 
 
 def test_float64_and_float32_convert_and_nothing_else_does(run):
     path = save_step(run, 1)
     moment = torch.zeros(70, 30)
-    load(path, {"optim.exp_avg.a.weight": moment})
+    load_checkpoint(path, {"optim.exp_avg.a.weight": moment})
     assert torch.equal(moment, tensors()["optim.exp_avg.a.weight"].float())
     with pytest.raises(Mismatch, match=r"model.a.bias: torch.float32 .*, torch.bfloat16 here"):
-        load(path, {"model.a.bias": torch.zeros(70, dtype=torch.bfloat16)})
+        load_checkpoint(path, {"model.a.bias": torch.zeros(70, dtype=torch.bfloat16)})
 
 
 def test_another_model_is_told_in_full_and_is_not_called_damage(run):
     path = save_step(run, 1)
     with pytest.raises(Mismatch) as caught:
-        load(path, {"model.a.weight": torch.zeros(30, 70), "model.b": torch.zeros(1)})
+        load_checkpoint(path, {"model.a.weight": torch.zeros(30, 70), "model.b": torch.zeros(1)})
     assert "2 tensor(s) differ" in str(caught.value)
     assert "model.a.weight: (70, 30) in the checkpoint, (30, 70) here" in str(caught.value)
     assert "model.b: not in the checkpoint" in str(caught.value)
 
 
 def test_low_precision_weights_are_refused_and_nothing_is_left(run):
-    with pytest.raises(LmscaleError, match=r"model.w: torch.bfloat16 .* hand over the fp32 master"):
-        save(run, {"model.w": torch.ones(2).bfloat16()}, step=1, attempt=1, body=BODY)
+    with pytest.raises(LmscaleError, match=r"model.w: torch.bfloat16 .* pass the fp32 master"):
+        save_checkpoint(run, {"model.w": torch.ones(2).bfloat16()}, step=1, attempt=1, body=BODY)
     assert os.listdir(run.checkpoints) == []
 
 
@@ -111,10 +111,10 @@ def test_every_byte_of_every_file_is_guarded(run):
             damaged[place] ^= 1
             file.write_bytes(damaged)
             with pytest.raises(CheckpointError, match=file.name) as caught:
-                load(path, tensors())
+                load_checkpoint(path, tensors())
             assert not isinstance(caught.value, Mismatch), (file.name, place)
         file.write_bytes(sound)
-    load(path, tensors())
+    load_checkpoint(path, tensors())
 
 
 def test_a_truncated_or_missing_file_is_named(run):
@@ -122,13 +122,13 @@ def test_a_truncated_or_missing_file_is_named(run):
     file = path / "rank-00000.safetensors"
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(CheckpointError, match=r"rank-00000.safetensors: \d+ bytes, expected"):
-        load(path, tensors())
+        load_checkpoint(path, tensors())
     file.unlink()
     with pytest.raises(CheckpointError, match=r"rank-00000.safetensors: missing"):
-        load(path, tensors())
+        load_checkpoint(path, tensors())
     (path / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="manifest"):
-        load(path, tensors())
+        load_checkpoint(path, tensors())
 
 
 def test_damage_never_reaches_a_tensor(run):
@@ -139,7 +139,7 @@ def test_damage_never_reaches_a_tensor(run):
     file.write_bytes(data)
     target = {"model.a.weight": torch.full((70, 30), 4.0)}
     with pytest.raises(CheckpointError):
-        load(path, target)
+        load_checkpoint(path, target)
     assert (target["model.a.weight"] == 4.0).all()
 
 
@@ -199,7 +199,7 @@ def small_disk(run):
 def test_a_full_disk_is_retryable_and_leaves_the_older_checkpoints(small_disk):
     old = save_step(small_disk, 1)
     with pytest.raises(RetryableError, match="No space left on device"):
-        save(small_disk, {"model.w": torch.zeros(500_000)}, step=2, attempt=1, body=BODY)
+        save_checkpoint(small_disk, {"model.w": torch.zeros(500_000)}, step=2, attempt=1, body=BODY)
     assert os.listdir(small_disk.checkpoints) == [old.name]
     assert damage(old, deep=True) == []
     assert save_step(small_disk, 3).exists(), "the run goes on"

@@ -18,7 +18,7 @@ from lmscale.checkpoint.tensor_format import (
     raw_bytes,
     to_table,
 )
-from lmscale.checkpoint.tensor_io import Blocks, fill, write_blocks, write_tensors
+from lmscale.checkpoint.tensor_io import BlockReader, fill, write_blocks, write_tensors
 from lmscale.run_folder.checkpoints import describe_file
 
 
@@ -28,9 +28,7 @@ def whole(name: str, tensor: torch.Tensor) -> TensorBox:
 
 
 def write(path, tensors):
-    return write_tensors(
-        path, [whole(n, t) for n, t in tensors.items()], lambda part: tensors[part.name]
-    )
+    return write_tensors(path, {whole(name, tensor): tensor for name, tensor in tensors.items()})
 
 
 ODD = {
@@ -129,7 +127,7 @@ def test_any_box_of_a_part_is_read_whatever_the_window(tmp_path_factory, case, w
     index = MetadataIndex("w", offsets)
     item = ReadItem(LoadItemType.TENSOR, index, offsets, index, offsets, lengths)
     target = torch.zeros([2 * n for n in lengths])[tuple(slice(n) for n in lengths)]
-    blocks = Blocks(path, entry)
+    blocks = BlockReader(path, entry)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(read, "_WINDOW_BYTES", window)
         fill(target, place, item, blocks)
@@ -142,7 +140,7 @@ def test_any_box_of_a_part_is_read_whatever_the_window(tmp_path_factory, case, w
 def blocks(tmp_path):
     data = bytes(range(256)) * 4
     entry = write_blocks(tmp_path / "f", [data], block_bytes=100)
-    opened = Blocks(tmp_path / "f", entry)
+    opened = BlockReader(tmp_path / "f", entry)
     yield opened, tmp_path / "f", data
     opened.close()
 
@@ -194,4 +192,6 @@ def test_a_read_that_fails_is_tried_again_and_is_never_damage(blocks, monkeypatc
     assert len(waits) == 2
     failures += [OSError(5, "Input/output error")] * 3
     with pytest.raises(RetryableError, match="Input/output error"):
-        Blocks.read(Blocks(reader._path, {"bytes": 1024, "block_bytes": 100, "crc32c": []}), 0, 9)
+        BlockReader.read(
+            BlockReader(reader._path, {"bytes": 1024, "block_bytes": 100, "crc32c": []}), 0, 9
+        )

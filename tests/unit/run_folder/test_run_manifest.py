@@ -14,7 +14,7 @@ from lmscale.run_folder.checkpoints import (
     describe_file,
     listing,
     newest_valid,
-    publish,
+    publish_folder,
     read_manifest,
     unknown_files,
     write_manifest,
@@ -33,7 +33,7 @@ def checkpoint(folder: RunFolder, step: int, attempt: int = 1, size: int = 200) 
     files = {data.name: describe_file(data, block_bytes=BLOCK)}
     body = {"format": 1, "step": step, "attempt": attempt, "files": files, "state": {7: 0.1}}
     write_manifest(temporary, body)
-    publish(temporary, final)
+    publish_folder(temporary, final)
     return final
 
 
