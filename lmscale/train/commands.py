@@ -16,7 +16,7 @@ from lmscale.base.errors import ConfigError, ExitCode, Problem, UsageError
 from lmscale.base.world import World
 from lmscale.checkpoint.load import load_checkpoint
 from lmscale.config.schema import RunConfig
-from lmscale.corpus.manifest import Manifest, resolve, tokenizer_path
+from lmscale.corpus.manifest import Manifest, corpus_folder, tokenizer_path
 from lmscale.distributed.mesh import make_mesh
 from lmscale.distributed.process_group import choose_device, distributed
 from lmscale.engine.build import build_engine
@@ -126,7 +126,7 @@ def run_tokenizer(cfg: RunConfig) -> Tokenizer:
     """The tokenizer of a run: data.tokenizer, else the one beside its training corpus."""
     if cfg.data.tokenizer is not None:
         return Tokenizer.load(Path(cfg.data.tokenizer))
-    corpus = resolve(Path(cfg.data.corpora[0].path), "train")
+    corpus = corpus_folder(Path(cfg.data.corpora[0].path), "train")
     manifest = Manifest.load(corpus)
     special = SpecialTokens(**manifest.tokenizer.special)  # roles are not in tokenizer.json
     return Tokenizer.load(tokenizer_path(corpus, manifest), special)
