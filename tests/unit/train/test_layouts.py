@@ -99,7 +99,7 @@ def test_the_loss_scale_is_told_when_it_changes_and_given_back_on_a_resume(
     assert told == [(2, 2.0**14), (6, 2.0**15)]
 
     given: dict[str, Any] = {}
-    engine.state, engine.loaded = lambda loading: {}, lambda **kept: given.update(kept)
+    engine.state, engine.finish_load = lambda loading: {}, lambda **kept: given.update(kept)
     monkeypatch.setattr(attempt, "load_checkpoint", lambda path, tensors: None)
     for state in ({"train": {"updates": 3}, "loss_scale": 512.0}, {"train": {"updates": 4}}):
         AttemptStart(rank)._try_load(engine, ResumePoint(tmp_path, 3, {"state": state}))
