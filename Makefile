@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONFIG ?= smoke
 TOKENIZER ?= bpe:4096
 
-.PHONY: setup train test test-long test-cluster matrix soak lint format clean
+.PHONY: setup train test test-long test-cluster release-check matrix soak lint format clean
 
 setup: $(VENV)/.ready
 
@@ -61,6 +61,10 @@ test-long: setup
 test-cluster: setup
 	$(BIN)/pytest -m cluster tests/cluster --durations=15 -rs
 
+# What must hold before a release but not at every change: the gradient table was measured on this code.
+release-check: setup
+	$(BIN)/pytest -m release tests/gradients
+
 # The long matrices, whole and resumable; their tables go to docs/.
 soak: setup
 	LMSCALE_TEST_WHOLE=1 $(BIN)/pytest -m slow tests/unit/corpus
@@ -72,6 +76,7 @@ matrix: setup
 	$(BIN)/python tools/gradient_matrix.py --minutes 30
 	$(BIN)/python tools/gradient_matrix.py --mutations
 	$(BIN)/python tools/matrix.py --minutes 24
+	$(MAKE) release-check
 
 clean:
 	rm -rf $(VENV) data/smoke data/stdlib.jsonl

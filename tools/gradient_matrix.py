@@ -2,16 +2,16 @@
 
     python tools/gradient_matrix.py [--minutes 60] [--only WORDS] [--json] [--mutations]
 
-One line a finished case goes to docs/gradients.jsonl, which is committed; the same command goes on after the last of
-them. A line counts for the code that computes (`digest`): a change there begins the matrix anew. When every case has
-its line, lmscale/config/proven.json is written, by which the config check decides; docs/gradients.md is written always.
+One line per finished case is written to docs/gradients.jsonl, which is committed; the same command resumes after the
+last of them. A line counts only for the code that it was measured on (tests/gradients/provenance.py): a change there
+starts the matrix again. When every case has its line, lmscale/config/proven.json is written, by which the config check
+decides; docs/gradients.md is always written.
 
 --only WORDS   run the cases that have all these words ("hsdp bf16"), or the one that they name; write nothing
 --mutations    plant every bug of tests/gradients/mutations.py and print which case of the pairs catches it
 """
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -23,36 +23,29 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from results import PRODUCT, ROOT, Line, Results, code_of, write_page
+from results import ROOT, Line, Results, write_page
 
 from tests.gradients.case import GradientCase, by_world
 from tests.gradients.cover import triples
 from tests.gradients.errors import verdict
 from tests.gradients.mutations import BUGS, caught_by
 from tests.gradients.page import page, write_proven
+from tests.gradients.provenance import digest
 from tests.gradients.run import on_ranks, one_process
 from tests.support import rank_pool as pool
 from tests.support.rank_pool import CaseFailed, Pool
 
-ROOMS = (
-    "batch.py",
-    "model",
-    "parallel",
-    "engine",
-    "optim",
-    "dist",
-)  # of lmscale/: what computes a step
 CASE_DEADLINE_S = 400.0  # eight ranks that compile on two cores
 
 
 class Proofs(Results):
-    """Lines that outlive changes of other rooms, so that a matrix goes on after one."""
+    """Lines that stay valid when packages that compute no step change, so that a matrix can be resumed."""
 
     def append(self, **fields: object) -> Line:
         """Write one line; it is on the disk when this returns. Ends the program where the code has changed."""
         if digest() != self._sources:
             raise SystemExit(
-                "the code changed meanwhile: this result counts for neither; start again"
+                "the code changed during the case, so its result is dropped; start again"
             )
         line = {**fields, "sources": self._sources, "time": datetime.now(UTC).isoformat()[:19]}
         self._all = [*self.lines, line]
@@ -64,17 +57,6 @@ class Proofs(Results):
             os.fsync(file.fileno())
         beside.replace(self.path)
         return line
-
-
-def digest() -> str:
-    """Names the code that computes a step, and the cases that it is judged by."""
-    found = hashlib.sha256()
-    paths = [path for room in ROOMS for path in (PRODUCT / "lmscale" / room).glob("**/*.py")]
-    paths += [PRODUCT / "lmscale" / "batch.py"]
-    paths += (ROOT / "tests" / "dist" / f"gradient_{name}.py" for name in ("case", "errors", "run"))
-    for path in sorted(paths):
-        found.update(f"{path.name}\0{code_of(path.read_text())}\0".encode())
-    return found.hexdigest()[:12]
 
 
 class Pools:
