@@ -31,11 +31,11 @@ def train(source: str, overrides: Sequence[str], nproc: int | None) -> int:
     except LmscaleError as error:
         if (own := _nodes_of(os.environ))[0] == 1:
             raise
-        from lmscale_launcher.supervisor.supervisor import excuse
+        from lmscale_launcher.supervisor.supervisor import report_startup_error
 
-        return excuse(_stub(own, nproc or 1), error)
-    if job.finished and job.place.nodes == 1:
-        sys.stderr.write(job.finished + "\n")
+        return report_startup_error(_stub(own, nproc or 1), error)
+    if job.finished_message and job.topology.nodes == 1:
+        sys.stderr.write(job.finished_message + "\n")
         return ExitCode.DONE
     from lmscale_launcher.supervisor.supervisor import supervise
 
@@ -67,7 +67,7 @@ def _job(source: str, overrides: Sequence[str]) -> "SupervisorJob":
     return SupervisorJob(
         command=train_command(source, overrides),
         folder=folder,
-        place=NodeTopology(num_ranks, nodes, node, master),
+        topology=NodeTopology(num_ranks, nodes, node, master),
         start=start_name(os.environ),
         by_hand=by_hand,
         max_restarts=cfg.cluster.max_restarts,
@@ -75,9 +75,9 @@ def _job(source: str, overrides: Sequence[str]) -> "SupervisorJob":
         fresh=os.environ.get("LMSCALE_FRESH") == "1",
         deadline=_deadline(os.environ),
         stage=staging,
-        unfit=() if by_hand else _unfit(folder, node=node, ranks=num_ranks),
-        finished="" if step is None else finished_message(folder, step),
-        patience=StallLimits(cfg.cluster.stall_limit, least_s=_least_stall_s(cfg)),
+        unhealthy=() if by_hand else _unfit(folder, node=node, ranks=num_ranks),
+        finished_message="" if step is None else finished_message(folder, step),
+        stall_limits=StallLimits(cfg.cluster.stall_limit, min_s=_min_stall_s(cfg)),
     )
 
 
@@ -89,7 +89,7 @@ def _stub(own: tuple[int, int, str | None], num_ranks: int) -> "SupervisorJob":
     return SupervisorJob(
         command=(),
         folder=RunFolder(Path()),
-        place=NodeTopology(num_ranks, *own),
+        topology=NodeTopology(num_ranks, *own),
         start=start_name(os.environ),
         by_hand=False,
         max_restarts=0,
@@ -97,7 +97,7 @@ def _stub(own: tuple[int, int, str | None], num_ranks: int) -> "SupervisorJob":
     )
 
 
-def _least_stall_s(cfg: RunConfig) -> float:
+def _min_stall_s(cfg: RunConfig) -> float:
     # A compiler may come back at any step, when shapes or modes change.
     return 600.0 if cfg.engine.compile else 30.0
 

@@ -31,12 +31,12 @@ from lmscale.run_folder.paths import RunFolder
 from lmscale.base.errors import LmscaleError
 options = json.loads(sys.argv[1])
 nodes = options.pop("nodes", {})
-options["patience"] = StallLimits(*options.pop("patience", ()))
+options["stall_limits"] = StallLimits(*options.pop("stall_limits", ()))
 lmscale.__version__ = options.pop("version", lmscale.__version__)
 job = SupervisorJob(
     command=[sys.executable, "-S", options.pop("script")], folder=RunFolder(Path(options.pop("folder"))),
-    place=NodeTopology(options.pop("ranks"), **nodes), env=os.environ,
-    **{"start": "s", "by_hand": True, "max_restarts": 0, "grace_s": 1.0, "pause_s": 0.01, **options},
+    topology=NodeTopology(options.pop("ranks"), **nodes), env=os.environ,
+    **{"start": "s", "by_hand": True, "max_restarts": 0, "grace_s": 1.0, "restart_delay_s": 0.01, **options},
 )
 try:
     sys.exit(supervise(job))
@@ -118,16 +118,16 @@ class Nodes:
             "by_hand": False,
             "start": "job-1",
             "ranks": 2,
-            "meeting_s": 20.0,
+            "rendezvous_timeout_s": 20.0,
             **options,
         }
         self.processes: dict[int, subprocess.Popen[str]] = {}
 
     def launch(self, *which: int, **options: Any) -> "Nodes":
         for node in which or range(self.count):
-            place = {"nodes": self.count, "node": node, "master": self.master}
+            topology = {"nodes": self.count, "node": node, "master": self.master}
             self.processes[node] = self.folder.launch(
-                self.body, env={"SLURMD_NODENAME": f"n{node}"}, nodes=place,
+                self.body, env={"SLURMD_NODENAME": f"n{node}"}, nodes=topology,
                 **{**self.options, **options},
             )  # fmt: skip
         return self

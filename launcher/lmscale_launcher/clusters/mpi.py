@@ -97,7 +97,7 @@ def supervised(config: Path) -> int:
     job = SupervisorJob(
         command=mpirun(plan, env),
         folder=plan.folder,
-        place=NodeTopology(1, ranked=False),
+        topology=NodeTopology(1, ranked=False),
         start=start_name(env),
         by_hand=False,
         max_restarts=cfg.cluster.max_restarts,

@@ -1,4 +1,7 @@
-"""Node 0's side of the supervisors' talk: hears of all ranks, and tells all nodes what follows from it."""
+"""Node 0's side of the protocol: it receives the reports of all nodes, decides, and sends orders.
+
+It is also the only writer of events.
+"""
 
 import contextlib
 import signal
@@ -12,7 +15,7 @@ from lmscale.run_folder import events as run_events
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.supervisor.event_loop import EventLoop
-from lmscale_launcher.supervisor.output import Output, describe
+from lmscale_launcher.supervisor.output import Output, describe_exit
 from lmscale_launcher.supervisor.protocol import (
     BEAT_S,
     Channel,
@@ -22,29 +25,29 @@ from lmscale_launcher.supervisor.protocol import (
     RoundEnd,
     StackRequest,
     StopOrder,
-    lost,
+    loss_reason,
 )
 from lmscale_launcher.supervisor.signals import Signals
-from lmscale_launcher.supervisor.stall import StepPace, Suspect, stuck
+from lmscale_launcher.supervisor.stall import StepPace, Suspect, find_stall
 
-_FAREWELL_S = 5.0
+_LEAVE_TIMEOUT_S = 5.0
 
 
 @dataclass(slots=True)
 class NodeState:
-    """Another node, as node 0 knows it."""
+    """The state of another node."""
 
     number: int
     host: str
     channel: Channel
     pace: StepPace | None = None
-    running: bool = False  # it has not yet reported the end of this round
-    gone: bool = False
+    running: bool = False  # it has not reported the end of this round yet
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StalledRank:
-    """A rank that was found to hold the job up."""
+    """The rank that blocks the job."""
 
     suspect: Suspect
     node: int
@@ -52,7 +55,7 @@ class StalledRank:
 
 
 class Coordinator:
-    """See Team; and what `supervise` needs besides. Without other nodes it is only about its own ranks."""
+    """The supervisor group as node 0 sees it, with or without other nodes."""
 
     def __init__(
         self,
@@ -77,94 +80,99 @@ class Coordinator:
         self._heartbeat_s = self._beat_s = -run_events.BEAT_S
         self._ending = False
         self._stuck: StalledRank | None = None
-        self._named_stuck: int | None = None  # its rank, once it was said: its death is no news
+        self._reported_rank: int | None = (
+            None  # a stuck rank that was reported; its death is not reported again
+        )
         self.codes: dict[int, int] = {}  # of this round, by rank
-        self.stop_asked = False
-        self.lost = ""  # which node, and how
+        self.stop_requested = False
+        self.lost = ""  # which node is lost, and why
 
     @property
     def busy(self) -> bool:
-        """See Team."""
+        """Whether another node has not ended this round yet."""
         return any(node.running for node in self._nodes.values())
 
     def record(self, events: EventLog | None) -> None:
-        """Write down what happens from now on, and beat."""
+        """Write events and heartbeats to this log from now on; None ends this."""
         self._events = events
 
-    def go(self, one: Round) -> None:
+    def go(self, this_round: Round) -> None:
         """Begin a round on all nodes."""
         self._orders.clear()
-        self._ending, self._stuck, self._named_stuck, self.codes = False, None, None, {}
+        self._ending, self._stuck, self._reported_rank, self.codes = False, None, None, {}
         for node in self._nodes.values():
-            node.running, node.pace = not node.gone, None
-            node.channel.send("go", what=one.what, start=one.start, port=one.port)
+            node.running, node.pace = not node.lost, None
+            node.channel.send(
+                "go", what=this_round.kind, start=this_round.start, port=this_round.port
+            )
 
-    def leave(self, code: int, words: str) -> None:
-        """Let all other nodes leave with this code, and wait until they have."""
+    def leave(self, code: int, reason: str) -> None:
+        """Order all other nodes to exit with this code, and wait at most 5 s until they have."""
         for node in self._nodes.values():
-            node.channel.send("leave", code=int(code), words=words)
-        until = time.monotonic() + _FAREWELL_S
+            node.channel.send("leave", code=int(code), words=reason)
+        deadline = time.monotonic() + _LEAVE_TIMEOUT_S
         while any(node.channel.open for node in self._nodes.values()):
-            if time.monotonic() >= until:
+            if time.monotonic() >= deadline:
                 break
             self._loop.turn(0.2)
         for node in self._nodes.values():
             node.channel.close()
 
     def take(self) -> list[Order]:
-        """See Team."""
+        """Orders for the ranks of this node, after the reports of the other nodes."""
         for node in self._nodes.values():
             for message in node.channel.take():
                 self._on_message(node, message)
-            if not node.gone and (why := lost(node.channel)):
-                self._lose(node, why)
+            if not node.lost and (reason := loss_reason(node.channel)):
+                self._lose(node, reason)
         orders, self._orders = self._orders, []
         return orders
 
     def tick(self, pace: StepPace | None) -> None:
-        """See Team."""
+        """Write heartbeats, look for stop requests, and check the pace of all nodes for a stall."""
         now_s = self._loop.awake_s
         if now_s - self._heartbeat_s >= run_events.BEAT_S and self._events is not None:
             self._heartbeat_s = now_s
             with contextlib.suppress(OSError):  # the next one may succeed
                 self._events.beat()
-        self._look_for_requests()
+        self._check_requests()
         if now_s - self._beat_s >= BEAT_S:
             self._beat_s = now_s
             for node in self._nodes.values():
                 node.channel.send("beat")
-            self._look_for_stalls(pace)
+            self._check_stall(pace)
 
     def died(self, rank: int, code: int, *, others: bool) -> None:
-        """See Team."""
+        """Handle the death of a rank of node 0."""
         self._died(0, rank, code, others=others or self.busy)
 
     def stop(self, number: signal.Signals) -> None:
-        """See Team."""
-        self._pass_on_stop(number, source=0)
+        """Handle a request to save and stop that has arrived at node 0."""
+        self._forward_stop(number, source=0)
 
     def stack(self, rank: int, text: str) -> None:
-        """See Team."""
-        found = self._stuck
-        if found is None or found.suspect.rank != rank:
+        """Report the stack of the stuck rank, of whichever node."""
+        stuck = self._stuck
+        if stuck is None or stuck.suspect.rank != rank:
             return
-        self._named_stuck = rank
-        node = self.hosts[found.node]
-        words = found.suspect.in_words(node=self._named(found.node), seconds=found.seconds)
-        self._output.say(f"{words}. Its stack:\n{text.rstrip() or '(it did not answer)'}")
-        self.tell(
-            "stuck", rank=rank, node=node, number=found.node, step=found.suspect.step,
-            phase=found.suspect.phase, seconds=found.seconds, reason=words, stack=text,
+        self._reported_rank = rank
+        suspect, node = stuck.suspect, self.hosts[stuck.node]
+        reason = suspect.in_words(node=self._node_name(stuck.node), seconds=stuck.seconds)
+        stack = text.rstrip() or "(the process did not write it)"
+        self._output.report(f"{reason}. Its stack:\n{stack}")
+        self.write_event(
+            "stuck", rank=rank, node=node, number=stuck.node, step=suspect.step,
+            phase=suspect.phase, seconds=stuck.seconds, reason=reason, stack=text,
         )  # fmt: skip
 
-    def tell(self, kind: str, **fields: Any) -> None:
-        """Write an event. A full disk must not hide how the ranks ended."""
+    def write_event(self, kind: str, **fields: Any) -> None:
+        """Write an event. A full disk is only reported, because it must not hide how the ranks ended."""
         if self._events is None:
             return
         try:
             self._events.write(kind, **fields)
         except LmscaleError as error:
-            self._output.say(str(error))
+            self._output.report(str(error))
 
     def _on_message(self, node: NodeState, message: Message) -> None:
         match message["kind"]:
@@ -173,91 +181,88 @@ class Coordinator:
             case "died":
                 self._died(node.number, message["rank"], message["code"], others=True)
             case "stop" if self._signals.is_new(number := signal.Signals(message["number"])):
-                self._output.say(f"{number.name} on {node.host}: saving and stopping")
-                self._pass_on_stop(number, source=node.number)
+                self._output.report(f"{number.name} on {node.host}: saving and stopping")
+                self._forward_stop(number, source=node.number)
             case "stack":
                 self.stack(message["rank"], message["text"])
             case "ended":
                 node.running, node.pace = False, None
                 self.codes |= {int(rank): code for rank, code in message["codes"].items()}
 
-    def _pass_on_stop(self, number: signal.Signals, *, source: int) -> None:
-        self.stop_asked = True
+    def _forward_stop(self, number: signal.Signals, *, source: int) -> None:
+        self.stop_requested = True
         for node in self._nodes.values():
             if node.number != source:
                 node.channel.send("stop", number=int(number))
         if source:
             self._orders.append(StopOrder(number))
 
-    def _look_for_requests(self) -> None:
-        """RUN/stop, which works from any host that shares the folder, and the end of the job's time."""
-        if self.stop_asked:
+    def _check_requests(self) -> None:
+        """Request a stop for RUN/stop, which any host that shares the folder can write, and for the deadline."""
+        if self.stop_requested:
             return
-        if self._stop_stands():
-            self._output.say(f"{self._folder.stop} has appeared: saving and stopping")
+        if self._stop_file_exists():
+            self._output.report(f"{self._folder.stop} exists: saving and stopping")
         elif self._deadline is not None and time.time() >= self._deadline:
-            self._output.say("the time of this job is nearly over: saving and stopping")
+            self._output.report("the time of this job is nearly over: saving and stopping")
         else:
             return
-        self._pass_on_stop(signal.SIGTERM, source=0)
+        self._forward_stop(signal.SIGTERM, source=0)
         self._orders.append(StopOrder(signal.SIGTERM))
 
-    def _stop_stands(self) -> bool:
+    def _stop_file_exists(self) -> bool:
         try:
             return self._folder.stop.exists()
-        except OSError:  # a stale handle, a server that restarts: no reason to end ranks that run
+        except OSError:  # a stale handle or a server that restarts must not end running ranks
             return False
 
     def _died(self, number: int, rank: int, code: int, *, others: bool) -> None:
         first = not self._ending
         if not first and code == ExitCode.RETRY:
-            return  # it has lost a peer, and says so
-        if rank != self._named_stuck:
-            then = ": ending the others" if first and others else ""
-            where = self._named(number)
-            self._output.say(
-                f"rank {rank}{' on ' + where if where else ''} has ended ({describe(code)}){then}"
-            )
-            self.tell(
+            return  # it ended because it had lost a peer
+        if rank != self._reported_rank:
+            consequence = ": ending the others" if first and others else ""
+            node = f" on {self._node_name(number)}" if self._nodes else ""
+            self._output.report(f"rank {rank}{node} has ended ({describe_exit(code)}){consequence}")
+            self.write_event(
                 "died", rank=rank, node=self.hosts[number], number=number, code=code,
-                reason=describe(code),
+                reason=describe_exit(code),
             )  # fmt: skip
         if first:
-            self._end_all(besides=number)
+            self._end_all(except_node=number)
 
-    def _lose(self, node: NodeState, why: str) -> None:
+    def _lose(self, node: NodeState, reason: str) -> None:
         node.channel.close()
-        node.running, node.pace, node.gone = False, None, True
-        self.lost = f"node {node.number} ({node.host}) is lost: {why}"
-        self._output.say(f"{self.lost}; ending the ranks of the others")
-        self.tell("lost_node", node=node.host, number=node.number, reason=why)
-        self._end_all(besides=node.number)
+        node.running, node.pace, node.lost = False, None, True
+        self.lost = f"node {node.number} ({node.host}) is lost: {reason}"
+        self._output.report(f"{self.lost}; ending the ranks of the others")
+        self.write_event("lost_node", node=node.host, number=node.number, reason=reason)
+        self._end_all(except_node=node.number)
 
-    def _end_all(self, *, besides: int) -> None:
+    def _end_all(self, *, except_node: int) -> None:
         self._ending = True
         for node in self._nodes.values():
-            if node.number != besides:
+            if node.number != except_node:
                 node.channel.send("end")
-        if besides:
+        if except_node:
             self._orders.append(RoundEnd())
 
-    def _look_for_stalls(self, own: StepPace | None) -> None:
-        others = [node for node in self._nodes.values() if node.running]
-        if self._ending or self._stuck is not None or any(one.pace is None for one in others):
+    def _check_stall(self, own_pace: StepPace | None) -> None:
+        running = [node for node in self._nodes.values() if node.running]
+        if self._ending or self._stuck is not None or any(node.pace is None for node in running):
             return
-        paces = {0: own, **{node.number: node.pace for node in others}}
-        known = {number: pace for number, pace in paces.items() if pace is not None}
-        if (found := stuck(known.values())) is None:
+        paces = {0: own_pace, **{node.number: node.pace for node in running}}
+        with_ranks = {number: pace for number, pace in paces.items() if pace is not None}
+        if (stall := find_stall(with_ranks.values())) is None:
             return
-        suspect, seconds = found
-        rank = suspect.rank
-        number = next(n for n, pace in known.items() if pace.suspect.rank == rank)
+        suspect, seconds = stall
+        number = next(n for n, pace in with_ranks.items() if pace.suspect.rank == suspect.rank)
         self._stuck = StalledRank(suspect, number, seconds)
         if number:
-            self._nodes[number].channel.send("examine", rank=rank)
+            self._nodes[number].channel.send("examine", rank=suspect.rank)
         else:
-            self._orders.append(StackRequest(rank))
+            self._orders.append(StackRequest(suspect.rank))
 
-    def _named(self, number: int) -> str:
-        """A node in words, where there are several."""
+    def _node_name(self, number: int) -> str:
+        """A node for messages; empty where there is only one."""
         return f"{self.hosts[number]} (node {number})" if self._nodes else ""

@@ -1,8 +1,8 @@
-"""Kills what ranks have started when the supervisor itself is killed.
+"""A process that kills the children of ranks when the supervisor itself is killed.
 
-PR_SET_PDEATHSIG ends the ranks, but their own children do not inherit it. This process, in a session of
-its own, waits on a pipe that only the supervisor holds; when it closes, the ranks' process groups
-are killed. Run as a script without site-packages: it starts in a few milliseconds.
+PR_SET_PDEATHSIG ends the ranks, but their own children do not inherit it. The guard, in a session of
+its own, reads a pipe of which only the supervisor has the other end; when it closes, the guard kills the
+process groups of the ranks. Run as a script without site-packages: it starts in a few milliseconds.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from typing import BinaryIO, Self
 
 
 class Guard:
-    """The supervisor's side: which process groups must not outlive it."""
+    """The supervisor's side: the list of process groups that must not outlive the supervisor."""
 
     def __init__(self) -> None:
         argv = [sys.executable, "-I", "-S", os.path.abspath(__file__)]
-        # Slurm sends its signals to every process of a step. What is blocked now stays so in the new process.
+        # Slurm sends its signals to every process of a step. The new process inherits the blocked signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             self._process = subprocess.Popen(
@@ -34,20 +34,20 @@ class Guard:
 
     @property
     def pid(self) -> int:
-        """The guarding process."""
+        """Pid of the guard process."""
         return self._process.pid
 
     def add(self, group: int) -> None:
-        """Watch over a process group."""
-        self._tell(f"+{group}\n")
+        """Add a process group to the list."""
+        self._send(f"+{group}\n")
 
     def remove(self, group: int) -> None:
-        """The group is gone; its number may be used again by others."""
-        self._tell(f"-{group}\n")
+        """Remove a group that has ended; its number may be reused by other processes."""
+        self._send(f"-{group}\n")
 
-    def _tell(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         assert self._process.stdin is not None
-        # Without its guard a supervisor still ends all ranks; only a SIGKILL of it leaves more.
+        # Without the guard a supervisor still ends all ranks; only after a SIGKILL of it children of ranks stay.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(text.encode())
             self._process.stdin.flush()
@@ -63,7 +63,7 @@ class Guard:
 
 
 def watch(pipe: BinaryIO) -> None:
-    """The guarding process: follow the list until the pipe closes, then kill what is on it."""
+    """The guard process: keep the list until the pipe closes, then kill the groups on it."""
     groups: set[int] = set()
     for line in iter(pipe.readline, b""):
         group = int(line[1:])

@@ -1,7 +1,4 @@
-"""What runs on this node in one round: its ranks, or what stages its data. Nothing of it outlives the round.
-
-The one selector of a supervisor: output of ranks, connections and signals all wake the same loop.
-"""
+"""One round on this node: its ranks, or the staging of its data. No process of it outlives the round."""
 
 import os
 import signal
@@ -17,65 +14,74 @@ from lmscale_launcher.supervisor.rank_process import RankProcess, spawn
 from lmscale_launcher.supervisor.watchdog import Watchdog
 
 
-def run(
-    station: SupervisorContext,
-    one: Round,
-    team: SupervisorGroup,
+def run_round(
+    context: SupervisorContext,
+    this_round: Round,
+    group: SupervisorGroup,
     listener: socket.socket | None = None,
 ) -> dict[int, int]:
-    """The round on this node, from its first process to its last; the exit code of each rank.
+    """Run the round on this node, from its first process to its last; the exit code of each rank.
 
-    Rank 0 gets the `listener`. Ours is closed then: if it dies, its peers are to see that nobody listens.
+    Rank 0 inherits the `listener`. The copy of this process is closed then, so that peers of rank 0 notice
+    its death as a closed port.
     """
-    job, running = station.job, list[RankProcess]()
-    log = events_path(job.folder, one.start).stem
-    station.output.open_logs(job.folder.logs, log, job.place.ranks)
+    job, processes = context.job, list[RankProcess]()
+    log = events_path(job.folder, this_round.start).stem
+    context.output.open_logs(job.folder.logs, log, job.topology.ranks)
     try:
-        for rank in _who(job, one):
-            running.append(_spawn(station, one, rank, listener))
-            station.guard.add(running[-1].pid)
+        for rank in _ranks_to_start(job, this_round):
+            processes.append(_spawn(context, this_round, rank, listener))
+            context.guard.add(processes[-1].pid)
         if listener is not None:
             listener.close()
-        return Watchdog(running, team, station).until_the_end()
+        return Watchdog(processes, group, context).run()
     finally:
-        for process in running:
+        for process in processes:
             if process.process.returncode is None:
                 process.reap()
             process.close()
-        end_strays(spare={station.guard.pid})
+        kill_orphans(spare={context.guard.pid})
 
 
-def _who(job: SupervisorJob, one: Round) -> range:
-    """The ranks to start; staging runs in the name of the first one."""
-    ranks = job.place.ranks
-    if one.what == "ranks":
+def _ranks_to_start(job: SupervisorJob, this_round: Round) -> range:
+    """The ranks to start; the process that stages data has the number of the first one."""
+    ranks = job.topology.ranks
+    if this_round.kind == "ranks":
         return ranks
     return ranks[:1] if job.stage is not None else ranks[:0]
 
 
 def _spawn(
-    station: SupervisorContext, one: Round, rank: int, listener: socket.socket | None
+    context: SupervisorContext, this_round: Round, rank: int, listener: socket.socket | None
 ) -> RankProcess:
-    job = station.job
-    terminal = station.terminal if rank == 0 else None
-    if one.what == "stage":
+    job = context.job
+    terminal = context.terminal if rank == 0 else None
+    if this_round.kind == "stage":
         assert job.stage is not None
-        env = {**job.env, "LMSCALE_START": one.start}
-        return spawn(job.stage, env, rank=rank, terminal=terminal, shares=False)
-    env = job.place.environment(job.env, rank=rank, port=one.port, start=one.start)
-    inherits = listener if rank == 0 and job.place.ranked else None
+        env = {**job.env, "LMSCALE_START": this_round.start}
+        return spawn(job.stage, env, rank=rank, terminal=terminal, shares_progress=False)
+    env = job.topology.environment(job.env, rank=rank, port=this_round.port, start=this_round.start)
+    ranked = job.topology.ranked
     return spawn(
-        job.command, env, rank=rank, terminal=terminal, shares=job.place.ranked, listener=inherits
+        job.command,
+        env,
+        rank=rank,
+        terminal=terminal,
+        shares_progress=ranked,
+        listener=listener if rank == 0 and ranked else None,
     )
 
 
-def end_strays(*, spare: set[int], within_s: float = 5.0) -> None:
-    """Kill and reap every other child of this process: what ranks started outside of their groups.
+def kill_orphans(*, spare: set[int], within_s: float = 5.0) -> None:
+    """Kill and reap every other child of this process: what ranks have started outside of their groups.
 
-    One that waits for a hung file server does not die before that answers: nobody waits for it.
+    A process that waits for a hung file server does not die before the server answers; after `within_s` it
+    is left.
     """
-    until = time.monotonic() + within_s
-    while time.monotonic() < until:  # killing one hands its own children over to us
+    deadline = time.monotonic() + within_s
+    while (
+        time.monotonic() < deadline
+    ):  # the children of a killed process become children of this one
         pids = children() - spare
         if not pids:
             return

@@ -1,9 +1,8 @@
-"""A connection between two supervisors: JSON objects, a line each. Nothing here ever waits.
+"""The protocol between the supervisors of one start: messages, orders, and the connection that carries them.
 
-What the supervisors of one start tell each other, seen from one node: node 0 leads, the others follow.
-
-Requests, deaths, stalls and codes go to node 0, which alone decides and alone writes events; its decisions
-come back as orders to end, stop or look at a node's own ranks. A node by itself leads nobody.
+Stop requests, deaths, stacks and exit codes go to node 0, which alone decides and alone writes events. It
+answers with orders to the other nodes: end the ranks, stop them, or take the stack of one rank. A message is
+a JSON object on a line of its own. No function here blocks.
 """
 
 import contextlib
@@ -18,13 +17,17 @@ from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.stall import StepPace
 
 Message = dict[str, Any]
+RoundKind = Literal["stage", "ranks"]
 _READ_BYTES = 1 << 18
-# Whoever sends longer lines, or does not read, is none of ours.
-_LONGEST_LINE = 1 << 24
-_MOST_UNSENT = 1 << 26
-# The kernel of the other host answers even while the process there waits for a hung file server: if it does not
-# for this long, the host or the network is gone.
+# Limits of the protocol; a peer that exceeds them is disconnected.
+_MAX_LINE_BYTES = 1 << 24
+_MAX_UNSENT_BYTES = 1 << 26
+BEAT_S = 2.0  # each side sends a message at least this often
+# The kernel of the other host acknowledges data even while the process there waits for a hung file server. If it
+# does not for this long, the host or the network has failed.
 DEAD_S = 15
+# The limit for a process whose host still acknowledges: a file server that fails over blocks it for minutes.
+SILENT_S = 120.0
 _OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -35,8 +38,71 @@ _OPTIONS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class StopOrder:
+    """Send the signal to the ranks of this node, which save and stop."""
+
+    number: signal.Signals
+
+
+@dataclass(frozen=True, slots=True)
+class RoundEnd:
+    """End the ranks of this node: a rank of another node has died, or a node is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class StackRequest:
+    """Take the stack of this stuck rank of this node, then kill it."""
+
+    rank: int
+
+
+Order = StopOrder | RoundEnd | StackRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What every node runs now."""
+
+    kind: RoundKind
+    start: str
+    port: int  # of the rendezvous of the ranks, on node 0
+
+
+class SupervisorGroup(Protocol):
+    """The supervisors of all nodes, as the watchdog of one node sees them.
+
+    A single node has a group of its own.
+    """
+
+    @property
+    def busy(self) -> bool:
+        """Whether this node must wait for another one to end the round."""
+        ...
+
+    def take(self) -> list[Order]:
+        """Orders for the ranks of this node since the last call."""
+        ...
+
+    def tick(self, pace: StepPace | None) -> None:
+        """Send and check heartbeats. `pace` is that of this node's ranks, None without any."""
+        ...
+
+    def died(self, rank: int, code: int, *, others: bool) -> None:
+        """Report that a rank of this node has ended by itself; `others` of this node still run."""
+        ...
+
+    def stop(self, number: signal.Signals) -> None:
+        """Report a request to save and stop that has arrived at this node."""
+        ...
+
+    def stack(self, rank: int, text: str) -> None:
+        """Report the stack of a stuck rank of this node."""
+        ...
+
+
 class Channel:
-    """One side of the connection. Messages collect until they are taken."""
+    """One side of the connection between two supervisors. Messages collect until they are taken."""
 
     def __init__(self, connection: socket.socket, loop: EventLoop) -> None:
         connection.setblocking(False)
@@ -48,40 +114,42 @@ class Channel:
         self._received = bytearray()
         self._unsent = bytearray()
         self._messages: list[Message] = []
-        self._full = False  # the other side does not keep up: wait for room
+        self._blocked = (
+            False  # the send buffer is full: the loop calls _on_write when there is room
+        )
         self.open = True
-        self.why = ""  # it is no longer open
-        self.heard_s = loop.awake_s  # when something last came, by the loop's clock
+        self.close_reason = ""
+        self._received_s = loop.awake_s  # when data last arrived, by the clock of the loop
         loop.watch(connection.fileno(), self._on_read)
 
     @property
     def silent_s(self) -> float:
-        """How long nothing has come, though this process was looking."""
-        return self._loop.awake_s - self.heard_s
+        """How long nothing has arrived while this process was running."""
+        return self._loop.awake_s - self._received_s
 
     def take(self) -> list[Message]:
-        """What has come since the last time."""
+        """Messages that have arrived since the last call."""
         messages, self._messages = self._messages, []
         return messages
 
     def put_back(self, messages: list[Message]) -> None:
-        """Let these be the first that are taken next."""
+        """Return messages to the front of the queue."""
         self._messages[:0] = messages
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Say something; a connection that is gone swallows it, and `open` tells."""
+        """Send a message. On a closed connection this does nothing; see `open`."""
         if not self.open:
             return
         self._unsent += json.dumps({"kind": kind, **fields}).encode() + b"\n"
-        if len(self._unsent) > _MOST_UNSENT:
+        if len(self._unsent) > _MAX_UNSENT_BYTES:
             self.close()
         else:
             self._on_write()
 
-    def close(self, why: str = "its connection is closed") -> None:
-        """Close it; what has come before can still be taken."""
+    def close(self, reason: str = "its connection is closed") -> None:
+        """Close the connection; messages that have arrived can still be taken."""
         if self.open:
-            self.open, self.why = False, why
+            self.open, self.close_reason = False, reason
             self._loop.forget(self._socket.fileno())
             self._socket.close()
 
@@ -96,7 +164,7 @@ class Channel:
         if not data:
             self.close()
             return
-        self.heard_s = self._loop.awake_s
+        self._received_s = self._loop.awake_s
         self._received += data
         *lines, rest = self._received.split(b"\n")
         self._received = rest
@@ -105,8 +173,8 @@ class Channel:
                 message = json.loads(line)
                 self._messages.append({**message, "kind": str(message["kind"])})
         except (ValueError, TypeError, KeyError, RecursionError):
-            self.close()  # some other program's words
-        if len(rest) > _LONGEST_LINE:
+            self.close()  # not a message of a supervisor
+        if len(rest) > _MAX_LINE_BYTES:
             self.close()
 
     def _on_write(self) -> None:
@@ -118,86 +186,21 @@ class Channel:
         except OSError as error:
             self.close(f"its connection has broken: {error.strerror or error}")
             return
-        if self._full != bool(self._unsent):
-            self._full = not self._full
-            self._loop.watch_writes(self._socket.fileno(), self._on_write if self._full else None)
+        if self._blocked != bool(self._unsent):
+            self._blocked = not self._blocked
+            on_write = self._on_write if self._blocked else None
+            self._loop.watch_writes(self._socket.fileno(), on_write)
 
 
-BEAT_S = 2.0
-# Of a process whose host still answers, see channel.DEAD_S: a file server that fails over holds it up for minutes.
-SILENT_S = 120.0
-What = Literal["stage", "ranks"]
-
-
-@dataclass(frozen=True, slots=True)
-class StopOrder:
-    """Ask the ranks of this node to save and stop."""
-
-    number: signal.Signals
-
-
-@dataclass(frozen=True, slots=True)
-class RoundEnd:
-    """End the ranks of this node: one elsewhere has died, or the nodes have lost each other."""
-
-
-@dataclass(frozen=True, slots=True)
-class StackRequest:
-    """This rank of this node is stuck: take its stack and kill it."""
-
-    rank: int
-
-
-Order = StopOrder | RoundEnd | StackRequest
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """What every node is to run now."""
-
-    what: What
-    start: str
-    port: int  # of the ranks' own rendezvous
-
-
-class SupervisorGroup(Protocol):
-    """What the loop around a node's own ranks needs of the others."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether another node has yet to end this round."""
-        ...
-
-    def take(self) -> list[Order]:
-        """What to do to the own ranks."""
-        ...
-
-    def tick(self, pace: StepPace | None) -> None:
-        """Be heard, and notice who is not; `pace` of the own ranks, None without any."""
-        ...
-
-    def died(self, rank: int, code: int, *, others: bool) -> None:
-        """A rank of this node has ended by itself; `others`: of this node still run."""
-        ...
-
-    def stop(self, number: signal.Signals) -> None:
-        """Somebody has asked this node to save and stop."""
-        ...
-
-    def stack(self, rank: int, text: str) -> None:
-        """Where a stuck rank of this node stands."""
-        ...
-
-
-def lost(channel: Channel) -> str:
-    """How the other side was lost; empty while it is there."""
+def loss_reason(channel: Channel) -> str:
+    """Why the other side is lost; empty while it is connected."""
     if not channel.open:
-        return channel.why
+        return channel.close_reason
     if channel.silent_s > SILENT_S:
-        return f"nothing was heard of it for {channel.silent_s:.0f} s"
+        return f"no message has arrived for {channel.silent_s:.0f} s"
     return ""
 
 
-def parted(code: int) -> int:
-    """The code of a start that has lost a node: to be started again, unless a rank knows better."""
+def code_after_lost_node(code: int) -> int:
+    """The exit code of a start that has lost a node: retry, unless a rank ended with a permanent failure."""
     return code if code in FINAL else ExitCode.RETRY

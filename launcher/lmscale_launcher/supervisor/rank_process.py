@@ -1,4 +1,4 @@
-"""One rank as a process: its environment, its process group, and that it never outlives its parent."""
+"""One rank as a process: its environment, its process group, and its death with its parent."""
 
 import contextlib
 import fcntl
@@ -20,13 +20,13 @@ from lmscale_launcher.gpus import count_cores
 
 @dataclass(frozen=True, slots=True)
 class NodeTopology:
-    """Which ranks this host runs, and where all ranks meet."""
+    """Which ranks this host runs, and where the supervisors of several nodes connect."""
 
     num_ranks: int  # on this host
     nodes: int = 1
     node: int = 0
-    master: str | None = None  # host:port where the supervisors of several nodes meet
-    ranked: bool = True  # False: the child is no rank, but something that starts ranks (mpirun)
+    master: str | None = None  # host:port at which the supervisor of node 0 listens
+    ranked: bool = True  # False: the child process is not a rank but starts ranks (mpirun)
 
     @property
     def ranks(self) -> range:
@@ -36,7 +36,10 @@ class NodeTopology:
     def environment(
         self, env: Mapping[str, str], *, rank: int, port: int, start: str
     ) -> dict[str, str]:
-        """The environment of one rank: torchrun's variables, and ours. `port`: of node 0, for the ranks."""
+        """The environment of one rank: the variables of torchrun and of lmscale.
+
+        `port` is the port of node 0 at which the ranks connect.
+        """
         if not self.ranked:
             return {**env, "LMSCALE_START": start}
         address = (self.master or "").rpartition(":")[0].strip("[]") if self.nodes > 1 else ""
@@ -61,26 +64,26 @@ class RankProcess:
 
     rank: int
     process: "subprocess.Popen[bytes]"
-    output: int  # descriptor to read what it writes
-    terminal: int | None = None  # the one whose size its own terminal follows
-    pulse: int | None = (
-        None  # descriptor of what it tells about its progress, see lmscale/run_folder/rank_progress.py
-    )
-    stack: int | None = None  # and of what faulthandler writes on SIGQUIT
-    ended: set[int] = field(default_factory=set)  # signals sent to end it because of a peer
+    output: int  # descriptor from which its output is read
+    terminal: int | None = None  # descriptor of the user's terminal, whose size its own one copies
+    # Shared memory with the progress of the rank (lmscale/run_folder/rank_progress.py), and with the stack that
+    # faulthandler writes on SIGQUIT.
+    progress_fd: int | None = None
+    stack_fd: int | None = None
+    peer_signals: set[int] = field(default_factory=set)  # sent to end it after a peer had died
 
     @property
     def pid(self) -> int:
-        """Its pid, and its process group's number."""
+        """Its pid, which is also the number of its process group."""
         return self.process.pid
 
     def has_exited(self) -> bool:
-        """Whether it is dead but not yet reaped, so that its process group's number is still its own."""
+        """Whether it is dead but not yet reaped; until then its process group's number is not reused."""
         flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
         return os.waitid(os.P_PID, self.pid, flags) is not None
 
     def reap(self) -> int:
-        """Kill what is left of its process group and return its exit code, 128+n for a signal."""
+        """Kill the rest of its process group and return its exit code, 128+n for signal n."""
         self.kill()
         code = self.process.wait()
         return code if code >= 0 else 128 - code
@@ -91,20 +94,20 @@ class RankProcess:
             _copy_size(self.terminal, self.output)
 
     def send(self, number: int) -> None:
-        """A signal to the rank itself; what it has started is its own affair."""
+        """Send a signal to the rank only, not to processes that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def state(self) -> str:
-        """The kernel's letter for it: R, S, D (waiting for a disk), T (stopped), ...; empty when gone."""
+        """Its process state: R, S, D (waiting for a disk), T (stopped), ...; empty after its end."""
         return process_state(self.pid)
 
     def close(self) -> None:
-        """Let go of the memory it shared with us."""
-        for descriptor in (self.pulse, self.stack):
+        """Close the memory that it shares with this process."""
+        for descriptor in (self.progress_fd, self.stack_fd):
             if descriptor is not None:
                 os.close(descriptor)
-        self.pulse = self.stack = None
+        self.progress_fd = self.stack_fd = None
 
     def kill(self) -> None:
         """SIGKILL to the rank and everything in its process group."""
@@ -118,18 +121,18 @@ def spawn(
     *,
     rank: int,
     terminal: int | None,
-    shares: bool = True,
+    shares_progress: bool = True,
     listener: socket.socket | None = None,
 ) -> RankProcess:
     """Start a rank. Call it from the main thread of a process without other threads.
 
     PR_SET_PDEATHSIG fires when the starting thread ends, and code between fork and exec is safe in a
-    process with one thread only. With `terminal` its output goes through a terminal of that one's
-    size. It `shares` memory in which it tells about its progress, unless it is no rank. Rank 0
-    inherits the `listener` at which all meet; ours stays open.
+    process with one thread only. With `terminal` its output goes through a pseudo-terminal of the same
+    size. With `shares_progress` it inherits memory for its progress and its stack. Rank 0 inherits the
+    `listener` of the rendezvous of the ranks; the copy of this process stays open.
     """
     reading, writing = os.openpty() if terminal is not None else os.pipe()
-    shared = new_descriptors() if shares else {}
+    shared = new_descriptors() if shares_progress else {}
     inherits = shared | ({} if listener is None else {RENDEZVOUS_FD: listener.fileno()})
     try:
         if terminal is not None:
@@ -153,7 +156,12 @@ def spawn(
         os.close(writing)
     os.set_blocking(reading, False)
     return RankProcess(
-        rank, process, reading, terminal, pulse=shared.get(PULSE_FD), stack=shared.get(STACK_FD)
+        rank,
+        process,
+        reading,
+        terminal,
+        progress_fd=shared.get(PULSE_FD),
+        stack_fd=shared.get(STACK_FD),
     )
 
 

@@ -1,4 +1,4 @@
-"""Signals to the supervisor, turned into things to do in its loop."""
+"""Signals to the supervisor, collected for its event loop."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Self
 
-# A scheduler, a terminal and a script may all pass the same signal on.
+# A scheduler, a terminal and a script may each forward the same signal.
 REPEAT_S = 2.0
 # A closed terminal is a request to save and stop, unless nohup has had it ignored.
 _FORWARDED = {
@@ -20,7 +20,7 @@ _FORWARDED = {
 
 
 class Signals:
-    """Collects signals while it is entered; `descriptor` becomes readable when one has come."""
+    """Collects signals while it is entered; `descriptor` becomes readable when one has arrived."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -32,23 +32,23 @@ class Signals:
         os.set_blocking(self._write, False)
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
-        """A signal has come."""
+        """Signal handler: collect the signal."""
         if number != signal.SIGCHLD:
             self._pending.append(signal.Signals(number))
 
     def take(self) -> list[signal.Signals]:
-        """What to forward to the ranks; repeats within 2 s are dropped."""
+        """The signals to forward to the ranks; repeats within 2 s are dropped."""
         self.drain()
         pending, self._pending = self._pending, []
-        return [number for number in (_FORWARDED[one] for one in pending) if self.is_new(number)]
+        return [number for number in map(_FORWARDED.__getitem__, pending) if self.is_new(number)]
 
     def drain(self) -> None:
-        """Let `descriptor` be unreadable until the next signal."""
+        """Empty the pipe, so that `descriptor` is not readable until the next signal."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.descriptor, 4096)
 
     def is_new(self, number: signal.Signals) -> bool:
-        """Whether a request to stop, here or from another node, is no repeat; it counts from now on."""
+        """Whether a request to stop, of this or another node, is not a repeat. Notes it as the latest."""
         now = self._clock()
         if now - self._last.get(number, -REPEAT_S) < REPEAT_S:
             return False

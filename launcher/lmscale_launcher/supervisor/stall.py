@@ -1,8 +1,8 @@
-"""When does nothing move any more, and which rank is to blame? Pure, but for reading the ranks' pulses.
+"""Stall detection: is the job stuck, and which rank is the cause? Pure, except for reading the progress of ranks.
 
-Ranks of one job go in step: one that hangs holds all of them up, and the peers that wait for it look just as
-idle. So the job is stuck only when no rank at all has moved for the limit, and to blame is a process
-that the kernel has stopped, else the rank that is the least far.
+The ranks of a job advance in lockstep: a rank that hangs blocks all others, and the peers that wait for it make
+no progress either. So the job is stuck only when no rank at all has advanced for the limit. The cause is a
+process that the kernel has stopped or that waits for a disk, else the rank with the least progress.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,131 +18,132 @@ from lmscale.run_folder.rank_progress import (
 )
 from lmscale_launcher.supervisor.rank_process import RankProcess
 
-# Starting, loading, a first step (compilers), validation and saves may be silent for long, and a hang in them
-# that peers wait for ends by itself: collectives give up after 600 s. This is for what they do not see.
+# Starting, loading, a first step (compilers), validation and saves may report no progress for long. A hang in
+# a collective ends earlier by itself, after 600 s; this limit is for hangs outside of collectives.
 SLOW_S = 1800.0
-
-
-# A stopped process never goes on by itself, whatever it was at.
+# A stopped process never continues by itself, in any phase.
 STOPPED_S = 15.0
-
-
-_STEPS = 50.0  # as long as the longest step, where that is no more than SLOW_S
-
-
-_AGAIN = 2.0  # in any case
-
-
+# The automatic limit: 50 times the longest step so far, at most SLOW_S, but at least twice the longest step.
+_LONGEST_STEPS = 50.0
+_MIN_LONGEST_STEPS = 2.0
 _STATES = {"T": "stopped", "D": "waiting for a disk or a file server"}
 
 
 @dataclass(frozen=True, slots=True)
 class StallLimits:
-    """How long no rank may move."""
+    """How long the job may make no progress."""
 
     fixed_s: float | None = None  # cluster.stall_limit
-    least_s: float = 30.0  # of the automatic limit
+    min_s: float = 30.0  # lower bound of the automatic limit
 
     def limit_s(self, beat: ProgressReading) -> float:
-        """For a rank that stands there."""
-        # One step with an hour of suspension in it shall not buy patience for days.
-        usual_s = max(min(_STEPS * beat.longest_s, SLOW_S), _AGAIN * beat.longest_s)
-        limit = self.fixed_s or max(self.least_s, usual_s)
+        """The limit for a rank with this progress."""
+        # One step that contained an hour of suspension must not raise the limit to days.
+        automatic_s = max(
+            min(_LONGEST_STEPS * beat.longest_s, SLOW_S), _MIN_LONGEST_STEPS * beat.longest_s
+        )
+        limit = self.fixed_s or max(self.min_s, automatic_s)
         return limit if beat.phase in STEPPING and beat.warm else max(limit, SLOW_S)
 
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """The rank that is the least far."""
+    """The rank with the least progress."""
 
     rank: int
     step: int
     phase: Phase
-    state: str  # the kernel's letter
-    alike: int = 1  # ranks that stand exactly there
+    state: str  # process state, as in /proc/PID/stat
+    num_alike: int = 1  # ranks with exactly this progress
 
     @property
-    def place(self) -> tuple[bool, int, int, int]:
-        """The smallest of a job is to blame."""
+    def order_key(self) -> tuple[bool, int, int, int]:
+        """The suspect with the smallest key is the cause."""
         return (self.state not in _STATES, self.step, PHASES.index(self.phase), self.rank)
 
     def in_words(self, *, node: str, seconds: float) -> str:
         """A line for people."""
-        where = f" on {node}" if node else ""
-        what = (
+        location = f" on {node}" if node else ""
+        state = (
             f" (process state {self.state}: {_STATES[self.state]})" if self.state in _STATES else ""
         )
-        also = f"; {self.alike} ranks stand there" if self.alike > 1 else ""
+        alike = f"; {self.num_alike} ranks are in this phase" if self.num_alike > 1 else ""
         return (
-            f"rank {self.rank}{where} is stuck in {self.phase} of step {self.step}{what}: "
-            f"no rank has moved for {seconds:.0f} s{also}"
+            f"rank {self.rank}{location} is stuck in {self.phase} of step {self.step}{state}: "
+            f"no rank has made progress for {seconds:.0f} s{alike}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class StepPace:
-    """How the ranks of one node get on: what a node tells the others every two seconds."""
+    """Progress of the ranks of one node; each node sends it to node 0 every two seconds."""
 
-    quiet_s: float  # since one of them has moved
-    limit_s: float  # how long that may be where they stand
+    quiet_s: float  # since one of the ranks advanced
+    limit_s: float  # how long that may be in their present phase
     suspect: Suspect
 
     def as_json(self) -> dict[str, Any]:
-        """For the wire."""
+        """As JSON, for node 0."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, body: dict[str, Any]) -> Self:
-        """From the wire."""
+        """From the JSON of another node."""
         return cls(body["quiet_s"], body["limit_s"], Suspect(**body["suspect"]))
 
 
 class ProgressReadings:
-    """The pulses of this node's ranks."""
+    """Reads the progress of this node's ranks from the memory that they share."""
 
-    def __init__(self, patience: StallLimits, *, now_s: float) -> None:
-        self._patience = patience
-        self._seen: dict[int, int] = {}
-        self._moved_s = now_s
+    def __init__(self, limits: StallLimits, *, now_s: float) -> None:
+        self._limits = limits
+        self._counts: dict[int, int] = {}
+        self._advanced_s = now_s
 
     def pace(self, ranks: Sequence[RankProcess], *, now_s: float) -> StepPace | None:
-        """Look at those that live. None where they share no memory with us. `now_s`: Loop.awake_s."""
+        """The pace of living ranks. None where they share no memory. `now_s` is EventLoop.awake_s."""
         beats = {
-            one.rank: read_beat(one.pulse) for one in ranks if one.pulse is not None
+            rank.rank: read_beat(rank.progress_fd)
+            for rank in ranks
+            if rank.progress_fd is not None
         }  # fmt: skip
         if not beats:
             return None
         counts = {rank: beat.count for rank, beat in beats.items()}
-        if counts != self._seen:
-            self._seen, self._moved_s = counts, now_s
+        if counts != self._counts:
+            self._counts, self._advanced_s = counts, now_s
         suspects = [
-            Suspect(one.rank, beat.step, beat.phase, one.state())
-            for one in ranks
-            if (beat := beats.get(one.rank)) is not None
+            Suspect(rank.rank, beat.step, beat.phase, rank.state())
+            for rank in ranks
+            if (beat := beats.get(rank.rank)) is not None
         ]
         return StepPace(
-            quiet_s=now_s - self._moved_s,
-            limit_s=max(self._patience.limit_s(beat) for beat in beats.values()),
-            suspect=blamed(suspects),
+            quiet_s=now_s - self._advanced_s,
+            limit_s=max(self._limits.limit_s(beat) for beat in beats.values()),
+            suspect=least_progress(suspects),
         )
 
 
-def blamed(suspects: Iterable[Suspect]) -> Suspect:
-    """Of some suspects the one to blame, and how many stand where it stands."""
-    known = list(suspects)
-    worst = min(known, key=lambda one: one.place)
-    alike = sum(one.alike for one in known if one.place[:-1] == worst.place[:-1])
-    return Suspect(worst.rank, worst.step, worst.phase, worst.state, alike)
+def least_progress(suspects: Iterable[Suspect]) -> Suspect:
+    """The suspect that is the cause, with the number of ranks that have the same progress."""
+    candidates = list(suspects)
+    first = min(candidates, key=lambda suspect: suspect.order_key)
+    alike = [suspect for suspect in candidates if suspect.order_key[:-1] == first.order_key[:-1]]
+    num_alike = sum(suspect.num_alike for suspect in alike)
+    return Suspect(first.rank, first.step, first.phase, first.state, num_alike)
 
 
-def stuck(paces: Iterable[StepPace]) -> tuple[Suspect, float] | None:
-    """Who holds the job up and for how many seconds; None while it moves. One pace a node with ranks."""
-    known = list(paces)
-    if not known:
+def find_stall(paces: Iterable[StepPace]) -> tuple[Suspect, float] | None:
+    """The rank that blocks the job and the seconds without progress; None while the job advances.
+
+    `paces` has one entry per node that runs ranks.
+    """
+    nodes = list(paces)
+    if not nodes:
         return None
-    quiet_s = min(pace.quiet_s for pace in known)
-    worst = blamed(pace.suspect for pace in known)
-    limit_s = max(pace.limit_s for pace in known)
-    if worst.state == "T":
+    quiet_s = min(pace.quiet_s for pace in nodes)
+    suspect = least_progress(pace.suspect for pace in nodes)
+    limit_s = max(pace.limit_s for pace in nodes)
+    if suspect.state == "T":
         limit_s = min(limit_s, STOPPED_S)
-    return (worst, quiet_s) if quiet_s >= limit_s else None
+    return (suspect, quiet_s) if quiet_s >= limit_s else None

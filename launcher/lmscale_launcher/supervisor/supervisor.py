@@ -1,11 +1,7 @@
-"""What a supervisor is asked to do, as one value.
+"""The supervisor behind `lmscale train`: it starts the ranks of all nodes, and restarts them after failures.
 
-What a supervisor has on its node, as one value.
-
-The supervisor behind `lmscale train`: starts the ranks of all nodes, and starts them again.
-
-One thread, so that forking is safe and the ranks' death signal is tied to the process. Nothing that it
-starts outlives it, whichever way it ends.
+It has one thread, so that forking is safe and the death signal of the ranks is tied to the process. No process
+that it starts outlives it, however it ends.
 """
 
 import itertools
@@ -23,55 +19,53 @@ from lmscale.base.proc import adopt_orphans
 from lmscale.run_folder.bad_nodes import BadNode, read_bad_nodes, write_bad_nodes
 from lmscale.run_folder.events import read_events, starts_since_progress
 from lmscale.run_folder.liveness import begin
-from lmscale_launcher.supervisor import node_round as crew
 from lmscale_launcher.supervisor.context import SupervisorContext, SupervisorJob
 from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.guard import Guard
-from lmscale_launcher.supervisor.member import follow
-from lmscale_launcher.supervisor.output import Output, describe
-from lmscale_launcher.supervisor.protocol import Round, What, parted
-from lmscale_launcher.supervisor.rendezvous import Rendezvous, StartupFailure, meet
+from lmscale_launcher.supervisor.member import run_member
+from lmscale_launcher.supervisor.node_round import run_round
+from lmscale_launcher.supervisor.output import Output, describe_exit
+from lmscale_launcher.supervisor.protocol import Round, RoundKind, code_after_lost_node
+from lmscale_launcher.supervisor.rendezvous import Rendezvous, StartupFailure, rendezvous
 from lmscale_launcher.supervisor.signals import Signals
 
-__all__ = ["SupervisorJob", "supervise"]
-
-_LONGEST_PAUSE_S = 60.0
-_EXCUSE_S = 60.0  # for other nodes to hear that there is nothing to wait for
+_MAX_RESTART_DELAY_S = 60.0
+_ERROR_RENDEZVOUS_S = 60.0  # for other nodes to learn that this one cannot start
 
 
 def supervise(job: SupervisorJob, *, terminal: int = 2) -> int:
-    """Run the job to its end and return the exit code that speaks for all ranks of all nodes.
+    """Run the job to its end and return the exit code that is decisive over all ranks of all nodes.
 
-    Call it from the main thread of a process without other threads. Raises ConfigError when somebody
-    else is training in the folder.
+    Call it from the main thread of a process without other threads. Raises ConfigError when another process
+    is training in the folder.
     """
-    with _stationed(job, terminal) as station:
-        return follow(station) if job.place.node else _lead(station)
+    with _open_context(job, terminal) as context:
+        return run_member(context) if job.topology.node else _run_coordinator(context)
 
 
-def excuse(job: SupervisorJob, error: LmscaleError, *, terminal: int = 2) -> int:
-    """Part from the other nodes, since this one cannot start: nobody shall wait for it in vain.
+def report_startup_error(job: SupervisorJob, error: LmscaleError, *, terminal: int = 2) -> int:
+    """Report to the other nodes that this one cannot start, so that they do not wait for it.
 
-    What is wrong on node 0 is wrong with the run; on another node alone, with that node. Raises the
-    error again where node 0 is not found to say so.
+    An error on node 0 is an error of the run and ends all nodes; on another node it is an error of that node
+    alone. Raises `error` again where node 0 is not found.
     """
-    told = replace(job, unfit=(str(error),), meeting_s=_EXCUSE_S)
-    with _stationed(told, terminal) as station:
-        if job.place.node:
+    failing = replace(job, unhealthy=(str(error),), rendezvous_timeout_s=_ERROR_RENDEZVOUS_S)
+    with _open_context(failing, terminal) as context:
+        if job.topology.node:
             with suppress(RetryableError):
-                return follow(station)
+                return run_member(context)
             raise error
         with suppress(RetryableError):
-            meet(station).leader.leave(error.exit_code, str(error))
+            rendezvous(context).coordinator.leave(error.exit_code, str(error))
     raise error
 
 
 @contextmanager
-def _stationed(job: SupervisorJob, terminal: int) -> Iterator[SupervisorContext]:
-    several = job.place.nodes > 1
+def _open_context(job: SupervisorJob, terminal: int) -> Iterator[SupervisorContext]:
+    several = job.topology.nodes > 1
     in_place = os.isatty(terminal) and not several
     output = Output(terminal, in_place=in_place, host=job.host if several else "")
-    # Orphans of the ranks become children of this process instead of init's, and can be ended.
+    # Orphans of the ranks become children of this process instead of init's, and can be killed.
     adopt_orphans()
     with Signals() as signals, Guard() as guard, EventLoop() as loop:
         loop.watch(signals.descriptor, signals.drain)
@@ -83,52 +77,52 @@ def _stationed(job: SupervisorJob, terminal: int) -> Iterator[SupervisorContext]
             output.close()
 
 
-def _lead(station: SupervisorContext) -> int:
-    """Node 0: nothing to do, or a meeting and starts; and a code that all nodes leave with."""
-    nothing = _nothing_to_do(station.job)
-    if nothing and station.job.place.nodes == 1:
-        station.output.say(nothing)
+def _run_coordinator(context: SupervisorContext) -> int:
+    """Node 0: the rendezvous and the starts, unless there is nothing to do; the exit code of all nodes."""
+    message = _reason_not_to_start(context.job)
+    if message and context.job.topology.nodes == 1:
+        context.output.report(message)
         return ExitCode.DONE
-    met = meet(station)
+    nodes = rendezvous(context)
     try:
-        if nothing:
-            station.output.say(nothing)
-            met.leader.leave(ExitCode.DONE, "")
+        if message:
+            context.output.report(message)
+            nodes.coordinator.leave(ExitCode.DONE, "")
             return ExitCode.DONE
-        with storage_errors(f"supervising {station.job.folder.path}"):
-            return _Starts(station, met).run()
+        with storage_errors(f"supervising {context.job.folder.path}"):
+            return _StartLoop(context, nodes).run()
     except LmscaleError as error:
-        met.leader.leave(error.exit_code, "")
+        nodes.coordinator.leave(error.exit_code, "")
         raise
 
 
-def _nothing_to_do(job: SupervisorJob) -> str:
-    """Why this start is none; exit code 0, for any other would make a scheduler try again."""
+def _reason_not_to_start(job: SupervisorJob) -> str:
+    """Why this start does nothing and exits with 0; any other code would make a scheduler try again."""
     if job.by_hand or not job.folder.stop.exists():
-        return job.finished
+        return job.finished_message
     with storage_errors(f"reading {job.folder.stop}"):
-        why = job.folder.stop.read_text(errors="replace").strip()
+        reason = job.folder.stop.read_text(errors="replace").strip()
     return (
-        f"stopped by {why or '`lmscale stop`'}: `lmscale resume`, or removing {job.folder.stop}, "
-        "lets it go on"
+        f"stopped by {reason or '`lmscale stop`'}: run `lmscale resume`, or remove {job.folder.stop}, to "
+        "continue"
     )
 
 
-class _Starts:
-    """Node 0's policy: one start after the other, while it makes sense."""
+class _StartLoop:
+    """Node 0's policy: one start after the other, until the run ends or the restart budget is used up."""
 
-    def __init__(self, station: SupervisorContext, met: Rendezvous) -> None:
-        self._station = station
-        self._job = station.job
-        self._met = met
-        self._leader = met.leader
-        self._output = station.output
-        self._staged = station.job.stage is None
+    def __init__(self, context: SupervisorContext, nodes: Rendezvous) -> None:
+        self._context = context
+        self._job = context.job
+        self._nodes = nodes
+        self._coordinator = nodes.coordinator
+        self._output = context.output
+        self._staged = context.job.stage is None
 
     def run(self) -> int:
-        """Start, and start again."""
+        """Start the ranks, and restart them as often as it makes sense."""
         job = self._job
-        bad = read_bad_nodes(job.folder)
+        bad_nodes = read_bad_nodes(job.folder)
         for count in itertools.count():
             start = f"{job.start}.{count}" if count else job.start
             events = begin(
@@ -136,146 +130,160 @@ class _Starts:
                 start,
                 by_hand=job.by_hand and count == 0,
                 fresh=job.fresh and count == 0,
-                ranks=job.place.num_ranks * job.place.nodes,
-                nodes=self._leader.hosts,
+                ranks=job.topology.num_ranks * job.topology.nodes,
+                nodes=self._coordinator.hosts,
             )
-            self._leader.record(events)
+            self._coordinator.record(events)
             try:
-                trouble = self._trouble() if count == 0 else None
-                if trouble is not None:
-                    return self._leave(trouble.code, f"{describe(trouble.code)}: {trouble.words}")
-                code = self._one_start(start)
-                if not self._leader.stop_asked and self._goes_on(code, bad):
-                    self._tell("restart", code, describe(code))
-                    if self._pause():
+                failure = self._startup_failure() if count == 0 else None
+                if failure is not None:
+                    reason = f"{describe_exit(failure.code)}: {failure.reason}"
+                    return self._leave(failure.code, reason)
+                code = self._run_start(start)
+                if not self._coordinator.stop_requested and self._may_restart(code, bad_nodes):
+                    self._write_event("restart", code, describe_exit(code))
+                    if self._wait_before_restart():
                         continue
-                    code = parted(code) if self._leader.lost else code
-                return self._leave(code, describe(code))
+                    code = code_after_lost_node(code) if self._coordinator.lost else code
+                return self._leave(code, describe_exit(code))
             finally:
-                self._leader.record(None)
+                self._coordinator.record(None)
                 events.close()
         raise AssertionError("unreachable: the loop above only returns")
 
-    def _trouble(self) -> StartupFailure | None:
-        """Why not even one start should be made, after the events that tell of it."""
-        met = self._met
-        for number in met.missing:
-            self._leader.tell("lost_node", node="", number=number, reason="it did not come")
-        for host, reasons in met.unfit.items():
-            self._leader.tell("bad_node", node=host, reasons=reasons)
+    def _startup_failure(self) -> StartupFailure | None:
+        """Why not even one start can be made, after its events are written; None where it can."""
+        nodes = self._nodes
+        for number in nodes.missing:
+            self._coordinator.write_event(
+                "lost_node", node="", number=number, reason="it did not connect"
+            )
+        for host, reasons in nodes.unhealthy.items():
+            self._coordinator.write_event("bad_node", node=host, reasons=reasons)
         write_bad_nodes(
-            self._job.folder, {host: "\n".join(found) for host, found in met.unfit.items()}
+            self._job.folder,
+            {host: "\n".join(reasons) for host, reasons in nodes.unhealthy.items()},
         )
-        trouble = met.trouble or self._spent()
-        if trouble is not None:
-            self._output.say(trouble.words)
-        return trouble
+        failure = nodes.failure or self._budget_failure()
+        if failure is not None:
+            self._output.report(failure.reason)
+        return failure
 
-    def _spent(self) -> StartupFailure | None:
-        """Whether the starts before this one have used up the budget without a word: with their nodes."""
+    def _budget_failure(self) -> StartupFailure | None:
+        """Whether earlier starts have used up the restart budget and died with their nodes."""
         job = self._job
-        vain = starts_since_progress(read_events(job.folder))
-        # A scheduler that has started again once has decided so: max_restarts=0 is about our own restarts.
-        if job.by_hand or vain <= max(job.max_restarts, 1):
+        starts = starts_since_progress(read_events(job.folder))
+        # One restart by a scheduler is always allowed: max_restarts=0 is about restarts by this supervisor.
+        if job.by_hand or starts <= max(job.max_restarts, 1):
             return None
-        words = (
-            f"not started: {vain - 1} restarts since the newest checkpoint, the last without a word; "
-            f"cluster.max_restarts={job.max_restarts}"
+        reason = (
+            f"not started: {starts - 1} restarts since the newest checkpoint, the last one without an exit "
+            f"event; cluster.max_restarts={job.max_restarts}"
         )
-        return StartupFailure(ExitCode.RETRY, self._give_up(words))
+        return StartupFailure(ExitCode.RETRY, self._give_up(reason))
 
-    def _one_start(self, start: str) -> int:
+    def _run_start(self, start: str) -> int:
         """Stage the data, unless that is done, and run all ranks once."""
+        coordinator = self._coordinator
         if not self._staged:
-            code = self._round("stage", start)
-            if code != ExitCode.DONE and not (self._leader.stop_asked and code > 128):
+            code = self._run_round("stage", start)
+            if code != ExitCode.DONE and not (coordinator.stop_requested and code > 128):
                 return code
             self._staged = True
-        if not self._may_start():  # ranks would die of a signal that comes before Python does
-            return ExitCode.RETRY if self._leader.lost else ExitCode.SAVED
-        with _listening() as listener:
-            return self._round("ranks", start, listener)
+        # A rank that gets a signal before Python has installed its handlers would die unsaved.
+        if not self._may_start():
+            return ExitCode.RETRY if coordinator.lost else ExitCode.SAVED
+        with _listen_for_ranks() as listener:
+            return self._run_round("ranks", start, listener)
 
-    def _round(self, what: What, start: str, listener: socket.socket | None = None) -> int:
-        one = Round(what, start, listener.getsockname()[1] if listener is not None else 0)
-        self._leader.go(one)
-        own = crew.run(self._station, one, self._leader, listener)
-        self._leader.codes |= own
-        code = decisive(self._leader.codes.values())
-        return parted(code) if self._leader.lost else code
+    def _run_round(self, kind: RoundKind, start: str, listener: socket.socket | None = None) -> int:
+        port = listener.getsockname()[1] if listener is not None else 0
+        this_round = Round(kind, start, port)
+        self._coordinator.go(this_round)
+        codes = run_round(self._context, this_round, self._coordinator, listener)
+        self._coordinator.codes |= codes
+        code = decisive(self._coordinator.codes.values())
+        return code_after_lost_node(code) if self._coordinator.lost else code
 
-    def _goes_on(self, code: int, bad: Collection[BadNode]) -> bool:
-        """Whether to start again; says why not where a user might expect it."""
+    def _may_restart(self, code: int, bad_nodes: Collection[BadNode]) -> bool:
+        """Whether to restart in place; reports the reason where a user may expect a restart."""
         job = self._job
         if not (code in (ExitCode.RETRY, ExitCode.BUG) or code > 128) or job.folder.stop.exists():
             return False
-        if self._leader.lost:
-            self._output.say(f"{self._leader.lost}. All nodes leave, to be started again")
-            return False
-        news = sorted({node.host for node in read_bad_nodes(job.folder) if node not in bad})
-        if news and job.place.nodes > 1 and not job.by_hand:
-            self._output.say(
-                f"{', '.join(news)}: named in {job.folder.bad_nodes}. All nodes leave, to be started without it"
+        if self._coordinator.lost:
+            self._output.report(
+                f"{self._coordinator.lost}. All nodes exit with 75 (retry), to be started again"
             )
             return False
-        vain = starts_since_progress(read_events(job.folder))
-        if vain >= job.max_restarts:
-            words = (
-                f"{describe(code)}; not started again: {vain} restarts since the newest checkpoint, "
+        new_hosts = sorted(
+            {node.host for node in read_bad_nodes(job.folder) if node not in bad_nodes}
+        )
+        if new_hosts and job.topology.nodes > 1 and not job.by_hand:
+            self._output.report(
+                f"{', '.join(new_hosts)}: marked bad in {job.folder.bad_nodes}. All nodes exit, to be started "
+                "without it"
+            )
+            return False
+        restarts = starts_since_progress(read_events(job.folder))
+        if restarts >= job.max_restarts:
+            reason = (
+                f"{describe_exit(code)}; not started again: {restarts} restarts since the newest checkpoint, "
                 f"cluster.max_restarts={job.max_restarts}"
             )
-            self._output.say(self._give_up(words))
+            self._output.report(self._give_up(reason))
             return False
-        self._output.say(
-            f"{describe(code)}; starting again, restart {vain + 1} of at most {job.max_restarts} "
+        self._output.report(
+            f"{describe_exit(code)}; starting again, restart {restarts + 1} of at most {job.max_restarts} "
             "without a newer checkpoint"
         )
         return True
 
-    def _give_up(self, words: str) -> str:
-        """See that no scheduler starts it again, where one has started it; what to tell the user."""
+    def _give_up(self, reason: str) -> str:
+        """Write RUN/stop where a scheduler could start the run again; the message for the user."""
         job = self._job
         if job.by_hand:
-            return f"{words}. The same command goes on from there"
+            return f"{reason}. Run the same command again to resume"
         with storage_errors(f"writing {job.folder.stop}"):
-            atomic_write(job.folder.stop, f"{words}\n".encode())
-        return f"{words}. `lmscale resume {job.folder.path}` goes on from there"
+            atomic_write(job.folder.stop, f"{reason}\n".encode())
+        return f"{reason}. Run `lmscale resume {job.folder.path}` to resume"
 
-    def _pause(self) -> bool:
-        """Wait before a restart; False when a stop was requested or a node lost meanwhile."""
+    def _wait_before_restart(self) -> bool:
+        """Wait before a restart; False when a stop was requested or a node was lost meanwhile."""
         job = self._job
-        vain = starts_since_progress(read_events(job.folder))
-        until = time.monotonic() + min(job.pause_s * 2 ** min(vain, 16), _LONGEST_PAUSE_S)
+        restarts = starts_since_progress(read_events(job.folder))
+        delay_s = min(job.restart_delay_s * 2 ** min(restarts, 16), _MAX_RESTART_DELAY_S)
+        deadline = time.monotonic() + delay_s
         while self._may_start():
-            if time.monotonic() >= until:
+            if time.monotonic() >= deadline:
                 return True
-            self._station.loop.turn(min(0.1, job.pause_s))
+            self._context.loop.turn(min(0.1, job.restart_delay_s))
         return False
 
     def _may_start(self) -> bool:
-        """Hear of requests and of lost nodes while no rank runs; False when there are any."""
-        leader = self._leader
-        for number in self._station.signals.take():
-            leader.stop(number)
-        leader.take()
-        leader.tick(None)
-        return not (leader.stop_asked or leader.lost)
+        """Handle requests and lost nodes while no rank runs; False when there are any."""
+        coordinator = self._coordinator
+        for number in self._context.signals.take():
+            coordinator.stop(number)
+        coordinator.take()
+        coordinator.tick(None)
+        return not (coordinator.stop_requested or coordinator.lost)
 
     def _leave(self, code: int, reason: str) -> int:
-        """All nodes leave with this code; the last word in the events is node 0's."""
-        words = self._met.trouble.words if self._met.trouble is not None else ""
-        self._leader.leave(code, words)
-        self._tell("exit", code, reason)
+        """Let all nodes exit with this code; node 0 writes the last event after they have."""
+        failure = self._nodes.failure
+        self._coordinator.leave(code, failure.reason if failure is not None else "")
+        self._write_event("exit", code, reason)
         return code
 
-    def _tell(self, kind: str, code: int, reason: str) -> None:
-        self._leader.tell(kind, code=int(code), reason=reason, codes=self._leader.codes)
+    def _write_event(self, kind: str, code: int, reason: str) -> None:
+        codes = self._coordinator.codes
+        self._coordinator.write_event(kind, code=int(code), reason=reason, codes=codes)
 
 
-def _listening() -> socket.socket:
+def _listen_for_ranks() -> socket.socket:
     try:
         return listen()
     except OSError as error:
         raise RetryableError(
-            f"no port is to be had for the ranks ({error}); see `ss -ltn` and `ulimit -n`"
+            f"cannot open a listening port for the ranks: {error}; see `ss -ltn` and `ulimit -n`"
         ) from error

@@ -1,11 +1,4 @@
-"""When does nothing move any more, and which rank is to blame? Pure, but for reading the ranks' pulses.
-
-Ranks of one job go in step: one that hangs holds all of them up, and the peers that wait for it look just as
-idle. So the job is stuck only when no rank at all has moved for the limit, and to blame is a process
-that the kernel has stopped, else the rank that is the least far.
-
-One start of all ranks of this host, watched until the last of them has ended.
-"""
+"""One round on this node, watched from its first process to the last: output, signals, deaths, stuck ranks."""
 
 import os
 import signal
@@ -14,10 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from lmscale.base.errors import ExitCode
-from lmscale.run_folder.rank_progress import (
-    read_beat,
-    read_stack,
-)
+from lmscale.run_folder.rank_progress import read_beat, read_stack
 from lmscale_launcher.supervisor.context import SupervisorContext
 from lmscale_launcher.supervisor.protocol import (
     Order,
@@ -29,172 +19,178 @@ from lmscale_launcher.supervisor.protocol import (
 from lmscale_launcher.supervisor.rank_process import RankProcess
 from lmscale_launcher.supervisor.stall import ProgressReadings
 
-_TICK_S = 0.5  # how late RUN/stop and a missed SIGCHLD are noticed
-# A peer that has lost the dead rank usually ends by itself, and its own code may be the telling one.
-_HUSH_S = 0.5
-_DRAIN_S = 2.0  # for output still in the pipes after the last rank has ended
-_UNDYING_S = 10.0  # after SIGKILL
-_STACK_S = 2.0  # for faulthandler to answer
-_LOOK_S = 0.1  # between two looks at what it has written: the same twice is all of it
+_TICK_S = 0.5  # RUN/stop and a missed SIGCHLD are noticed this late at most
+# Peers of a dead rank usually end by themselves, and the exit code of a peer may name the cause.
+_PEER_EXIT_GRACE_S = 0.5
+_DRAIN_S = 2.0  # for output that is still in the pipes after the last rank has ended
+_KILL_REPORT_AFTER_S = 10.0  # after SIGKILL
+_STACK_TIMEOUT_S = 2.0  # for faulthandler to write the stack
+_STACK_POLL_S = 0.1  # the same text at two polls is complete
 _READ_BYTES = 1 << 16
-# Ranks that end like this have agreed on it; their peers are about to follow by themselves.
-_AGREED = (ExitCode.DONE, ExitCode.SAVED)
+# Ranks that end with one of these have agreed on it; their peers are about to end by themselves.
+_AGREED_CODES = (ExitCode.DONE, ExitCode.SAVED)
 
 
 class Watchdog:
-    """The loop around running ranks. It has one thread, which `spawn` relies on."""
+    """The event loop around running processes. It has one thread, which `spawn` relies on."""
 
     def __init__(
-        self, ranks: Sequence[RankProcess], team: SupervisorGroup, station: SupervisorContext
+        self, ranks: Sequence[RankProcess], group: SupervisorGroup, context: SupervisorContext
     ) -> None:
-        self._alive = {one.rank: one for one in ranks}
+        self._alive = {rank.rank: rank for rank in ranks}
         self._codes: dict[int, int] = {}
-        self._team = team
-        self._loop = station.loop
-        self._output = station.output
-        self._signals = station.signals
-        self._guard = station.guard
-        self._grace_s = station.job.grace_s
-        self._ranked = station.job.place.ranked
-        self._pulses = ProgressReadings(station.job.patience, now_s=station.loop.awake_s)
-        self._term_at: float | None = None
-        self._kill_at: float | None = None
-        self._undying_said = False
-        self._tick_at = 0.0
-        self._examined: RankProcess | None = None
-        self._examined_at = self._looked_at = 0.0
-        self._stack = ""
-        self._open = {one.output: one for one in ranks}
-        for one in ranks:
-            station.loop.watch(one.output, partial(self._read, one))
+        self._group = group
+        self._loop = context.loop
+        self._output = context.output
+        self._signals = context.signals
+        self._guard = context.guard
+        self._grace_s = context.job.grace_s
+        self._ranked = context.job.topology.ranked
+        self._readings = ProgressReadings(context.job.stall_limits, now_s=context.loop.awake_s)
+        self._term_at: float | None = None  # when peers of a dead rank get SIGTERM
+        self._kill_at: float | None = None  # and SIGKILL
+        self._kill_reported = False
+        self._ticked_at = 0.0
+        self._stuck: RankProcess | None = None  # whose stack is awaited
+        self._stack_requested_at = self._stack_polled_at = 0.0
+        self._stack_text = ""
+        self._open = {rank.output: rank for rank in ranks}
+        for rank in ranks:
+            context.loop.watch(rank.output, partial(self._read, rank))
 
-    def until_the_end(self) -> dict[int, int]:
-        """Pass on output and signals, end all when one dies; returns their codes when all have ended."""
+    def run(self) -> dict[int, int]:
+        """Watch until all processes of the round have ended; the exit code of each rank.
+
+        When one of them dies, all others of the round are ended.
+        """
         try:
-            while self._alive or self._team.busy:
+            while self._alive or self._group.busy:
                 self._loop.turn(_TICK_S)
-                self._look_after()
+                self._handle_events()
             drained_at = time.monotonic() + _DRAIN_S
             while self._open and time.monotonic() < drained_at:
                 self._loop.turn(0.05)
         finally:
-            self._end()
+            self._close()
         return dict(sorted(self._codes.items()))
 
-    def _look_after(self) -> None:
+    def _handle_events(self) -> None:
         for number in self._signals.take():
             self._request_stop(number)
-            self._team.stop(number)
-        for order in self._team.take():
-            self._obey(order)
-        for one in [one for one in self._alive.values() if one.has_exited()]:
-            self._bury(one)
-        for one in self._alive.values():
-            one.follow_size()
+            self._group.stop(number)
+        for order in self._group.take():
+            self._execute(order)
+        for rank in [rank for rank in self._alive.values() if rank.has_exited()]:
+            self._reap(rank)
+        for rank in self._alive.values():
+            rank.follow_size()
         now = time.monotonic()
-        self._examine(now)
+        self._poll_stack(now)
         self._end_peers(now)
-        if now - self._tick_at >= _TICK_S:
-            self._tick_at = now
+        if now - self._ticked_at >= _TICK_S:
+            self._ticked_at = now
             alive = list(self._alive.values())
-            self._team.tick(self._pulses.pace(alive, now_s=self._loop.awake_s))
+            self._group.tick(self._readings.pace(alive, now_s=self._loop.awake_s))
 
-    def _obey(self, order: Order) -> None:
+    def _execute(self, order: Order) -> None:
         match order:
             case StopOrder(number):
                 self._request_stop(number)
             case RoundEnd():
-                self._end_all()
-            case StackRequest(rank) if rank in self._alive:
-                one = self._alive[rank]
-                if (
-                    one.pulse is not None and read_beat(one.pulse).count
-                ):  # else nobody would catch it
-                    one.send(signal.SIGQUIT)
-                    one.send(signal.SIGCONT)  # a stopped process answers no signal
-                self._examined = one
-                self._examined_at = self._looked_at = time.monotonic()
+                self._begin_end()
+            case StackRequest(number) if number in self._alive:
+                rank = self._alive[number]
+                # A rank that has reported no progress yet has no handler for SIGQUIT, which would kill it.
+                if rank.progress_fd is not None and read_beat(rank.progress_fd).count:
+                    rank.send(signal.SIGQUIT)
+                    rank.send(signal.SIGCONT)  # a stopped process handles no signal
+                self._stuck = rank
+                self._stack_requested_at = self._stack_polled_at = time.monotonic()
 
     def _request_stop(self, number: signal.Signals) -> None:
         if not self._ranked:
-            # mpirun passes USR2 on to its ranks; after TERM or INT it kills them within 0.3 s.
+            # mpirun forwards USR2 to its ranks; after TERM or INT it kills them within 0.3 s.
             number = signal.SIGUSR2
-        for one in self._alive.values():
-            one.send(number)
+        for rank in self._alive.values():
+            rank.send(number)
 
-    def _examine(self, now: float) -> None:
-        """Pass on the stack of the stuck rank once it is whole, and kill it: its peers follow."""
-        one = self._examined
-        if one is None or now - self._looked_at < _LOOK_S:
+    def _poll_stack(self, now: float) -> None:
+        """Report the stack of the stuck rank once it is complete, and kill the rank; its peers follow."""
+        rank = self._stuck
+        if rank is None or now - self._stack_polled_at < _STACK_POLL_S:
             return
-        self._looked_at = now
-        text = read_stack(one.stack) if one.stack is not None else ""
-        whole = bool(text) and text == self._stack
-        if not whole and now - self._examined_at < _STACK_S and one.rank in self._alive:
-            self._stack = text
+        self._stack_polled_at = now
+        text = read_stack(rank.stack_fd) if rank.stack_fd is not None else ""
+        complete = bool(text) and text == self._stack_text
+        waiting = now - self._stack_requested_at < _STACK_TIMEOUT_S
+        if not complete and waiting and rank.rank in self._alive:
+            self._stack_text = text
             return
-        self._examined = None
-        self._team.stack(one.rank, text)
-        if one.rank in self._alive:  # else its group's number may be another's by now
-            one.kill()
+        self._stuck = None
+        self._group.stack(rank.rank, text)
+        if rank.rank in self._alive:  # else the number of its process group may have been reused
+            rank.kill()
 
-    def _bury(self, one: RankProcess) -> None:
-        code = one.reap()
-        self._guard.remove(one.pid)
-        del self._alive[one.rank]
-        if code - 128 in one.ended:
-            code = ExitCode.RETRY  # we ended it: not the cause, it has lost a peer
-        self._codes[one.rank] = int(code)
-        if code in _AGREED or (self._kill_at is not None and code == ExitCode.RETRY):
+    def _reap(self, rank: RankProcess) -> None:
+        code = rank.reap()
+        self._guard.remove(rank.pid)
+        del self._alive[rank.rank]
+        if code - 128 in rank.peer_signals:
+            code = (
+                ExitCode.RETRY
+            )  # ended by this supervisor after the loss of a peer: not the cause
+        self._codes[rank.rank] = int(code)
+        if code in _AGREED_CODES or (self._kill_at is not None and code == ExitCode.RETRY):
             return
-        self._team.died(one.rank, int(code), others=bool(self._alive))
-        self._end_all()
+        self._group.died(rank.rank, int(code), others=bool(self._alive))
+        self._begin_end()
 
-    def _end_all(self) -> None:
+    def _begin_end(self) -> None:
         if self._kill_at is None:
-            self._term_at = time.monotonic() + _HUSH_S
+            self._term_at = time.monotonic() + _PEER_EXIT_GRACE_S
             self._kill_at = self._term_at + self._grace_s
 
     def _end_peers(self, now: float) -> None:
-        """After a rank has died: TERM, time to leave a collective, KILL."""
+        """After a rank has died: SIGTERM, time to leave a collective, SIGKILL."""
         if self._term_at is not None and now >= self._term_at:
             self._term_at = None
             for peer in self._alive.values():
-                peer.ended.add(signal.SIGTERM)
+                peer.peer_signals.add(signal.SIGTERM)
                 peer.send(signal.SIGTERM)
-        if self._kill_at is not None and now >= self._kill_at:
-            for peer in self._alive.values():
-                peer.ended.add(signal.SIGKILL)
-                peer.kill()
-            if self._alive and not self._undying_said and now >= self._kill_at + _UNDYING_S:
-                self._undying_said = True
-                names = ", ".join(
-                    f"{one.rank} (state {one.state()})" for one in self._alive.values()
-                )
-                self._output.say(
-                    f"rank {names} cannot be killed: the kernel waits for a disk, a file server or a GPU, "
-                    "and this node for it"
-                )
+        if self._kill_at is None or now < self._kill_at:
+            return
+        for peer in self._alive.values():
+            peer.peer_signals.add(signal.SIGKILL)
+            peer.kill()
+        if self._alive and not self._kill_reported and now >= self._kill_at + _KILL_REPORT_AFTER_S:
+            self._kill_reported = True
+            ranks = ", ".join(
+                f"{rank.rank} (state {rank.state()})" for rank in self._alive.values()
+            )
+            self._output.report(
+                f"rank {ranks} does not exit after SIGKILL: the kernel waits for a disk, network storage or "
+                "a GPU; waiting"
+            )
 
-    def _read(self, one: RankProcess) -> None:
+    def _read(self, rank: RankProcess) -> None:
         try:
-            data = os.read(one.output, _READ_BYTES)
+            data = os.read(rank.output, _READ_BYTES)
         except BlockingIOError:
             return
         except OSError:  # EIO: the other side of a pseudo-terminal is closed
             data = b""
         if data:
-            self._output.feed(one.rank, data)
+            self._output.feed(rank.rank, data)
         else:
-            self._forget(one)
+            self._close_output(rank)
 
-    def _forget(self, one: RankProcess) -> None:
-        del self._open[one.output]
-        self._loop.forget(one.output)
-        os.close(one.output)
+    def _close_output(self, rank: RankProcess) -> None:
+        del self._open[rank.output]
+        self._loop.forget(rank.output)
+        os.close(rank.output)
 
-    def _end(self) -> None:
-        for one in self._alive.values():
-            one.reap()
-        for one in list(self._open.values()):
-            self._forget(one)
+    def _close(self) -> None:
+        for rank in self._alive.values():
+            rank.reap()
+        for rank in list(self._open.values()):
+            self._close_output(rank)

@@ -219,7 +219,9 @@ def test_a_restart_that_works_ends_well(start: Start) -> None:
 
 
 def test_a_signal_while_waiting_for_a_restart_ends_it(start: Start) -> None:
-    process = start.launch("mark('ran', 1); sys.exit(75)", ranks=1, max_restarts=3, pause_s=30.0)
+    process = start.launch(
+        "mark('ran', 1); sys.exit(75)", ranks=1, max_restarts=3, restart_delay_s=30.0
+    )
     start.wait_for("ran", 1)
     until(lambda: "restart" in [e["kind"] for e in start.events()], "a restart is planned")
     os.kill(process.pid, signal.SIGTERM)

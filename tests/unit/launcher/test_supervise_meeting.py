@@ -17,7 +17,7 @@ import pytest
 
 import lmscale
 from lmscale_launcher.supervisor.event_loop import EventLoop
-from lmscale_launcher.supervisor.protocol import SILENT_S, Channel, lost
+from lmscale_launcher.supervisor.protocol import SILENT_S, Channel, loss_reason
 from lmscale_launcher.supervisor.rendezvous import PORTS
 from tests.support.ports import free_port
 from tests.support.stand_ins import Nodes, Start, clean_env, kind, until, watched
@@ -41,7 +41,7 @@ class Visitor:
     def greet(self, node: int, nodes: int, **more: Any) -> "Visitor":
         words = {"start": "job-1", "node": node, "nodes": nodes, "ranks": 2, "host": f"n{node}",
                  "lmscale": lmscale.__version__, "python": platform.python_version(),
-                 "clock": time.time(), "unfit": []}  # fmt: skip
+                 "clock": time.time(), "unhealthy": []}  # fmt: skip
         return self.say("greet", **{**words, **more})
 
     def say(self, kind: str, **fields: Any) -> "Visitor":
@@ -165,14 +165,14 @@ def test_silence_of_a_host_that_answers_is_borne_for_longer_than_a_file_server_n
     with EventLoop() as loop, theirs:
         channel = Channel(ours, loop)
         loop.awake_s += 60
-        assert not lost(channel)
+        assert not loss_reason(channel)
         loop.awake_s += SILENT_S - 59
-        assert "nothing was heard of it for 121 s" in lost(channel)
+        assert "no message has arrived for 121 s" in loss_reason(channel)
         theirs.sendall(b'{"kind": "beat"}\n')
         loop.turn(1)
-        assert not lost(channel)
+        assert not loss_reason(channel)
         channel.close()
-        assert lost(channel) == "its connection is closed"
+        assert loss_reason(channel) == "its connection is closed"
 
 
 def test_an_end_is_told_though_the_rank_was_about_to_be_examined(start: Start) -> None:
@@ -187,6 +187,6 @@ def test_an_end_is_told_though_the_rank_was_about_to_be_examined(start: Start) -
         pulse.tick("data", step), pulse.tick("step")
     wait()
     """
-    code, said = start.to_the_end(body, ranks=1, patience=[0.5])
+    code, said = start.to_the_end(body, ranks=1, stall_limits=[0.5])
     assert code == 65, said
     assert [(one["rank"], one["code"]) for one in kind(start, "died")] == [(0, 65)]

@@ -127,7 +127,7 @@ def test_a_node_that_the_ranks_name_is_not_started_on_again(start: Start, by_han
         assert start.kinds() == ["start", "restart", "start", "exit"]
     else:
         assert codes == [75, 75], said
-        assert "n1: named in" in said[0] and "All nodes leave" in said[0]
+        assert "n1: marked bad in" in said[0] and "All nodes exit" in said[0]
         assert start.kinds() == ["start", "exit"]
 
 
@@ -184,7 +184,9 @@ def test_the_stop_file_and_the_deadline_reach_all_nodes(start: Start) -> None:
 
 
 def test_a_signal_while_waiting_for_a_restart_ends_it_on_all_nodes(start: Start) -> None:
-    nodes = Nodes(start, "mark('ran', 1); sys.exit(75)", max_restarts=3, pause_s=30.0).launch()
+    nodes = Nodes(
+        start, "mark('ran', 1); sys.exit(75)", max_restarts=3, restart_delay_s=30.0
+    ).launch()
     until(lambda: "restart" in start.kinds(), "a restart is planned")
     os.kill(nodes.pid(1), signal.SIGTERM)
     codes, said = nodes.end()
@@ -229,12 +231,12 @@ def test_ranks_of_all_nodes_reach_rank_0_before_it_listens(start: Start) -> None
 
 
 def test_nodes_that_do_not_come_are_named(start: Start) -> None:
-    codes, said = Nodes(start, "pass", count=4, meeting_s=1.5).launch(0, 2).end()
+    codes, said = Nodes(start, "pass", count=4, rendezvous_timeout_s=1.5).launch(0, 2).end()
     assert codes == [75, 75], said
-    assert "node 1, 3 of 4 did not come to 127.0.0.1:" in said[0]
+    assert "node 1, 3 of 4 did not connect to 127.0.0.1:" in said[0]
     assert [event["number"] for event in kind(start, "lost_node")] == [1, 3]
     assert start.kinds() == ["start", "lost_node", "lost_node", "exit"]
-    codes, said = Nodes(start, "pass", meeting_s=1.5).launch(1).end()
+    codes, said = Nodes(start, "pass", rendezvous_timeout_s=1.5).launch(1).end()
     assert codes == [75] and "node 0 was not found at 127.0.0.1" in said[1]
 
 
@@ -250,7 +252,7 @@ def test_nodes_that_differ_are_refused(start: Start) -> None:
 
 def test_an_unfit_node_is_written_down_and_nothing_starts(start: Start) -> None:
     nodes = Nodes(start, "mark('ran', 1)", max_restarts=5).launch(0)
-    codes, said = nodes.launch(1, unfit=["GPUs: one is lost; drain it", "disk: full"]).end()
+    codes, said = nodes.launch(1, unhealthy=["GPUs: one is lost; drain it", "disk: full"]).end()
     assert codes == [75, 75], said
     assert "n1: GPUs: one is lost" in said[0]
     assert (

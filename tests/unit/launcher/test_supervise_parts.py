@@ -81,16 +81,16 @@ def test_a_run_folder_that_cannot_be_looked_at_ends_nothing() -> None:
             "h", [], loop=loop, output=unused, signals=unused, folder=folder, deadline=None
         )
         leader.tick(None)
-        assert not leader.stop_asked
+        assert not leader.stop_requested
 
 
 def test_a_stray_that_does_not_die_is_not_waited_for() -> None:
     code = (
         "import os, subprocess, time\n"
-        "from lmscale_launcher.supervisor.node_round import end_strays\n"
+        "from lmscale_launcher.supervisor.node_round import kill_orphans\n"
         "stray = subprocess.Popen(['sleep', '30'])\n"
         "kill, os.kill = os.kill, lambda pid, number: None\n"  # as in the kernel's state D
-        "begun = time.monotonic(); end_strays(spare=set(), within_s=0.2)\n"
+        "begun = time.monotonic(); kill_orphans(spare=set(), within_s=0.2)\n"
         "kill(stray.pid, 9); print(time.monotonic() - begun)"
     )
     done = subprocess.run(
@@ -117,7 +117,7 @@ def test_twenty_restarts_leave_no_descriptor_open(start: Start) -> None:
             file.write(f"{len(os.listdir(parent))}\\n")
     sys.exit(75)
     """
-    code, said = start.to_the_end(body, ranks=1, max_restarts=20, pause_s=0.0)
+    code, said = start.to_the_end(body, ranks=1, max_restarts=20, restart_delay_s=0.0)
     assert code == 75, said
     counts = [int(text) for text in (start.run / "open").read_text().split()]
     assert len(counts) == 21 and max(counts) <= counts[0] + 1, counts

@@ -42,9 +42,9 @@ def test_a_rank_that_hangs_is_named_with_its_stack_and_all_start_again(start: St
         "if first:\n"
         "    lost_in_the_woods() if rank == 1 else (pulse.tick('step'), wait())\n"
     )
-    code, said = start.to_the_end(body, max_restarts=1, patience=[1.0])
+    code, said = start.to_the_end(body, max_restarts=1, stall_limits=[1.0])
     assert code == 0, said
-    assert "rank 1 is stuck in data of step 4: no rank has moved for " in said
+    assert "rank 1 is stuck in data of step 4: no rank has made progress for " in said
     assert "in lost_in_the_woods" in said
     found = the_stuck(start)
     assert (found["rank"], found["step"], found["phase"]) == (1, 4, "data")
@@ -57,7 +57,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack_and_all_start_again(start: St
 
 def test_a_stopped_rank_on_another_node_is_named(start: Start) -> None:
     body = TICKING + "steps(3)\nmark('pid', os.getpid())\nif first: wait()\n"
-    nodes = Nodes(start, body, max_restarts=1, patience=[3.0]).launch()
+    nodes = Nodes(start, body, max_restarts=1, stall_limits=[3.0]).launch()
     pids = start.wait_for("pid", 4)
     os.kill(int(pids[3]), signal.SIGSTOP)
     codes, said = nodes.end(timeout=30)
@@ -82,7 +82,7 @@ def test_a_stopped_rank_on_another_node_is_named(start: Start) -> None:
     ],
 )
 def test_who_works_is_left_alone(start: Start, work: str) -> None:
-    code, said = start.to_the_end(TICKING + work, patience=[1.0])
+    code, said = start.to_the_end(TICKING + work, stall_limits=[1.0])
     assert code == 0, said
     assert start.kinds() == ["start", "exit"]
 
@@ -90,7 +90,7 @@ def test_who_works_is_left_alone(start: Start, work: str) -> None:
 def test_a_suspended_supervisor_blames_nobody(start: Start) -> None:
     """Slurm suspends a job, a laptop sleeps: all of it stops, and no time has passed for anybody."""
     body = TICKING + "steps(3); mark('pid', os.getpid())\nsteps(20, 0.1)"
-    process = start.launch(body, patience=[1.5])
+    process = start.launch(body, stall_limits=[1.5])
     pids = [process.pid, *(int(pid) for pid in start.wait_for("pid", 2).values())]
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for pid in pids:

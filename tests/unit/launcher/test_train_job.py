@@ -46,8 +46,8 @@ def test_a_start_by_hand_is_checked_by_its_user(
     job = job_of("cluster.env={NCCL_DEBUG: INFO}", "cluster.max_restarts=3")
     assert job.by_hand and not job.fresh and job.deadline is None and job.stage is None
     assert job.env["NCCL_DEBUG"] == "INFO" and job.env["PATH"] == os.environ["PATH"]
-    assert job.max_restarts == 3 and job.unfit == ()
-    assert (job.patience.fixed_s, job.patience.least_s) == (None, 30.0)
+    assert job.max_restarts == 3 and job.unhealthy == ()
+    assert (job.stall_limits.fixed_s, job.stall_limits.min_s) == (None, 30.0)
 
 
 def test_a_template_tells_the_rest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,17 +65,17 @@ def test_a_template_tells_the_rest(folder: Path, monkeypatch: pytest.MonkeyPatch
     job = job_of("cluster.nodes=2", "cluster.stall_limit=90", "data.cache_dir=cache")
     assert not job.by_hand and job.fresh and job.deadline == 1700000000.5
     assert (job.start, job.host) == ("slurm-7-0", "n7")
-    assert (job.place.nodes, job.place.node, job.place.master) == (2, 1, "head:20007")
-    assert list(job.unfit) == ["c: gone; drain"]
-    assert job.patience.fixed_s == 90
+    assert (job.topology.nodes, job.topology.node, job.topology.master) == (2, 1, "head:20007")
+    assert list(job.unhealthy) == ["c: gone; drain"]
+    assert job.stall_limits.fixed_s == 90
     assert job.stage is not None and "stage" in job.stage and "run.yaml" in job.stage
     monkeypatch.setenv("LMSCALE_DEADLINE", "soon")
-    monkeypatch.setattr("lmscale_launcher.supervisor.supervisor.excuse", lambda job, error: error)
+    monkeypatch.setattr("lmscale_launcher.supervisor.supervisor.report_startup_error", lambda job, error: error)
     assert "LMSCALE_DEADLINE" in str(train_module.train("run.yaml", ["cluster.nodes=2"], 2))
 
 
 def test_a_compiler_gets_more_patience(folder: Path) -> None:
-    assert job_of("engine.compile=true").patience.least_s == 600.0
+    assert job_of("engine.compile=true").stall_limits.min_s == 600.0
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from lmscale_launcher.supervisor.stall import (
     StallLimits,
     StepPace,
     Suspect,
-    blamed,
-    stuck,
+    find_stall,
+    least_progress,
 )
 
 
@@ -117,7 +117,7 @@ AT_WORK = ProgressReading(10, 5, "step", warm=True, longest_s=0.1)
     [
         (StallLimits(), AT_WORK, 30.0),
         (StallLimits(), ProgressReading(10, 5, "data", warm=True, longest_s=2.0), 100.0),
-        (StallLimits(least_s=600), AT_WORK, 600.0),
+        (StallLimits(min_s=600), AT_WORK, 600.0),
         (StallLimits(), ProgressReading(10, 5, "step", warm=True, longest_s=60.0), SLOW_S),
         (
             StallLimits(),
@@ -163,17 +163,17 @@ def pace(quiet_s: float, rank: int, state: str = "S", *, step: int = 5, phase: s
 def test_the_job_is_stuck_when_nobody_moves_and_the_least_far_is_to_blame(
     paces: list[StepPace], rank: int | None
 ) -> None:
-    found = stuck(paces)
+    found = find_stall(paces)
     assert (found and found[0].rank) == rank
 
 
 def test_a_suspect_in_words_and_over_the_wire() -> None:
-    worst = blamed(
+    worst = least_progress(
         [Suspect(3, 12, "data", "S"), Suspect(2, 12, "data", "S"), Suspect(1, 12, "step", "S")]
     )
     assert worst == Suspect(2, 12, "data", "S", 2)
     assert worst.in_words(node="n1", seconds=31.2) == (
-        "rank 2 on n1 is stuck in data of step 12: no rank has moved for 31 s; 2 ranks stand there"
+        "rank 2 on n1 is stuck in data of step 12: no rank has made progress for 31 s; 2 ranks are in this phase"
     )
     stopped = Suspect(0, 1, "step", "T").in_words(node="", seconds=15)
     assert "rank 0 is stuck in step of step 1 (process state T: stopped)" in stopped
