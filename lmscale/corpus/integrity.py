@@ -84,8 +84,10 @@ def _beside_shards(folder: Path, manifest: Manifest) -> Iterator[str]:
         tokenizer_path(folder, manifest)
     except LmscaleError as error:
         yield str(error)
-    known = {MANIFEST_NAME, manifest.tokenizer.file, *(shard.name for shard in manifest.shards)}
-    yield from _unknown(folder, known)
+    covered = {MANIFEST_NAME, manifest.tokenizer.file, *(shard.name for shard in manifest.shards)}
+    if manifest.table_file is not None:
+        covered.add(manifest.table_file)
+    yield from _unknown(folder, covered)
 
 
 def _unknown(folder: Path, known: set[str]) -> Iterator[str]:

@@ -51,17 +51,17 @@ class ChunkReader:
         self._files = files
         self._cache = cache
         self._dtype: np.dtype[Any] = DTYPES[manifest.dtype]
-        self._firsts = manifest.firsts
+        self._first_chunks = manifest.first_chunks
         self._indexes: OrderedDict[int, ChunkIndex] = OrderedDict()
 
     def chunks_of_shard(self, shard: int) -> range:
         """The numbers of a shard's chunks."""
-        return range(int(self._firsts[shard]), int(self._firsts[shard + 1]))
+        return range(int(self._first_chunks[shard]), int(self._first_chunks[shard + 1]))
 
     def shard_of(self, chunk: int) -> int:
         """The number of the shard that holds a chunk."""
-        assert 0 <= chunk < self._firsts[-1], f"chunk {chunk} of {self._firsts[-1]}"
-        return int(np.searchsorted(self._firsts, chunk, side="right")) - 1
+        assert 0 <= chunk < self._first_chunks[-1], f"chunk {chunk} of {self._first_chunks[-1]}"
+        return int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
 
     def locate(self, chunk: int) -> tuple[Path, ChunkIndex]:
         """The shard that holds a chunk. Reads its index. Raises DataError."""
@@ -127,7 +127,7 @@ class ChunkReader:
         def fitting(data: Bytes) -> ChunkIndex:
             index = parse_index(data.data, index_crc32c=entry.index_crc32c)
             found = index.first_chunk, index.num_chunks, index.token_bytes
-            want = int(self._firsts[shard]), entry.chunks, self._dtype.itemsize
+            want = int(self._first_chunks[shard]), entry.chunks, self._dtype.itemsize
             if found != want:
                 raise ValueError(
                     "the index says first chunk {}, {} chunks, {} bytes a token; "

@@ -1,35 +1,27 @@
-"""The last member of a shard, `__lmidx__`: where each chunk lies, and a CRC32C a block of it.
+"""The format of one shard: a plain tar of chunks, whose last member is their index.
 
-All integers are little-endian:
-
-    "LMIDX" and version 1 as 8 bytes | u32 bytes of a token | u32 bytes of a block
-    u64 first chunk | u64 chunks
-    a row a chunk: u64 offset of its tokens in the tar, u64 tokens, u64 offset of its document
-        starts, u64 starts
-    u32 CRC32C a block: of chunk 0's tokens, of its starts, of chunk 1's tokens, ...
-    u32 CRC32C of everything before
-
-A member's first block starts with its first byte and only its last block is shorter, so a row can
-be checked without the rest of its chunk. A chunk without a list of document starts has offset 0.
-
-A JSON file with a digest of its own, so that no byte of it can change unseen.
-
-The digest stands in the last line and covers all bytes before that line, so that it does not depend
-on how a JSON library writes numbers, escapes or blanks.
-
-Writing one shard: a plain tar of chunks that ends with their index.
-
-The bytes are a function of the chunks alone (no time, no user, no mode of the writer), so that any
-number of workers, killed and started again, writes the same corpus.
+The bytes are a function of the chunks alone (no time, user or mode of the writer), so that any number of
+workers, killed and started again, writes the same corpus.
 
     00000017.u16        chunk_tokens + 1 raw little-endian tokens; the last is the first of chunk 18
-    00000017.docs.u32   where documents start inside the chunk (optional)
+    00000017.docs.u32   offsets at which documents start inside the chunk (optional)
     ...
-    __lmidx__           index.py
+    __lmidx__           the index: offsets of each chunk, and one CRC32C per block of 64 KiB
+
+The index, in little-endian integers:
+
+    "LMIDX" and version 1 as 8 bytes | u32 bytes per token | u32 bytes per block
+    u64 first chunk | u64 chunks
+    one row per chunk: u64 offset of its tokens in the tar, u64 tokens, u64 offset of its document
+        starts, u64 starts
+    one u32 CRC32C per block: of chunk 0's tokens, of its starts, of chunk 1's tokens, ...
+    u32 CRC32C of everything before
+
+The first block of a member begins with its first byte and only its last block may be shorter, so a
+sample can be checked without the rest of its chunk. A chunk without document starts has offset 0 there.
 """
 
 import hashlib
-import json
 import struct
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -41,7 +33,6 @@ import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscale.base.errors import DataError
 from lmscale.base.fs import atomic_writer, storage_errors
 
 INDEX_NAME = "__lmidx__"  # webdataset skips members named __*__
@@ -55,6 +46,56 @@ _HEADER = struct.Struct("<8sIIQQ")
 _CRC = struct.Struct("<I")
 
 
+Dtype = Literal["u16", "u32"]
+DTYPES: dict[Dtype, np.dtype[Any]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
+
+
+class Chunk(NamedTuple):
+    """The content of one chunk, as `write_shard` takes it."""
+
+    tokens: NDArray[np.integer[Any]]  # [chunk_tokens + 1], the corpus' last chunk may be shorter
+    starts: NDArray[np.integer[Any]] | None  # ascending, in [0, len(tokens)); None: unknown
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """The manifest's entry for one shard."""
+
+    name: str  # file name inside the corpus folder
+    bytes: int
+    sha256: str  # of the whole file
+    index_offset: int  # of the index in the file
+    index_bytes: int
+    index_crc32c: int  # ties the block CRCs to the manifest: a shard of another corpus is refused
+    chunks: int
+    tokens: int  # stored; neighbouring chunks share one token
+
+
+def dtype_for(vocab_size: int) -> Dtype:
+    """The smallest dtype for every id of a vocabulary."""
+    return "u16" if vocab_size <= 1 << 16 else "u32"
+
+
+def shard_name(number: int) -> str:
+    """The file name of a shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def num_chunks(tokens: int, chunk_tokens: int) -> int:
+    """The number of chunks of a stream of `tokens` tokens."""
+    return max(0, -(-(tokens - 1) // chunk_tokens))
+
+
+def chunk_range(chunk: int, *, tokens: int, chunk_tokens: int) -> tuple[int, int]:
+    """The tokens [first, stop) of the stream that a chunk stores; the last is the next chunk's first.
+
+    A document that starts at that last token is in the `starts` of both chunks: in the sample that
+    ends with it, the last target belongs to another document.
+    """
+    first = chunk * chunk_tokens
+    return first, min(first + chunk_tokens + 1, tokens)
+
+
 class Extent(NamedTuple):
     """A member's bytes inside its tar, and the CRC32C of each of its blocks."""
 
@@ -64,11 +105,11 @@ class Extent(NamedTuple):
 
 
 class IndexEntry(NamedTuple):
-    """What the index says of one chunk."""
+    """The row of one chunk in the index."""
 
     offset: int  # of its tokens, in the tar
     tokens: int
-    starts_offset: int  # of its document starts, in the tar; 0 = the chunk has no such list
+    starts_offset: int  # of its document starts, in the tar; 0: the chunk has none
     starts: int
 
 
@@ -79,9 +120,9 @@ class ChunkIndex:
     first_chunk: int
     token_bytes: int  # 2 | 4
     block_bytes: int
-    rows: NDArray[np.int64]  # [chunks, 4], columns as Row
+    rows: NDArray[np.int64]  # [chunks, 4], columns as in IndexEntry
     crcs: NDArray[np.uint32]
-    firsts: NDArray[np.int64]  # [2 * chunks + 1]: where each member's CRCs begin in crcs
+    firsts: NDArray[np.int64]  # [2 * chunks + 1]: index in crcs of each member's first block
 
     @property
     def num_chunks(self) -> int:
@@ -96,7 +137,7 @@ class ChunkIndex:
         )
 
     def starts(self, chunk: int) -> Extent | None:
-        """The document starts of a chunk of the corpus; None where it has no such list."""
+        """The document starts of a chunk of the corpus; None where it has no such member."""
         row = self._row(chunk)
         if not row.starts_offset:
             return None
@@ -104,9 +145,9 @@ class ChunkIndex:
         return self._extent(which, row.starts_offset, row.starts * START_BYTES)
 
     def member(self, chunk: int, member: Member) -> Extent:
-        """Either of them; a list of document starts that is missing is empty."""
-        found = self.tokens(chunk) if member == "tokens" else self.starts(chunk)
-        return found or Extent(0, 0, self.crcs[:0])
+        """The tokens or the document starts of a chunk; missing document starts are an empty extent."""
+        extent = self.tokens(chunk) if member == "tokens" else self.starts(chunk)
+        return extent or Extent(0, 0, self.crcs[:0])
 
     def _row(self, chunk: int) -> IndexEntry:
         return IndexEntry(*(int(value) for value in self.rows[chunk - self.first_chunk]))
@@ -116,7 +157,7 @@ class ChunkIndex:
 
 
 def block_crcs(data: bytes | memoryview) -> list[int]:
-    """CRC32C of each block of a member."""
+    """One CRC32C per block of a member."""
     view = memoryview(data)
     return [
         crc32c.crc32c(view[start : start + BLOCK_BYTES])
@@ -132,7 +173,7 @@ def pack_index(
     token_bytes: int,
     block_bytes: int = BLOCK_BYTES,
 ) -> bytes:
-    """The bytes of an index."""
+    """The bytes of an index; `crcs` are those of all members, in order."""
     body = b"".join(
         (
             _HEADER.pack(_MAGIC, token_bytes, block_bytes, first_chunk, len(rows)),
@@ -144,7 +185,7 @@ def pack_index(
 
 
 def stored_crc32c(data: bytes) -> int:
-    """The CRC32C that ends an index."""
+    """The CRC32C in the last bytes of an index."""
     return int.from_bytes(data[-_CRC.size :], "little")
 
 
@@ -154,9 +195,9 @@ def parse_index(data: bytes | memoryview, *, index_crc32c: int) -> ChunkIndex:
     if len(view) < _HEADER.size + _CRC.size:
         raise ValueError(f"the index has only {len(view)} bytes")
     body = view[: -_CRC.size]
-    found = crc32c.crc32c(body), *_CRC.unpack(view[-_CRC.size :])
-    if found != (index_crc32c, index_crc32c):
-        raise ValueError(f"the index has CRC32C {found[0]:08x}, expected {index_crc32c:08x}")
+    computed, stored = crc32c.crc32c(body), stored_crc32c(bytes(view[-_CRC.size :]))
+    if (computed, stored) != (index_crc32c, index_crc32c):
+        raise ValueError(f"the index has CRC32C {computed:08x}, expected {index_crc32c:08x}")
     magic, token_bytes, block_bytes, first_chunk, chunks = _HEADER.unpack_from(body)
     if magic != _MAGIC:
         raise ValueError(f"the index begins with {magic!r}, expected {_MAGIC!r}")
@@ -172,105 +213,13 @@ def parse_index(data: bytes | memoryview, *, index_crc32c: int) -> ChunkIndex:
     return ChunkIndex(first_chunk, token_bytes, block_bytes, rows, crcs, firsts)
 
 
-_LAST_LINE = ' "digest": "{}"\n}}\n'
-_LAST_LINE_BYTES = len(_LAST_LINE.format("0" * 64))
-
-
-def write_sealed(path: Path, body: dict[str, Any]) -> str:
-    """Publish `body` under `path`; returns its digest (SHA-256)."""
-    covered = json.dumps(body, indent=1, sort_keys=True).removesuffix("\n}") + ",\n"
-    digest = hashlib.sha256(covered.encode()).hexdigest()
-    data = (covered + _LAST_LINE.format(digest)).encode()
-    with storage_errors(f"writing {path}"), atomic_writer(path, single_writer=True) as file:
-        file.write(data)
-    return digest
-
-
-def read_sealed(path: Path, *, restore: str) -> tuple[bytes, str]:
-    """The JSON text and the digest of a file whose every byte has been checked.
-
-    Raises DataError where it is missing, empty, unreadable or damaged; `restore` says what to do.
-    """
-    raw = _bytes(path, restore)
-    covered, last = memoryview(raw)[:-_LAST_LINE_BYTES], raw[-_LAST_LINE_BYTES:]
-    digest = hashlib.sha256(covered).hexdigest()
-    if not covered or last != _LAST_LINE.format(digest).encode():
-        raise DataError(
-            f"{path}: its {len(raw)} bytes do not match the digest in its last line: "
-            f"it is damaged; {restore}"
-        )
-    return raw, digest
-
-
-def _bytes(path: Path, restore: str) -> bytes:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing: damaged, or never finished; {restore}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}; {restore}") from error
-    if not raw:
-        raise DataError(f"{path} is empty: it is damaged; {restore}")
-    return raw
-
-
-Dtype = Literal["u16", "u32"]
-DTYPES: dict[Dtype, np.dtype[Any]] = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
-
-
-class Chunk(NamedTuple):
-    """One chunk as prepare hands it over."""
-
-    tokens: NDArray[np.integer[Any]]  # [chunk_tokens + 1], the corpus' last chunk may be shorter
-    starts: NDArray[np.integer[Any]] | None  # ascending, in [0, len(tokens)); None: no such list
-
-
-@dataclass(frozen=True, slots=True)
-class ShardEntry:
-    """What the manifest says of one shard."""
-
-    name: str  # file name inside the corpus folder
-    bytes: int
-    sha256: str  # of the whole file
-    index_offset: int  # of the index' bytes in the file
-    index_bytes: int
-    index_crc32c: int  # binds the block CRCs to the manifest: another corpus' shard is not taken
-    chunks: int
-    tokens: int  # stored; neighbouring chunks share one
-
-
-def dtype_for(vocab_size: int) -> Dtype:
-    """The narrowest dtype that holds every id of a vocabulary."""
-    return "u16" if vocab_size <= 1 << 16 else "u32"
-
-
-def shard_name(number: int) -> str:
-    """File name of a corpus' shard."""
-    return f"shard-{number:06d}.tar"
-
-
-def num_chunks(tokens: int, chunk_tokens: int) -> int:
-    """Chunks that hold a stream of so many tokens."""
-    return max(0, -(-(tokens - 1) // chunk_tokens))
-
-
-def chunk_range(chunk: int, *, tokens: int, chunk_tokens: int) -> tuple[int, int]:
-    """The tokens [first, stop) of the stream that a chunk stores; the last is the next one's first.
-
-    A document that starts at that last token belongs to the `starts` of both chunks: the row that
-    ends with it has to know that its last target is another document's.
-    """
-    first = chunk * chunk_tokens
-    return first, min(first + chunk_tokens + 1, tokens)
-
-
 def write_shard(
     path: Path, chunks: Iterable[Chunk], *, first_chunk: int, dtype: Dtype
 ) -> ShardEntry:
-    """Write chunks `first_chunk`, `first_chunk` + 1, ... to a tar that appears whole or not at all.
+    """Write chunks `first_chunk`, `first_chunk` + 1, ... to a tar, which appears complete or not at all.
 
-    Holds one chunk in memory at a time. Raises RetryableError where the file system refuses, for
-    instance because it is full.
+    One chunk is in memory at a time. Raises RetryableError or ConfigError where writing fails, for
+    instance on a full disk.
     """
     rows: list[IndexEntry] = []
     crcs: list[int] = []
@@ -291,7 +240,7 @@ def write_shard(
         assert rows, f"{path} would have no chunk"
         index = pack_index(rows, crcs, first_chunk=first_chunk, token_bytes=DTYPES[dtype].itemsize)
         index_offset = tar.add(INDEX_NAME, index)
-        tar.end()
+        tar.finish()
     return ShardEntry(
         name=path.name,
         bytes=tar.offset,
@@ -305,7 +254,7 @@ def write_shard(
 
 
 class _Tar:
-    """A ustar archive written member by member; tarfile makes the headers."""
+    """A ustar archive that is written member by member; tarfile makes the headers."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -322,7 +271,8 @@ class _Tar:
         self._pad(tarfile.BLOCKSIZE)
         return offset
 
-    def end(self) -> None:
+    def finish(self) -> None:
+        """Write the end of the archive."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._pad(tarfile.RECORDSIZE)
 
@@ -337,10 +287,12 @@ class _Tar:
 
 def _tokens(chunk: Chunk, dtype: Dtype) -> bytes:
     tokens = chunk.tokens
-    assert tokens.ndim == 1, f"a chunk of shape {tokens.shape}"
+    assert tokens.ndim == 1, f"a chunk has shape {tokens.shape}"
     assert len(tokens) >= 2, f"a chunk of {len(tokens)} tokens has no target"
-    assert tokens.min() >= 0, f"an id of {tokens.min()}"
-    assert tokens.max() <= np.iinfo(DTYPES[dtype]).max, f"id {tokens.max()} in {dtype}"
+    assert tokens.min() >= 0, f"a negative id: {tokens.min()}"
+    assert tokens.max() <= np.iinfo(DTYPES[dtype]).max, (
+        f"id {tokens.max()} does not fit into {dtype}"
+    )
     return tokens.astype(DTYPES[dtype]).tobytes()
 
 

@@ -41,7 +41,7 @@ class ChunkLayout:
         stored = manifest.tokens + manifest.num_chunks - 1
         width = manifest.chunk_bytes // (manifest.chunk_tokens + 1)
         before = (manifest.num_chunks - 1) * (manifest.chunk_tokens + 1)
-        return cls(manifest.firsts, manifest.chunk_bytes, max(0, stored - before) * width)
+        return cls(manifest.first_chunks, manifest.chunk_bytes, max(0, stored - before) * width)
 
     @property
     def num_chunks(self) -> int:

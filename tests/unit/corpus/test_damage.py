@@ -53,7 +53,7 @@ def bytes_read(made: Made) -> dict[str, list[range]]:
     """The bytes that reading all samples needs, found without the code under test: by tarfile's headers."""
     needed = {
         name: [range((made.path / name).stat().st_size)]
-        for name in ("manifest.json", "tokenizer.json")
+        for name in ("manifest.json", "shards.npy", "tokenizer.json")
     }
     for shard in made.manifest.shards:
         with tarfile.open(made.path / shard.name) as tar:
@@ -90,7 +90,7 @@ def check_flip(made: Made, needed: dict[str, list[range]], name: str, bit: int) 
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.sampled_from(range(4)))
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.sampled_from(range(5)))
 @example(0.0, 0, 2)  # first byte of a tar header
 @example(0.999999, 7, 2)  # last byte of its padding
 def test_any_flipped_bit_is_found(
@@ -204,7 +204,7 @@ def test_missing_or_unknown_files(copy: Path) -> None:
     assert any("notes.txt: not part of this corpus" in problem for problem in problems)
     (copy / "manifest.json").unlink()
     (problem,) = verify(copy)
-    assert "manifest.json is missing: damaged" in problem
+    assert "manifest.json is missing" in problem
 
 
 def test_verify_of_a_collection_covers_its_parts(tmp_path: Path) -> None:
