@@ -24,6 +24,7 @@ from results import ROOT, provenance, table
 
 from lmscale.base.batch import Batch, Stream
 from lmscale.base.world import World
+from lmscale.config.model_spec import decoder_spec
 from lmscale.config.schema import EngineConfig, ModelConfig, OptimConfig, RunConfig
 from lmscale.config.yaml import parse
 from lmscale.distributed.mesh import make_mesh
@@ -119,7 +120,11 @@ def measured(args: argparse.Namespace, engine: Mapping[str, Any]) -> dict[str, A
             seconds.append(time.perf_counter() - begun)
     step_s = statistics.median(seconds[args.warm :])
     tokens_per_s = args.rows * args.seq_len / step_s
-    flops = flops_per_token(cfg.model, seq_len=args.seq_len, vocab_size=args.vocab, causal=False)
+    flops = flops_per_token(
+        decoder_spec(cfg.model, vocab_size=args.vocab, max_positions=args.seq_len),
+        seq_len=args.seq_len,
+        causal=False,
+    )
     peak = peak_of(device, torch.bfloat16).flops_per_s
     on_gpu = device.type == "cuda"
     return {

@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from memory_probe import LENGTH, MODEL, ROWS, VOCAB, Setting, held
 from results import facts, provenance, table, write_page
 
+from lmscale.config.model_spec import decoder_spec
 from lmscale.config.schema import ModelConfig
-from lmscale.modelspec.activations import Work, activation_bytes, block_bytes, modes_of
-from lmscale.modelspec.parameters import parameters
+from lmscale.modelspec.activations import MicroBatch, activation_bytes, block_bytes, recompute_modes
+from lmscale.modelspec.spec import ModelSpec
 from lmscale_launcher.planner.memory_estimate import MeshSizes, held_by
 from tests.support.rank_pool import CaseFailed, Pool
 
@@ -72,28 +73,29 @@ def _row(name: str, ranks: int, engine: dict[str, Any], **parallel: Any) -> Row:
 
 
 def by_formula(row: Row) -> dict[str, int]:
-    cfg, model = row.setting.config(), ModelConfig(**MODEL)
-    found = parameters(model, vocab_size=VOCAB, max_positions=LENGTH)
-    plan = held_by(model, found, cfg.engine, row.mesh, micro_batches=1)
+    cfg = row.setting.config()
+    spec = decoder_spec(ModelConfig(**MODEL), vocab_size=VOCAB, max_positions=LENGTH)
+    plan = held_by(spec, cfg.engine, row.mesh, micro_batches=1)
     return {
         "parameters": plan.parameters,
         "gradients": plan.gradients,
         "optimizer": plan.optimizer,
-        "saved": saved_by_formula(model, row),
+        "saved": saved_by_formula(spec, row),
     }
 
 
-def saved_by_formula(model: ModelConfig, row: Row) -> int:
+def saved_by_formula(spec: ModelSpec, row: Row) -> int:
     """At the end of the forward: without the block that recomputation fills again in the backward."""
     cfg = row.setting.config()
-    plain = Work(
-        device="cpu", precision=cfg.engine.precision, rows=ROWS, seq_len=LENGTH, vocab_size=VOCAB,
-        separate=False, tp=cfg.parallel.tp, sequence_parallel=cfg.parallel.sequence_parallel,
+    stack = spec.stack("decoder")
+    plain = MicroBatch(
+        device="cpu", precision=cfg.engine.precision, rows=ROWS, seq_len=LENGTH, separate=False,
+        tp=cfg.parallel.tp, sequence_parallel=cfg.parallel.sequence_parallel,
     )  # fmt: skip
-    modes = modes_of(model, replace(plain, recompute=cfg.engine.activation_checkpointing))
-    blocks = sum(count * block_bytes(model, plain, mode) for mode, count in modes.items())
-    rest = activation_bytes(model, plain) / plain.tokens - model.num_layers * block_bytes(
-        model, plain, "none"
+    modes = recompute_modes(stack, replace(plain, recompute=cfg.engine.activation_checkpointing))
+    blocks = sum(count * block_bytes(stack, plain, mode) for mode, count in modes.items())
+    rest = activation_bytes(spec, plain) / plain.tokens - stack.num_layers * block_bytes(
+        stack, plain, "none"
     )
     return round(plain.tokens * (blocks + rest))
 

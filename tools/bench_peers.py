@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from task import Task
 from workers import Worker, busy_s, require_memory, touch_memory
 
+from lmscale.config.model_spec import decoder_spec
 from lmscale.config.schema import ModelConfig
 from lmscale.model.build import build_model
 from lmscale.modelspec.flops import flops_per_token
@@ -136,7 +137,11 @@ def row(worker: Worker, args: argparse.Namespace, task: Task) -> dict[str, Any]:
             num_heads=task.heads,
             ffn_hidden_size=task.feed_forward,
         )
-        flops = flops_per_token(model, seq_len=task.length, vocab_size=task.vocab, causal=True)
+        flops = flops_per_token(
+            decoder_spec(model, vocab_size=task.vocab, max_positions=task.length),
+            seq_len=task.length,
+            causal=True,
+        )
         flops *= task.rows * task.length
     else:
         flops = 2.0 * contender.options["size"] ** 3 * contender.options["times"]

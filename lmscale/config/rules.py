@@ -20,6 +20,7 @@ from lmscale.config import proven
 from lmscale.config.cluster_schema import CLUSTER_KINDS
 from lmscale.config.engine_kinds import ENGINE_KINDS, kinds_that
 from lmscale.config.schema import EngineConfig, RunConfig
+from lmscale.modelspec.spec import VOCAB_MULTIPLE
 
 
 def refusals(cfg: RunConfig) -> Iterator[Problem]:
@@ -77,7 +78,6 @@ def _cluster(cfg: RunConfig) -> Iterator[Problem]:
 
 Check = Callable[[RunConfig], Iterator[Problem]]
 
-_VOCABULARY_MULTIPLE = 128  # the model pads its vocabulary to it, and tp cuts the padded one
 # fp16 starts at a scale of 2^16 and halves it at each overflow: that many steps in a row, and a few in reserve.
 _FP16_SKIPS = 20
 # What engine.zero_stage is when nobody writes it.
@@ -90,7 +90,7 @@ def _split_over_tp(cfg: RunConfig) -> Iterator[Problem]:
         "model.num_heads": model.num_heads,
         "model.num_kv_heads": model.num_kv_heads,
         "model.ffn_hidden_size": model.ffn_hidden_size,
-        f"{_VOCABULARY_MULTIPLE}, of which padded vocabularies are multiples": _VOCABULARY_MULTIPLE,
+        f"{VOCAB_MULTIPLE}, of which padded vocabularies are multiples": VOCAB_MULTIPLE,
     }
     most = gcd(*sizes.values())
     hint = f"this model splits over {most} ranks, or over a divisor of that"

@@ -5,7 +5,7 @@ The sections of a run file that say what is read: data and eval.
 A whole run as one frozen value.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,12 @@ from lmscale.config.fields import (
     identity,
     placement,
 )
+from lmscale.modelspec.feed_forward import FEED_FORWARDS
+
+if TYPE_CHECKING:
+    Activation = str
+else:  # the names of the table, so that a new kind needs no edit here
+    Activation = Literal[tuple(FEED_FORWARDS)]
 
 _WHOLE_OR_NULL: dict[str, Any] = {"type": ["integer", "null"]}
 
@@ -60,9 +66,7 @@ class ModelConfig(Section):
     norm_eps: float = identity("added to the variance", default=1e-5, gt=0)
     positions: Literal["rotary", "learned", "none"] = identity("how they enter", default="rotary")
     rope_theta: float = identity("base of the rotary angles", default=10_000.0, gt=0)
-    activation: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = identity(
-        "non-linearity", default="swiglu"
-    )
+    activation: Activation = identity("non-linearity", default="swiglu")
     bias: bool = identity("bias in every linear and layer norm", default=False)
     tie_embeddings: bool = identity("the head is the embedding, transposed", default=False)
     dropout: float = identity("probability, in every residual branch", default=0.0, ge=0, lt=1)
@@ -80,13 +84,10 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _derive(self) -> Self:
         """Sizes that follow from others, so that nobody downstream meets a None."""
-        hidden = 4 * self.hidden_size
-        if self.activation == "swiglu":  # three matrices instead of two: the same parameters
-            hidden = -(-(8 * self.hidden_size) // (3 * 64)) * 64
         derived = {
             "num_kv_heads": self.num_heads,
             "head_dim": max(1, self.hidden_size // self.num_heads),
-            "ffn_hidden_size": hidden,
+            "ffn_hidden_size": FEED_FORWARDS[self.activation].default_hidden_size(self.hidden_size),
         }
         for name, value in derived.items():
             if getattr(self, name) is None:

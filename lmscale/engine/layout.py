@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lmscale.checkpoint.fragment import Fragment, TpShard
 from lmscale.distributed.mesh import Mesh
-from lmscale.model.tp_plan import cut_dim, sums_over_tokens
+from lmscale.modelspec.tensor_parallel import sums_over_tokens, tp_dim
 
 
 class TpLayout:
@@ -22,7 +22,7 @@ class TpLayout:
 
     def split(self, name: str) -> TpShard | None:
         """Which part of the global tensor this tp rank has; None: all of it."""
-        dim = cut_dim(name) if self._mesh.tp_size > 1 else None
+        dim = tp_dim(name) if self._mesh.tp_size > 1 else None
         return None if dim is None else TpShard(dim, self._mesh.tp_rank, self._mesh.tp_size)
 
     def tp_copies(self, name: str) -> int:

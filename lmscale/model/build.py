@@ -1,23 +1,21 @@
-"""From the run file's model section to a model."""
+"""From the run file's model section to a model, and how many parameters it has."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lmscale.base.errors import ConfigError, Problem
+from lmscale.config.model_spec import decoder_spec
+from lmscale.config.schema import ModelConfig
 from lmscale.model.init import initialise
 from lmscale.model.transformer import LanguageModel
-from lmscale.modelspec.spec import Architecture
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lmscale.config.schema import ModelConfig
 
 
 def build_model(
-    cfg: "ModelConfig",
+    cfg: ModelConfig,
     *,
     vocab_size: int,
     max_positions: int,
@@ -27,11 +25,12 @@ def build_model(
 ) -> LanguageModel:
     """The model of this section, initialised; on the meta device, without values (see initialise).
 
-    The global random state is neither read nor moved.
+    Neither reads nor changes the global random state. Raises ConfigError for a pattern of model.trainable that
+    matches no parameter.
     """
-    arch = Architecture.of(cfg, vocab_size=vocab_size, max_positions=max_positions)
+    spec = decoder_spec(cfg, vocab_size=vocab_size, max_positions=max_positions)
     with torch.device("meta"):
-        model = LanguageModel(arch).to(dtype)
+        model = LanguageModel(spec).to(dtype)
     freeze(model, cfg.trainable)
     if torch.device(device).type != "meta":
         model.to_empty(device=device)
@@ -39,8 +38,8 @@ def build_model(
     return model
 
 
-def freeze(model: LanguageModel, trainable: "Sequence[str]") -> None:
-    """Take the gradient from every parameter that matches none of the name patterns."""
+def freeze(model: LanguageModel, trainable: Sequence[str]) -> None:
+    """Turn off the gradient of every parameter that matches none of the name patterns."""
     names = [name for name, _ in model.named_parameters()]
     problems = [
         Problem(
@@ -55,3 +54,23 @@ def freeze(model: LanguageModel, trainable: "Sequence[str]") -> None:
         raise ConfigError(problems or [Problem("model.trainable", "empty: nothing would train")])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trainable))
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCounts:
+    """Numbers of parameters of a built model."""
+
+    total: int
+    trainable: int
+    non_embedding: int  # without token and position tables; an untied head counts
+
+
+def num_parameters(model: nn.Module) -> ParameterCounts:
+    """Count a model's parameters, by global shape where they are sharded."""
+    sizes = {name: parameter.shape.numel() for name, parameter in model.named_parameters()}
+    tables = ("decoder.embedding.weight", "decoder.positions.weight")
+    return ParameterCounts(
+        total=sum(sizes.values()),
+        trainable=sum(p.shape.numel() for p in model.parameters() if p.requires_grad),
+        non_embedding=sum(size for name, size in sizes.items() if name not in tables),
+    )

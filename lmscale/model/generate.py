@@ -75,7 +75,7 @@ def _check(
     temperature: float,
     top_k: int | None,
 ) -> None:
-    vocab = model.arch.vocab_size
+    vocab = model.decoder.spec.vocab_size
     if not prompt_ids:
         raise UsageError("the prompt has no token; give at least one, e.g. the tokenizer's bos")
     if strange := [token for token in prompt_ids if not 0 <= token < vocab]:
@@ -87,8 +87,9 @@ def _check(
         )
     length = len(prompt_ids) + max_new
     # The last token is not read again, so it needs no position.
-    if model.arch.positions == "learned" and length - 1 > model.arch.max_positions:
+    stack = model.decoder.spec
+    if stack.positions == "learned" and length - 1 > stack.max_positions:
         raise UsageError(
             f"{len(prompt_ids)} + {max_new} tokens, but this model has learned "
-            f"{model.arch.max_positions} positions; shorten the prompt or max_new"
+            f"{stack.max_positions} positions; shorten the prompt or max_new"
         )

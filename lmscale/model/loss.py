@@ -1,6 +1,6 @@
-"""Cross entropy of a large vocabulary, as a sum, without ever holding all logits.
+"""Cross entropy of a large vocabulary, as a sum, without ever storing all logits.
 
-Shapes: T targets (all tokens of the batch), C tokens of one chunk, D model width, V vocabulary,
+Shapes: T targets (all tokens of the batch), C tokens of one chunk, D hidden size, V vocabulary,
 P rows that are stored for it: padded.
 """
 
@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmscale.base.batch import Sums
-from lmscale.model.dropout import at_least_fp32
+from lmscale.model.kernels import at_least_fp32
 
-# Logits of one chunk: 16 MiB of fp32 stay near the cache of a CPU; a GPU wants large products.
+# Logits of one chunk: 16 MiB of fp32 stay near the cache of a CPU; a GPU is efficient at large products.
 _CHUNK_LOGITS = {"cpu": 1 << 22}
 _CHUNK_LOGITS_ACCELERATOR = 1 << 28
 _CHUNK_MIN_TOKENS = 128
 
-# (logits_CV, targets_C, weights_C) -> weighted nats of each token; turns the logits into their gradient, in place.
-Nats = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (logits_CV, targets_C, weights_C) -> weighted loss of each token; overwrites the logits with their gradient.
+ChunkLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def nats_then_gradient(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
-    """Weighted nats of each token; turns the logits into d(sum of nats)/d(logits), in place."""
+def chunk_loss(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor) -> Tensor:
+    """Weighted loss of each token, in nats; overwrites the logits with d(sum of losses)/d(logits)."""
     rows_C = torch.arange(len(targets_C), device=targets_C.device)
     target_logit_C = logits_CV[rows_C, targets_C]
     largest_C = logits_CV.amax(1)
@@ -42,19 +42,21 @@ def cross_entropy(
     weights_T: Tensor,
     *,
     vocab_size: int | None = None,
-    nats: Nats = nats_then_gradient,
+    token_losses: ChunkLoss = chunk_loss,
 ) -> Sums[Tensor]:
-    """Sum over tokens of weight * nats, and the sum of weights, both in fp64.
+    """Sum over tokens of weight * loss, in nats, and the sum of weights, both in fp64.
 
     fp64 because these sums are added over micro-batches and ranks and must not depend on the split;
     it costs one scalar. A target whose weight is 0 may be any number.
 
-    vocab_size: the first so many rows are tokens (None: all), the others padding, whose gradient is zero.
-    nats: what turns a chunk's logits into nats and gradient, where weight_PD is a part of the vocabulary.
+    vocab_size: number of rows that are tokens (None: all); later rows are padding, whose gradient is zero.
+    token_losses: computes losses and gradient of a chunk; another one where weight_PD is a part of the vocabulary.
     """
     targets_T = targets_T.masked_fill(weights_T == 0, 0)
     real = len(weight_PD) if vocab_size is None else vocab_size
-    loss = _ChunkedCrossEntropy.apply(hidden_TD, weight_PD, targets_T, weights_T, nats, real)
+    loss = _ChunkedCrossEntropy.apply(
+        hidden_TD, weight_PD, targets_T, weights_T, token_losses, real
+    )
     return Sums(loss, weights_T.sum(dtype=torch.float64))
 
 
@@ -74,26 +76,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_PD: Tensor,
         targets_T: Tensor,
         weights_T: Tensor,
-        nats: Nats,
+        token_losses: ChunkLoss,
         vocab_size: int,
     ) -> Tensor:
         compute = _compute_dtype(hidden_TD)
         hidden_TD, weight_PD = hidden_TD.to(compute), weight_PD.to(compute)
-        size = _chunk_size(hidden_TD.device.type, len(weight_PD))
+        chunk_size = _chunk_size(hidden_TD.device.type, len(weight_PD))
         wide = at_least_fp32(compute)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_TD = torch.empty_like(hidden_TD) if wants_hidden else None
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_TD = torch.empty_like(hidden_TD) if needs_hidden else None
         # Accumulated over chunks, so in fp32 where the products are bf16.
-        grad_PD = torch.zeros_like(weight_PD, dtype=wide) if wants_weight else None
+        grad_PD = torch.zeros_like(weight_PD, dtype=wide) if needs_weight else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden_TD.device)
-        for start in range(0, len(hidden_TD), size):
-            chunk = slice(start, start + size)
+        for start in range(0, len(hidden_TD), chunk_size):
+            chunk = slice(start, start + chunk_size)
             hidden_CD = hidden_TD[chunk]
-            # With the padding: a multiple of 128 rows, over tp ranks, is what matrix units of a GPU are fast at.
+            # Including the padding: the matrix units of a GPU are fast at multiples of 128 rows.
             logits_CP = F.linear(hidden_CD, weight_PD).to(wide)
             weights_C = weights_T[chunk].to(wide)
             logits_CV = logits_CP[:, :vocab_size]
-            loss += nats(logits_CV, targets_T[chunk], weights_C).sum(dtype=torch.float64)
+            loss += token_losses(logits_CV, targets_T[chunk], weights_C).sum(dtype=torch.float64)
             logits_CP[:, vocab_size:] = 0
             grad_CP = logits_CP.to(compute)
             if grad_TD is not None:
@@ -102,7 +104,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.addmm(grad_PD, grad_CP.t(), hidden_CD, out=grad_PD)
             elif grad_PD is not None:
                 grad_PD += grad_CP.t() @ hidden_CD
-            del logits_CP, logits_CV, grad_CP  # else they live on while the next chunk's are made
+            del (
+                logits_CP,
+                logits_CV,
+                grad_CP,
+            )  # free them before those of the next chunk are allocated
         ctx.save_for_backward(grad_TD, grad_PD)
         return loss
 
@@ -119,7 +125,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _times(gradient: Tensor, scale: Tensor) -> Tensor:
-    """In fp32: a product of a bf16 tensor and a scalar that lies on a GPU rounds the scalar to bf16 first."""
+    """The product, computed in at least fp32: torch rounds a scalar tensor on a GPU to bf16 before a bf16 product."""
     return (gradient.to(at_least_fp32(gradient.dtype)) * scale).to(gradient.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The optimizer: which parameters decay, and torch's AdamW with our settings."""
+"""The optimizer: parameter groups for weight decay, and torch's AdamW with our settings."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lmscale.config.schema import OptimConfig
+from lmscale.modelspec.parameters import decays
 
 
 def parameter_groups(
@@ -14,13 +15,12 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Two groups, in the parameters' order: those that decay, and those that do not.
 
-    Matrices decay, embeddings included (as in nanoGPT and litgpt); norms and biases do not. The
-    rule reads the number of dimensions, never a name, so it holds for any layout that keeps it.
-    A group without parameters is left out: some engines refuse an empty one.
+    lmscale.modelspec.parameters.decays is the rule. A group without parameters is left out, because some
+    engines refuse an empty one.
     """
     named = list(named_parameters)
-    matrices = [parameter for _, parameter in named if parameter.ndim >= 2]
-    vectors = [parameter for _, parameter in named if parameter.ndim < 2]
+    matrices = [parameter for _, parameter in named if decays(parameter.ndim)]
+    vectors = [parameter for _, parameter in named if not decays(parameter.ndim)]
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -31,9 +31,9 @@ def parameter_groups(
 def build_adamw(
     groups: Sequence[dict[str, Any]], cfg: OptimConfig, *, fused: bool
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101). The learning rate is set by the engine before every step.
+    """AdamW (arXiv:1711.05101). The engine sets the learning rate before every step.
 
-    fused: one kernel for all parameters, on CPUs too. False for tensors it does not take (DTensors
+    fused: one kernel for all parameters, on CPUs too. False for tensors that it does not support (DTensors
     of several meshes, fake tensors).
     """
     return torch.optim.AdamW(

@@ -1,4 +1,4 @@
-r"""The learning rate of a step: a pure function, so that nothing of it needs saving or restoring.
+r"""The learning rate of a step: a pure function, so that no state needs saving or restoring.
 
 cosine    warm-up, then half a cosine down to final_lr_frac at the last step (arXiv:1608.03983)
 wsd       warm-up, flat, then a straight line down over decay_steps (arXiv:2404.06395)
@@ -31,15 +31,15 @@ def lr_at(step: int, cfg: OptimConfig, total_steps: int) -> float:
         case "constant":
             return cfg.lr
         case "cosine":
-            gone = _progress(step, start=warmup, end=total_steps)
-            high_frac = (1 + cos(pi * gone)) / 2
+            progress = _progress(step, start=warmup, end=total_steps)
+            peak_frac = (1 + cos(pi * progress)) / 2
         case "wsd":
             decay = steps_of(cfg.decay_steps, total_steps)
             start = max(warmup, total_steps - decay)
-            high_frac = 1 - _progress(step, start=start, end=total_steps)
+            peak_frac = 1 - _progress(step, start=start, end=total_steps)
         case unknown:
             raise AssertionError(f"schedule {unknown!r} passed the config check")
-    return cfg.lr * (cfg.final_lr_frac + (1 - cfg.final_lr_frac) * high_frac)
+    return cfg.lr * (cfg.final_lr_frac + (1 - cfg.final_lr_frac) * peak_frac)
 
 
 def steps_of(value: int | str, total_steps: int) -> int:
@@ -53,7 +53,7 @@ def steps_of(value: int | str, total_steps: int) -> int:
 
 
 def _progress(step: int, *, start: int, end: int) -> float:
-    """Share of the way from start to end: 0 until start, 1 from end on."""
+    """Share of the steps from start to end that is done: 0 until start, 1 from end on."""
     if step <= start:
         return 0.0
     return min(1.0, (step - start) / (end - start)) if step < end else 1.0

@@ -1,26 +1,25 @@
-"""Which blocks recompute how much, so that a share of the memory is enough and least is computed twice.
+"""Activation checkpointing: save less of a forward and recompute it in the backward.
 
-Blocks are measured before there is anything to train: a forward and a backward on fake tensors, which have
-sizes and no memory, tell which tensors outlive the forward and how many operations the backward adds.
-
-Activation checkpointing: keep less of a forward and compute it again in the backward.
-
-    mode              a block keeps                                         and computes again
+    mode              a block saves                                         and recomputes
     none              what its backward reads                               nothing
     selective         its input, results of matrix products, of attention   norms, activations, rotation, dropout
                       kernels and of collectives
     full              its input                                             all of it, collectives too
     every:N           blocks 0, N, 2N, ... full, the others none
-    budget:FRACTION   a mode for each block, so that FRACTION of what none keeps is enough (budget.py)
+    budget:FRACTION   a mode for each block, so that at most FRACTION of what `none` saves is saved and as few
+                      operations as possible are recomputed
 
 The second forward draws the dropout of the first: torch restores its generators around it.
+
+For a budget, blocks are measured before anything is trained: a forward and a backward on fake tensors, which
+have sizes and no memory, show which tensors outlive the forward and how many operations the backward adds.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import wraps
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,125 +36,219 @@ from torch.utils.checkpoint import (
 
 from lmscale.base.batch import Stream
 from lmscale.base.errors import ConfigError, Problem
-from lmscale.parallel.blocks import blocks, set_forward
+from lmscale.model.layers import replace_forward
+from lmscale.model.transformer import blocks_of
+from lmscale.modelspec.activations import RecomputeMode
 
-Mode = Literal["none", "selective", "full"]
-MODES: tuple[Mode, ...] = ("none", "selective", "full")
-Recomputing = Callable[[Callable[..., Any], Mode], Callable[..., Any]]
+MODES: tuple[RecomputeMode, ...] = ("none", "selective", "full")
+
+
+def checkpoint_activations(
+    model: nn.Module, setting: str, *, compute: torch.dtype = torch.float32
+) -> None:
+    """Apply `setting` (engine.activation_checkpointing) to the forward of each block.
+
+    After tensors are split, before compilation. Not collective; all ranks decide the same. compute: the type
+    of the activations. Only budget reads it, and raises ConfigError when no mode saves that little.
+    """
+    for block, mode in zip(blocks_of(model), _modes(model, setting, compute), strict=True):
+        replace_forward(block, checkpointed(block.forward, mode))
+
+
+def _modes(model: nn.Module, setting: str, compute: torch.dtype) -> list[RecomputeMode]:
+    num_blocks = len(blocks_of(model))
+    match setting.split(":"):
+        case ["none" | "selective" | "full" as mode]:
+            return [mode] * num_blocks
+        case ["every", step]:
+            return ["none" if index % int(step) else "full" for index in range(num_blocks)]
+        case ["budget", fraction]:
+            return modes_within_budget(measured_costs(model, compute), fraction)
+    raise AssertionError(f"activation_checkpointing {setting!r} passed the config check")
+
+
+def checkpointed(forward: Callable[..., Any], mode: RecomputeMode) -> Callable[..., Any]:
+    """The same function, saving for its backward what the mode says. Arguments by position."""
+    match mode:
+        case "none":
+            return forward
+        case "full":
+            options: dict[str, Any] = {}
+        case "selective":
+            options = {"context_fn": _selective_contexts}
+
+    @wraps(forward)
+    def run(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **options)
+
+    return run
+
+
+# Saved operators of `selective`, by name, as no list of overloads is complete on every device. A compiled region
+# inside a block that is not compiled itself can only be FlexAttention.
+_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"})
+_ATTENTION = ("aten::_scaled_dot_product_", "flex_attention", "inductor_compiled_code")
+_COLLECTIVES = "_c10d_functional::"
+
+
+def _selective_contexts() -> tuple[Any, Any]:
+    first, second = create_selective_checkpoint_contexts(_policy)
+    return first, _SecondForward(second)
+
+
+def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if _saved(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _saved(operator: Any) -> bool:
+    name = operator.name()
+    return name in _PRODUCTS or name.startswith((*_ATTENTION, _COLLECTIVES))
+
+
+class _SecondForward(TorchDispatchMode):
+    """The recomputation: results of saved operators come from torch's own mode, the rest is computed.
+
+    Torch's mode expects every operator of the first forward in the same order. ZeRO-3 breaks that: it gathers
+    weights inside a block, ahead of use and therefore in another order. So only saved operators are passed to it.
+    """
+
+    supports_higher_order_operators = True  # FlexAttention is one
+
+    def __init__(self, saved_results: TorchDispatchMode):
+        super().__init__()
+        self._saved_results = saved_results
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # as torch's own mode does
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _saved(func):
+            return self._saved_results.__torch_dispatch__(func, types, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCost:
-    """Of one block in one mode."""
+    """The cost of one block in one mode."""
 
-    kept: int  # bytes from the forward to the backward; the block's input counts, its output is the next one's
-    again: int  # operations that the backward repeats
-
-
-Costs = Mapping[Mode, BlockCost]
+    saved_bytes: int  # from the forward to the backward; includes the block's input, not its output
+    recomputed_operations: int
 
 
-def within_budget(found: Sequence[Costs], fraction: str) -> list[Mode]:
-    """A mode for each block, or ConfigError naming the smallest fraction there is."""
-    whole = sum(costs["none"].kept for costs in found)
-    chosen = choose(found, int(Fraction(fraction) * whole))
-    if chosen is not None:
-        return chosen
-    least = sum(min(cost.kept for cost in costs.values()) for costs in found)
-    smallest = -(-1000 * least // whole) / 1000  # rounded up
-    fact = f"budget:{fraction}, but full recomputation keeps {least / whole:.1%} of the activations"
+BlockCosts = Mapping[RecomputeMode, BlockCost]
+
+
+def modes_within_budget(blocks: Sequence[BlockCosts], fraction: str) -> list[RecomputeMode]:
+    """A mode for each block, or ConfigError naming the smallest possible fraction."""
+    without = sum(costs["none"].saved_bytes for costs in blocks)
+    modes = cheapest_modes(blocks, int(Fraction(fraction) * without))
+    if modes is not None:
+        return modes
+    minimum = sum(min(cost.saved_bytes for cost in costs.values()) for costs in blocks)
+    smallest = -(-1000 * minimum // without) / 1000  # rounded up
+    fact = f"budget:{fraction}, but full recomputation keeps {minimum / without:.1%} of the activations"
     hint = f"use budget:{smallest:g} or more, or full"
     raise ConfigError([Problem("engine.activation_checkpointing", fact, hint)])
 
 
-def choose(found: Sequence[Costs], most: int) -> list[Mode] | None:
-    """The mode of each block: at most `most` bytes kept, then least computed again. None: nothing fits.
+def cheapest_modes(blocks: Sequence[BlockCosts], limit: int) -> list[RecomputeMode] | None:
+    """The mode of each block: at most `limit` bytes saved, with as few operations recomputed as possible.
 
-    Of equal blocks the first ones recompute: when their turn comes in the backward, what the others kept is
-    gone already and makes room.
+    None where nothing fits. Of equal blocks the first ones recompute: when the backward reaches them, what the
+    other blocks saved has been freed.
     """
+    # All choices for the blocks so far that no other choice beats in both memory and operations, by memory.
+    # The last element links the modes, newest first.
     front: list[tuple[int, int, tuple[Any, ...]]] = [(0, 0, ())]
-    for costs in found:
-        longer = [
-            (kept + cost.kept, again + cost.again, (mode, before))
-            for kept, again, before in front
+    for costs in blocks:
+        choices = [
+            (
+                saved + cost.saved_bytes,
+                operations + cost.recomputed_operations,
+                (mode, previous),
+            )
+            for saved, operations, previous in front
             for mode, cost in costs.items()
-            if kept + cost.kept <= most
+            if saved + cost.saved_bytes <= limit
         ]
-        longer.sort(key=lambda state: state[:2])
+        choices.sort(key=lambda choice: choice[:2])
         front = []
-        for state in longer:
-            if not front or state[1] < front[-1][1]:  # more memory only for less work
-                front.append(state)
+        for choice in choices:
+            if not front or choice[1] < front[-1][1]:  # more memory only for fewer operations
+                front.append(choice)
     if not front:
         return None
-    modes: list[Mode] = []
+    modes: list[RecomputeMode] = []
     link = front[-1][2]
     while link:
         mode, link = link
         modes.append(mode)
-    return _first_ones_recompute(found, modes[::-1])
+    return _first_blocks_recompute(blocks, modes[::-1])
 
 
-def _first_ones_recompute(found: Sequence[Costs], modes: list[Mode]) -> list[Mode]:
+def _first_blocks_recompute(
+    blocks: Sequence[BlockCosts], modes: list[RecomputeMode]
+) -> list[RecomputeMode]:
     ordered = list(modes)
-    for costs in {id(costs): costs for costs in found}.values():
-        places = [index for index, other in enumerate(found) if other == costs]
-        again = sorted((modes[place] for place in places), key=lambda mode: costs[mode].kept)
-        for place, mode in zip(places, again, strict=True):
-            ordered[place] = mode
+    for costs in {id(costs): costs for costs in blocks}.values():
+        equal = [index for index, other in enumerate(blocks) if other == costs]
+        by_memory = sorted(
+            (modes[index] for index in equal), key=lambda mode: costs[mode].saved_bytes
+        )
+        for index, mode in zip(equal, by_memory, strict=True):
+            ordered[index] = mode
     return ordered
 
 
-def costs_of(model: nn.Module, compute: torch.dtype, recomputing: Recomputing) -> list[Costs]:
-    """Of each block of a LanguageModel in each mode, for one row of its greatest length.
+def measured_costs(model: nn.Module, compute: torch.dtype) -> list[BlockCosts]:
+    """The costs of each block of a language model, for one row of the greatest length.
 
     Takes a second or two, and no memory. Without a mask: a mask is shared by all blocks, or, where a CPU's
-    kernel copies it, a reason to keep less than is said here. Not collective, although tp ranks' collectives
-    are traced.
+    kernel copies it, makes the real costs higher. Not collective, although tp ranks' collectives are traced.
     """
-    known: dict[Any, Costs] = {}
-    found = []
+    measured: dict[Any, BlockCosts] = {}
+    costs = []
     with FakeTensorMode():
         inputs = _inputs_of_blocks(model, compute)
-        for block in blocks(model):
-            kind = tuple((n, p.shape, p.requires_grad) for n, p in block.named_parameters())
-            if kind not in known:
-                known[kind] = _costs(block, inputs, compute, recomputing)
-            found.append(known[kind])
-    return found
+        for block in blocks_of(model):
+            shapes = tuple((n, p.shape, p.requires_grad) for n, p in block.named_parameters())
+            if shapes not in measured:
+                measured[shapes] = _measure(block, inputs, compute)
+            costs.append(measured[shapes])
+    return costs
 
 
-class _Reached(Exception):
+class _FirstBlockReached(Exception):
+    """Ends the forward of the decoder at its first block."""
+
     def __init__(self, inputs: tuple[Any, ...]) -> None:
         self.inputs = inputs
 
 
 def _inputs_of_blocks(model: nn.Module, compute: torch.dtype) -> tuple[Any, ...]:
-    """What the decoder hands to its first block."""
+    """What the decoder passes to its first block."""
 
     def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        raise _Reached(inputs)
+        raise _FirstBlockReached(inputs)
 
     decoder = model.get_submodule("decoder")
-    length = cast(Any, decoder).arch.max_positions
+    length = cast(Any, decoder).spec.max_positions
     device = next(model.parameters()).device
     zeros_BL = torch.zeros(1, length, dtype=torch.int64, device=device)
-    hook = blocks(model)[0].register_forward_pre_hook(stop)
+    hook = blocks_of(model)[0].register_forward_pre_hook(stop)
     try:
         functional_call(
             decoder, _fake_parameters(decoder, compute), (Stream(zeros_BL, zeros_BL, None),)
         )
-    except _Reached as reached:
+    except _FirstBlockReached as reached:
         return reached.inputs
     finally:
         hook.remove()
     raise AssertionError("the decoder calls none of its blocks")
 
 
-def _costs(
-    block: nn.Module, inputs: tuple[Any, ...], compute: torch.dtype, recomputing: Recomputing
-) -> Costs:
+def _measure(block: nn.Module, inputs: tuple[Any, ...], compute: torch.dtype) -> BlockCosts:
     x, *rest = inputs
     parameters = _fake_parameters(block, compute)
 
@@ -164,15 +257,18 @@ def _costs(
 
     measured = {}
     for mode in MODES:
-        watch = _Watch()
-        with watch:
-            # Not a leaf: it must go when the block does not keep it.
-            y = recomputing(forward, mode)(x.detach().requires_grad_().clone(), *rest)
-            kept = watch.alive() - y.untyped_storage().nbytes()
+        recorder = _OperatorRecorder()
+        with recorder:
+            # Not a leaf, so that it is freed when the block does not save it.
+            y = checkpointed(forward, mode)(x.detach().requires_grad_().clone(), *rest)
+            saved = recorder.live_bytes() - y.untyped_storage().nbytes()
             y.backward(torch.ones_like(y))
-        measured[mode] = BlockCost(kept, watch.operations)
-    plain = measured["none"].again
-    return {mode: BlockCost(cost.kept, cost.again - plain) for mode, cost in measured.items()}
+        measured[mode] = BlockCost(saved, recorder.operations)
+    without = measured["none"].recomputed_operations
+    return {
+        mode: BlockCost(cost.saved_bytes, cost.recomputed_operations - without)
+        for mode, cost in measured.items()
+    }
 
 
 def _fake_parameters(module: nn.Module, compute: torch.dtype) -> dict[str, Tensor]:
@@ -182,30 +278,30 @@ def _fake_parameters(module: nn.Module, compute: torch.dtype) -> dict[str, Tenso
     }
 
 
-class _Watch(TorchDispatchMode):
-    """Counts operations, and remembers every piece of memory that an operator has made."""
+class _OperatorRecorder(TorchDispatchMode):
+    """Counts operations and records every storage that an operator allocates."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
-        self._made: list[tuple[StorageWeakRef, int]] = []
+        self._allocated: list[tuple[StorageWeakRef, int]] = []
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = operator(*args, **(kwargs or {}))
-        given = {_address(tensor) for tensor in _tensors((args, kwargs))}
-        made = [tensor for tensor in _tensors(out) if _address(tensor) not in given]
-        for tensor in made:
+        inputs = {_address(tensor) for tensor in _tensors((args, kwargs))}
+        allocated = [tensor for tensor in _tensors(out) if _address(tensor) not in inputs]
+        for tensor in allocated:
             storage = tensor.untyped_storage()
-            self._made.append((StorageWeakRef(storage), storage.nbytes()))
-        if made:
-            self.operations += _operations(operator.name(), args, made[0])
+            self._allocated.append((StorageWeakRef(storage), storage.nbytes()))
+        if allocated:
+            self.operations += _operations(operator.name(), args, allocated[0])
         return out
 
-    def alive(self) -> int:
-        """Bytes that somebody still holds of what was made."""
-        return sum(size for storage, size in self._made if not storage.expired())
+    def live_bytes(self) -> int:
+        """Bytes of the recorded storages that have not been freed."""
+        return sum(size for storage, size in self._allocated if not storage.expired())
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -217,97 +313,10 @@ def _address(tensor: Tensor) -> int:
 
 
 def _operations(name: str, args: Any, out: Tensor) -> int:
-    """A multiply-add counts 2, an element of anything else 1. Backwards need no right number: they cancel."""
+    """A multiply-add counts 2, an element of anything else 1. Backwards may be inexact: they cancel."""
     if name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"):
         return 2 * out.numel() * args[-2].shape[-1]
     if name.startswith("aten::_scaled_dot_product") and "backward" not in name:
         query_BNLH, key_BKLH = args[:2]
         return 4 * query_BNLH.numel() * key_BKLH.shape[-2]
     return out.numel()
-
-
-def checkpoint_activations(
-    model: nn.Module, mode: str, *, compute: torch.dtype = torch.float32
-) -> None:
-    """Set the forward of each block to what `mode` (engine.activation_checkpointing) asks for.
-
-    After tensors are split, before compilation. Not collective; all ranks decide the same. compute: the type
-    that activations will have. Only budget reads it, and raises ConfigError when no mode keeps that little.
-    """
-    for block, kept in zip(blocks(model), _modes(model, mode, compute), strict=True):
-        set_forward(block, recomputing(block.forward, kept))
-
-
-def recomputing(forward: Callable[..., Any], mode: Mode) -> Callable[..., Any]:
-    """The same function, keeping for its backward what the mode says. Arguments by position."""
-    match mode:
-        case "none":
-            return forward
-        case "full":
-            options: dict[str, Any] = {}
-        case "selective":
-            options = {"context_fn": _contexts}
-
-    @wraps(forward)
-    def run(*args: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **options)
-
-    return run
-
-
-def _modes(model: nn.Module, mode: str, compute: torch.dtype) -> list[Mode]:
-    count = len(blocks(model))
-    match mode.split(":"):
-        case ["none" | "selective" | "full" as same]:
-            return [same] * count
-        case ["every", step]:
-            return ["none" if index % int(step) else "full" for index in range(count)]
-        case ["budget", fraction]:
-            return within_budget(costs_of(model, compute, recomputing), fraction)
-    raise AssertionError(f"activation_checkpointing {mode!r} passed the config check")
-
-
-# By name, as no list of overloads is complete on every device. A compiled region inside a block that is not
-# compiled itself can only be FlexAttention.
-_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear"})
-_ATTENTION = ("aten::_scaled_dot_product_", "flex_attention", "inductor_compiled_code")
-_COLLECTIVES = "_c10d_functional::"
-
-
-def _kept(operator: Any) -> bool:
-    name = operator.name()
-    return name in _PRODUCTS or name.startswith((*_ATTENTION, _COLLECTIVES))
-
-
-def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if _kept(operator):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-class _Again(TorchDispatchMode):
-    """The second forward. Torch's own mode wants every operator of the first one, in its order.
-
-    That is more than holds: ZeRO-3 gathers weights inside a block, ahead of use and hence otherwise than before.
-    So it is asked for what was kept, and for nothing else.
-    """
-
-    supports_higher_order_operators = True  # FlexAttention is one
-
-    def __init__(self, torchs: TorchDispatchMode):
-        super().__init__()
-        self._torchs = torchs
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True  # as torch's own does
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _kept(func):
-            return self._torchs.__torch_dispatch__(func, types, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
-
-
-def _contexts() -> tuple[Any, Any]:
-    first, again = create_selective_checkpoint_contexts(_policy)
-    return first, _Again(again)

@@ -1,15 +1,17 @@
-"""What tensor-parallel ranks say to each other inside a forward, each with its backward.
+"""Collectives of tensor-parallel ranks inside a forward, each with its backward.
 
-    leave  sum over ranks             |  its backward: nothing
-    enter  nothing                    |  its backward: sum over ranks
-    scatter_tokens  sum, keep a part  |  its backward: gather_tokens
-    gather_tokens   parts to whole    |  its backward: scatter_tokens
+    function        forward                   backward
+    leave_region    sum over ranks            identity
+    enter_region    identity                  sum over ranks
+    scatter_tokens  sum, keep this rank's     gather_tokens
+    gather_tokens   parts to whole            scatter_tokens
 
 Megatron's pairs g and f (arXiv:1909.08053, figure 3) and, with sequence parallelism, g-bar and its transpose
-(arXiv:2205.05198, figure 5). All are collective over the tp group. They are operators that torch.compile
-traces (torch.ops._c10d_functional, what DTensor is made of), so that a compiled block has no break.
+(arXiv:2205.05198, figure 5). All are collective over the tp group; every tp rank must call them. They are
+operators that torch.compile traces (torch.ops._c10d_functional, which DTensor uses too), so that a compiled
+block has no graph break.
 
-Shapes: B rows, L tokens, l = L / tp tokens of this rank, D width.
+Shapes: B rows, L tokens, l = L / tp tokens of this rank, D hidden size.
 """
 
 from typing import Any
@@ -22,38 +24,38 @@ _collectives = torch.ops._c10d_functional
 
 
 def sum_ranks(tensor: Tensor, group: dist.ProcessGroup, op: str = "sum") -> Tensor:
-    """Over the group; a new tensor. No gradient."""
-    done = _collectives.all_reduce(tensor.contiguous(), op, group.group_name)
-    found: Tensor = _collectives.wait_tensor(done)
-    return found
+    """The reduction `op` over the group, as a new tensor. No gradient. Collective."""
+    pending = _collectives.all_reduce(tensor.contiguous(), op, group.group_name)
+    reduced: Tensor = _collectives.wait_tensor(pending)
+    return reduced
 
 
 def gather_last(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Parts of the last dimension, in the order of ranks, to the whole. No gradient."""
+    """Concatenate the ranks' tensors along the last dimension, in the order of ranks. No gradient. Collective."""
     parts = _gathered(tensor.movedim(-1, 0), group)
     return parts.movedim(0, -1)
 
 
-def enter(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Into a region where each rank computes with its own part of the weights."""
+def enter_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The input of a region in which each rank computes with its part of the weights. Collective in the backward."""
     entered: Tensor = _Enter.apply(x, group)
     return entered
 
 
-def leave(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Out of it: the sum of what each rank has found."""
+def leave_region(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The output of a region: the sum of the ranks' results. Collective."""
     left: Tensor = _Leave.apply(x, group)
     return left
 
 
 def gather_tokens(x_BlD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[B, l, D] of each rank -> [B, L, D]: into a region, under sequence parallelism."""
+    """[B, l, D] of each rank -> [B, L, D]: the input of a region under sequence parallelism. Collective."""
     x_BLD: Tensor = _GatherTokens.apply(x_BlD, group)
     return x_BLD
 
 
 def scatter_tokens(x_BLD: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[B, L, D] -> this rank's tokens [B, l, D] of the sum over ranks: out of a region."""
+    """[B, L, D] -> this rank's tokens [B, l, D] of the sum over ranks: the output of a region. Collective."""
     x_BlD: Tensor = _ScatterTokens.apply(x_BLD, group)
     return x_BlD
 
@@ -107,13 +109,15 @@ def _whole_of(x_BlD: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _part_of_sum(x_BLD: Tensor, group: dist.ProcessGroup) -> Tensor:
     x_LBD = x_BLD.transpose(0, 1).contiguous()
-    done = _collectives.reduce_scatter_tensor(x_LBD, "sum", group.size(), group.group_name)
-    x_lBD: Tensor = _collectives.wait_tensor(done)
+    pending = _collectives.reduce_scatter_tensor(x_LBD, "sum", group.size(), group.group_name)
+    x_lBD: Tensor = _collectives.wait_tensor(pending)
     return x_lBD.transpose(0, 1).contiguous()
 
 
 def _gathered(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Along the first dimension."""
-    done = _collectives.all_gather_into_tensor(parts.contiguous(), group.size(), group.group_name)
-    found: Tensor = _collectives.wait_tensor(done)
-    return found
+    """Concatenate the ranks' tensors along the first dimension."""
+    pending = _collectives.all_gather_into_tensor(
+        parts.contiguous(), group.size(), group.group_name
+    )
+    whole: Tensor = _collectives.wait_tensor(pending)
+    return whole

@@ -1,6 +1,6 @@
 """Compute with low-precision copies of the weights while the weights themselves stay in fp32.
 
-What FSDP2's mixed precision does for a sharded model, for one that is not: gradients flow through the
+This is FSDP2's mixed precision for a model that is not sharded: gradients flow through the
 cast, so they are accumulated and reduced in fp32. Against autocast (2-core CPU, a 6-layer decoder) a
 step takes four fifths of the time, because activations are not cast at every operator.
 """
@@ -13,14 +13,15 @@ from torch import nn
 
 
 class LowPrecision:
-    """Puts copies in the place of a model's parameters, for one forward and its backward at a time.
+    """Replaces a model's parameters by copies for one forward and its backward at a time.
 
-    The backward belongs inside: a block whose activations are checkpointed runs its forward again.
+    The backward must run inside the context: a block with activation checkpointing runs its forward again.
+    Parameters are found by their module and name, so create this after the tensors were split.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._places = [
+        self._locations = [
             (module, name, parameter)
             for module in model.modules()
             for name, parameter in module.named_parameters(recurse=False)
@@ -29,13 +30,13 @@ class LowPrecision:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Inside, the model's weights are low-precision copies that pass their gradients on."""
-        copies = {id(parameter): parameter for _, _, parameter in self._places}
+        copies = {id(parameter): parameter for _, _, parameter in self._locations}
         lowered = {key: parameter.to(self._dtype) for key, parameter in copies.items()}
         try:
-            for module, name, parameter in self._places:
-                # nn.Module's own __setattr__ would refuse a tensor that is no Parameter.
+            for module, name, parameter in self._locations:
+                # nn.Module's own __setattr__ would refuse a tensor that is not a Parameter.
                 module._parameters[name] = lowered[id(parameter)]  # type: ignore[assignment]
             yield
         finally:
-            for module, name, parameter in self._places:
+            for module, name, parameter in self._locations:
                 module._parameters[name] = parameter

@@ -15,27 +15,27 @@ from torch.distributed.fsdp import (
 )
 
 from lmscale.distributed.mesh import Mesh
-from lmscale.parallel.blocks import blocks
+from lmscale.model.transformer import blocks_of
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPolicy:
-    """How a sharded model computes."""
+    """How a model is sharded and in which type it computes."""
 
     compute: torch.dtype | None = None  # of gathered weights; None: as they are stored
     reshard_after_forward: bool = True  # free a block's weights between its forward and backward
-    offload: bool = False  # shards and their gradients are in the host's memory
+    offload: bool = False  # whether shards and their gradients are in the host's memory
 
 
 def shard(model: nn.Module, mesh: Mesh, policy: ShardPolicy) -> FSDPModule:
-    """Shard each block, then what is left (embedding, last norm, head) as one group. In place.
+    """Shard each block, then the rest (embedding, last norm, head) as one group. In place.
 
-    Over the shard axis; with replicas (HSDP) each of them is sharded alike. Tied weights must share a
+    Over the shard axis; with replicas (HSDP) each of them is sharded alike. Tied weights must be in one
     group, and embedding and head are both in the last one. It stays gathered from forward to backward:
     the backward begins with it.
 
-    A block's inputs are not cast: activations are in the compute type already, and what else travels
-    with them (rotary angles) must keep its own precision.
+    A block's inputs are not cast: activations are in the compute type already, and the other inputs
+    (rotary angles) must keep their precision.
     """
     mixed = MixedPrecisionPolicy(cast_forward_inputs=False)
     if policy.compute is not None:
@@ -55,7 +55,7 @@ def shard(model: nn.Module, mesh: Mesh, policy: ShardPolicy) -> FSDPModule:
             reshard_after_forward=policy.reshard_after_forward,
             offload_policy=offload,
         )
-        for block in blocks(model)
+        for block in blocks_of(model)
     ]
     root = fully_shard(
         model, mesh=axes, mp_policy=mixed, reshard_after_forward=False, offload_policy=offload
@@ -66,14 +66,14 @@ def shard(model: nn.Module, mesh: Mesh, policy: ShardPolicy) -> FSDPModule:
 
 
 def rows_before(rows: int, mesh: Mesh) -> int:
-    """Of a parameter's rows, how many are on earlier ranks of the shard axis: FSDP2 deals as torch.chunk does."""
+    """Number of a parameter's rows on earlier ranks of the shard axis: FSDP2 splits rows as torch.chunk does."""
     return min(rows, mesh.shard_rank * -(-rows // mesh.shard_size))
 
 
 def _gather_ahead(groups: Sequence[FSDPModule]) -> None:
-    """Ask for the next block's weights before this one's forward is queued, not after: the host may be slow.
+    """Gather the next block's weights before this block's forward is queued, not after: the host may be slow.
 
-    In the backward FSDP2 does so by itself, in the reverse order of the forward.
+    In the backward FSDP2 does this by itself, in the reverse order of the forward.
     """
     for group, following in pairwise(groups):
         group.set_modules_to_forward_prefetch([following])

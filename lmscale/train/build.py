@@ -14,6 +14,7 @@ from lmscale.base.errors import ConfigError, ExitCode, Problem
 from lmscale.base.world import World
 from lmscale.checks.resume import check_identity
 from lmscale.config.identity import total_steps
+from lmscale.config.model_spec import decoder_spec
 from lmscale.config.run_file import dump
 from lmscale.config.schema import RunConfig
 from lmscale.corpus.order import wasted_frac
@@ -21,9 +22,9 @@ from lmscale.data.loader import Loader, RankShare
 from lmscale.distributed.mesh import make_mesh
 from lmscale.distributed.process_group import choose_device, distributed
 from lmscale.engine.build import build_engine
-from lmscale.model.build import build_model
+from lmscale.model.build import build_model, num_parameters
 from lmscale.model.transformer import LanguageModel
-from lmscale.modelspec.flops import flops_per_token, num_parameters
+from lmscale.modelspec.flops import flops_per_token
 from lmscale.run_folder.attempts import check_not_overtaken
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
@@ -102,14 +103,13 @@ def recorder_of(
     """The books of metrics.jsonl; what the run runs on goes to the events, too. All ranks at the same time."""
     cfg, mesh = rank.cfg, rank.mesh
     peak = peak_of(rank.device, _DTYPES[cfg.engine.precision])
+    spec = decoder_spec(
+        cfg.model,
+        vocab_size=cfg.model.vocab_size or corpora.manifest.tokenizer.vocab_size,
+        max_positions=cfg.train.seq_len,
+    )
     full, causal = (
-        flops_per_token(
-            cfg.model,
-            seq_len=cfg.train.seq_len,
-            vocab_size=cfg.model.vocab_size or corpora.manifest.tokenizer.vocab_size,
-            causal=causal,
-        )
-        for causal in (False, True)
+        flops_per_token(spec, seq_len=cfg.train.seq_len, causal=causal) for causal in (False, True)
     )
     facts = environment(mesh.world, rank.device, engine=cfg.engine.kind, peak=peak)
     facts["parallel"] = layout(cfg, mesh)

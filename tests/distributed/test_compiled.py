@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmscale.parallel.activation_checkpointing import checkpoint_activations
-from lmscale.parallel.compile import compile_blocks
+from lmscale.parallel.passes import compile_blocks
 from lmscale.parallel.tensor import split_tensors
 from tests.support.engine_case import (
     LR,

@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmscale.base.batch import Batch, Stream
+from lmscale.config.model_spec import decoder_spec
 from lmscale.engine import base
 from lmscale.engine.build import build_engine
-from lmscale.modelspec.activations import Work, activation_bytes, block_bytes, modes_of
+from lmscale.modelspec.activations import MicroBatch, activation_bytes, block_bytes, recompute_modes
 from lmscale.modelspec.parameters import parameters
+from lmscale.modelspec.spec import ModelSpec
 from lmscale.parallel.passes import parallelize
 from lmscale_launcher.planner.memory_estimate import Memory, MeshSizes, held_by, memory_of
 from tests.support.engine_case import VOCAB, Case, mesh_for, model_of
@@ -121,10 +123,14 @@ def planned_mesh(case: Case, size: int) -> MeshSizes:
     return MeshSizes(parallel.dp_replicate, dp // parallel.dp_replicate, parallel.tp)
 
 
-def work_of(case: Case) -> Work:
+def spec_of(case: Case) -> ModelSpec:
+    return decoder_spec(case.config().model, vocab_size=VOCAB, max_positions=LENGTH)
+
+
+def micro_batch_of(case: Case) -> MicroBatch:
     cfg = case.config()
-    return Work(
-        device="cpu", precision=case.precision, rows=ROWS, seq_len=LENGTH, vocab_size=VOCAB,
+    return MicroBatch(
+        device="cpu", precision=case.precision, rows=ROWS, seq_len=LENGTH,
         separate=False, recompute=cfg.engine.activation_checkpointing, tp=cfg.parallel.tp,
         sequence_parallel=cfg.parallel.sequence_parallel,
     )  # fmt: skip
@@ -132,10 +138,9 @@ def work_of(case: Case) -> Work:
 
 def planned(case: Case, size: int, accumulation: int = 1) -> Memory:
     cfg = case.config()
-    found = parameters(cfg.model, vocab_size=VOCAB, max_positions=LENGTH)
     mesh = planned_mesh(case, size)
     return memory_of(
-        cfg.model, found, cfg.engine, mesh, work=work_of(case), micro_batches=accumulation
+        spec_of(case), cfg.engine, mesh, batch=micro_batch_of(case), micro_batches=accumulation
     )
 
 
@@ -189,14 +194,13 @@ def test_weights_gradients_and_optimizer_state_are_exact(
     case = replace(case, model={**case.model, "ffn_hidden_size": hidden})
     real = ranks(size)(held, case)[0]
     cfg = case.config()
-    found = parameters(cfg.model, vocab_size=VOCAB, max_positions=LENGTH)
     mesh = planned_mesh(case, size)
-    plan = held_by(cfg.model, found, cfg.engine, mesh, micro_batches=1)
+    plan = held_by(spec_of(case), cfg.engine, mesh, micro_batches=1)
     assert (plan.parameters, plan.optimizer) == (real["parameters"], real["optimizer"])
     if name in ("zero1", "zero2", "zero2-tp"):
         # A second, flat copy comes after this look, and a gradient that straddles two ranks is held whole.
         straddling = real["gradients"] - plan.gradients // 2
-        assert 0 <= straddling <= 4 * max(p.size for p in found)
+        assert 0 <= straddling <= 4 * max(p.size for p in parameters(spec_of(case)))
     elif name.startswith("zero3"):  # likewise a copy for the update
         assert plan.gradients == 2 * real["gradients"]
     else:
@@ -265,11 +269,12 @@ def test_activations_of_tensor_parallel_ranks(
         parallel={"tp": 2, "sequence_parallel": split},
     )
     real = ranks(2)(kept, case)[0]
-    cfg, work = case.config(), work_of(case)
-    plain = replace(work, recompute="none")
-    once = activation_bytes(cfg.model, plain)
-    once -= work.tokens * cfg.model.num_layers * block_bytes(cfg.model, work, "none")
+    spec, batch = spec_of(case), micro_batch_of(case)
+    stack = spec.stack("decoder")
+    once = activation_bytes(spec, replace(batch, recompute="none"))
+    once -= batch.tokens * stack.num_layers * block_bytes(stack, batch, "none")
     blocks = sum(
-        n * block_bytes(cfg.model, work, mode) for mode, n in modes_of(cfg.model, work).items()
+        count * block_bytes(stack, batch, mode)
+        for mode, count in recompute_modes(stack, batch).items()
     )
-    assert work.tokens * blocks + once == pytest.approx(real, rel=0.03)
+    assert batch.tokens * blocks + once == pytest.approx(real, rel=0.03)

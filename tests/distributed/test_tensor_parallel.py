@@ -14,8 +14,8 @@ from lmscale.config.schema import ModelConfig, ParallelConfig
 from lmscale.distributed.mesh import Mesh, make_mesh
 from lmscale.distributed.process_group import sum_over
 from lmscale.model.build import build_model
-from lmscale.model.tp_plan import cut_dim, sums_over_tokens
 from lmscale.model.transformer import LanguageModel
+from lmscale.modelspec.tensor_parallel import sums_over_tokens, tp_dim
 from lmscale.parallel.tensor import split_tensors
 from tests.support.engine_case import rows_of
 
@@ -88,10 +88,10 @@ def on_ranks(style: str, sequence_parallel: bool, documents: bool, dropout: floa
     finally:
         torch.use_deterministic_algorithms(False)
     for name, gradient in found.gradients.items():
-        if cut_dim(name) is not None:
+        if tp_dim(name) is not None:
             parts = [torch.empty_like(gradient) for _ in range(mesh.tp_size)]
             dist.all_gather(parts, gradient)
-            found.gradients[name] = torch.cat(parts, cut_dim(name))
+            found.gradients[name] = torch.cat(parts, tp_dim(name))
         elif sequence_parallel and sums_over_tokens(name):
             found.gradients[name] = sum_over(gradient)
     return found
@@ -124,7 +124,7 @@ def _bits(style: str, sequence_parallel: bool) -> dict[str, Any]:
     model = model_of(style, 0.0).float()
     split_tensors(model, mesh_of(dist.get_world_size()), sequence_parallel=sequence_parallel)
     found = look(model, documents=True)
-    whole = {n: g for n, g in found.gradients.items() if cut_dim(n) is None}
+    whole = {n: g for n, g in found.gradients.items() if tp_dim(n) is None}
     return {"loss": found.loss, "logits": found.logits, **({} if sequence_parallel else whole)}
 
 

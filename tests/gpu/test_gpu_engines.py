@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from lmscale.base.world import World
 from lmscale.distributed.process_group import distributed
-from lmscale.model import attention as one_graph
+from lmscale.model import kernels
 from lmscale.model.attention import causal_mask, on_device
 from tests.gradients import case as gradient_case
 from tests.gradients import run as gradient_run
@@ -67,7 +67,7 @@ def _on_a_gpu() -> Iterator[None]:
     with (
         patch.object(gradient_case, "LENGTH", LENGTH),
         patch.object(gradient_case, "_STYLES", styles),
-        patch.object(one_graph, "VERSIONS", 64),  # of attention, which all rows share
+        patch.object(kernels, "VERSIONS", 64),  # of attention, which all rows share
         distributed(World(0, 0, 1, 1), device=torch.device("cuda", 0)),
     ):
         gradient_run._one_process.cache_clear()

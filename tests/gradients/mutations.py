@@ -164,7 +164,7 @@ BUGS: Mapping[str, Bug] = {
         case="zero2 tp2 full fp32 separate gpt2 drawn unequal smallest clipped",
     ),
     "positions do not go on under sequence parallelism": Bug(
-        replaced(tensor, "_deal_out_positions", plants.first_part),
+        replaced(tensor, "_split_positions", plants.first_part),
         where={**_SEQUENCE, "style": "gpt2"},
         case="fsdp tp2 sequence fp64 joined gpt2 smallest clipped",
     ),

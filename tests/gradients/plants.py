@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lmscale.engine.deepspeed import setup as zero_start
 from lmscale.model import transformer as language
+from lmscale.model.layers import replace_forward
 from lmscale.parallel import tensor as vocabulary
-from lmscale.parallel.blocks import set_forward
 
 Plant = Callable[[], AbstractContextManager[Any]]
 
@@ -123,7 +123,7 @@ def bias_everywhere(right: Any, module: Any, out_of: Any, x: Tensor) -> Tensor:
 
 def first_part(right: Any, positions: Any, mesh: Any) -> None:
     forward = positions.forward
-    set_forward(positions, lambda ids_BL: forward(ids_BL.chunk(mesh.tp_size, 1)[0]))
+    replace_forward(positions, lambda ids_BL: forward(ids_BL.chunk(mesh.tp_size, 1)[0]))
 
 
 def next_head(right: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:

@@ -3,7 +3,7 @@
 Everything `lmscale plan` knows of a run, as one value for programs; words.py says it to people.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,10 @@ from statistics import median
 
 from lmscale.config import rules as checks
 from lmscale.config.identity import total_steps
-from lmscale.modelspec.activations import BYTES, Work, activation_bytes, smallest_budget
-from lmscale.modelspec.parameters import Parameter, parameters, total, trainable
+from lmscale.config.model_spec import decoder_spec
+from lmscale.modelspec.activations import BYTES, MicroBatch, activation_bytes, smallest_budget
+from lmscale.modelspec.parameters import num_elements, parameters, trainable
+from lmscale.modelspec.spec import ModelSpec
 from lmscale_launcher.planner import warnings
 from lmscale_launcher.planner.data_plan import CorpusFacts, corpus_facts, node_facts
 from lmscale_launcher.planner.memory_estimate import Memory, MeshSizes, checkpoint_bytes, memory_of
@@ -39,18 +41,19 @@ def facts(cfg: RunConfig, env: Mapping[str, str]) -> dict[str, Any]:
     from lmscale.corpus.order import wasted_frac
 
     place, stands, corpus = placed(cfg, env), standing(cfg), corpus_facts(cfg)
-    found = parameters(cfg.model, vocab_size=corpus.vocab_size, max_positions=_positions(cfg))
+    spec = _spec(cfg, corpus.vocab_size)
+    tensors = parameters(spec)
     train = cfg.train
     steps = _steps(cfg, stands, corpus)
-    need = _memory(cfg, found, corpus, place, place.mesh)
+    need = _memory(cfg, spec, place, place.mesh)
     plan = {
         "run_dir": str(train.run_dir),
         "stands_at": stands.step,
         "model": {
             "layers": cfg.model.num_layers,
             "width": cfg.model.hidden_size,
-            "parameters": total(found),
-            "trainable": total(trainable(cfg.model, found)),
+            "parameters": num_elements(tensors),
+            "trainable": num_elements(trainable(tensors)),
         },
         **_length(cfg, stands, corpus, steps),
         "global_batch_samples": train.global_batch_size,
@@ -64,16 +67,16 @@ def facts(cfg: RunConfig, env: Mapping[str, str]) -> dict[str, Any]:
         "node_reads": (
             None if steps is None else node_facts(cfg, corpus, place, stands, steps=steps)
         ),
-        "checkpoints": _checkpoints(cfg, found),
+        "checkpoints": _checkpoints(cfg, spec),
         "memory": {
             **asdict(need),
             "total": need.total,
             "room": room_of(place, env, cfg),
             "host_room": host_room_of(place, cfg),
         },
-        "memory_at_min_nodes": _at_min_nodes(cfg, found, corpus, place),
+        "memory_at_min_nodes": _at_min_nodes(cfg, spec, place),
     }
-    warned = _warnings(cfg, plan, place, found)
+    warned = _warnings(cfg, plan, place, spec)
     return {**plan, "warnings": [{"key": w.path, "fact": w.fact, "hint": w.hint} for w in warned]}
 
 
@@ -106,8 +109,8 @@ def _ranks(place: PlannedTopology) -> dict[str, Any]:
     }
 
 
-def _checkpoints(cfg: RunConfig, found: Sequence[Parameter]) -> dict[str, Any]:
-    size, cadence = checkpoint_bytes(found, cfg.model, cfg.engine), cfg.checkpoint
+def _checkpoints(cfg: RunConfig, spec: ModelSpec) -> dict[str, Any]:
+    size, cadence = checkpoint_bytes(spec, cfg.engine), cfg.checkpoint
     return {
         "bytes": size,
         "keep": cadence.keep,
@@ -158,24 +161,24 @@ def _micro_batches(cfg: RunConfig, mesh: MeshSizes) -> int:
 
 def _memory(
     cfg: RunConfig,
-    found: Sequence[Parameter],
-    corpus: CorpusFacts,
+    spec: ModelSpec,
     place: PlannedTopology,
     mesh: MeshSizes,
 ) -> Memory:
-    work = _work(cfg, corpus.vocab_size, place)
-    return memory_of(
-        cfg.model, found, cfg.engine, mesh, work=work, micro_batches=_micro_batches(cfg, mesh)
-    )
+    batch = _batch(cfg, place)
+    return memory_of(spec, cfg.engine, mesh, batch=batch, micro_batches=_micro_batches(cfg, mesh))
 
 
-def _work(cfg: RunConfig, vocab_size: int, place: PlannedTopology) -> Work:
-    return Work(
+def _spec(cfg: RunConfig, vocab_size: int) -> ModelSpec:
+    return decoder_spec(cfg.model, vocab_size=vocab_size, max_positions=_positions(cfg))
+
+
+def _batch(cfg: RunConfig, place: PlannedTopology) -> MicroBatch:
+    return MicroBatch(
         device=place.device,
         precision=cfg.engine.precision,
         rows=cfg.train.micro_batch_size,
         seq_len=cfg.train.seq_len,
-        vocab_size=vocab_size,
         separate=cfg.data.documents == "separate",
         recompute=cfg.engine.activation_checkpointing,
         tp=place.mesh.tp,
@@ -183,18 +186,16 @@ def _work(cfg: RunConfig, vocab_size: int, place: PlannedTopology) -> Work:
     )
 
 
-def _at_min_nodes(
-    cfg: RunConfig, found: Sequence[Parameter], corpus: CorpusFacts, place: PlannedTopology
-) -> int | None:
+def _at_min_nodes(cfg: RunConfig, spec: ModelSpec, place: PlannedTopology) -> int | None:
     """Bytes a rank needs on the fewest nodes; None where those are all, or cannot share the work."""
     ranks = place.min_nodes * place.ranks_per_node
     if place.min_nodes == place.nodes or list(checks.world_problems(cfg, world_size=ranks)):
         return None
-    return _memory(cfg, found, corpus, place, mesh_of(cfg, ranks)).total
+    return _memory(cfg, spec, place, mesh_of(cfg, ranks)).total
 
 
 def _warnings(
-    cfg: RunConfig, plan: Mapping[str, Any], place: PlannedTopology, found: Sequence[Parameter]
+    cfg: RunConfig, plan: Mapping[str, Any], place: PlannedTopology, spec: ModelSpec
 ) -> Iterator[Problem]:
     cluster = cfg.cluster
     if place.assumed:
@@ -207,10 +208,11 @@ def _warnings(
             place.nodes, idle=reads["idle_nodes"], streams_stay=reads["streams_stay"]
         )
     if cfg.engine.traits.shards_parameters:
-        block = total(p for p in found if p.in_block) // cfg.model.num_layers // place.mesh.tp
+        in_blocks = num_elements(p for p in parameters(spec) if p.block)
+        block = in_blocks // cfg.model.num_layers // place.mesh.tp
         size = block * BYTES[cfg.engine.precision]
         yield from warnings.small_shards(size, shard=place.mesh.shard, nodes=place.nodes)
-    yield from _memory_warnings(cfg, plan, place)
+    yield from _memory_warnings(cfg, plan, place, spec)
     yield from warnings.rare_checkpoints(
         cfg.checkpoint, seconds_a_step=_pace(cfg), time_limit=cluster.time_limit
     )
@@ -224,20 +226,18 @@ def _warnings(
 
 
 def _memory_warnings(
-    cfg: RunConfig, plan: Mapping[str, Any], place: PlannedTopology
+    cfg: RunConfig, plan: Mapping[str, Any], place: PlannedTopology, spec: ModelSpec
 ) -> Iterator[Problem]:
     need = Memory(**{name: plan["memory"][name] for name in Memory.__dataclass_fields__})
     yield from warnings.too_small_a_budget(
         cfg.engine.activation_checkpointing,
-        smallest=smallest_budget(cfg.model, _work(cfg, plan["vocab_size"], place)),
+        smallest=smallest_budget(spec.stack("decoder"), _batch(cfg, place)),
     )
     yield from warnings.too_much_memory(need, plan["memory"]["room"], cfg, nodes=place.nodes)
     yield from warnings.too_much_on_the_host(
         need, plan["memory"]["host_room"], ranks_per_node=place.ranks_per_node
     )
-    yield from warnings.tokens_on_every_rank(
-        cfg, need.total, saved=_split_saves(cfg, plan["vocab_size"], place)
-    )
+    yield from warnings.tokens_on_every_rank(cfg, need.total, saved=_split_saves(cfg, spec, place))
     yield from warnings.costly_fewer_nodes(
         need.total,
         plan["memory_at_min_nodes"],
@@ -246,11 +246,11 @@ def _memory_warnings(
     )
 
 
-def _split_saves(cfg: RunConfig, vocab_size: int, place: PlannedTopology) -> int:
+def _split_saves(cfg: RunConfig, spec: ModelSpec, place: PlannedTopology) -> int:
     """Bytes of activations that sequence parallelism would save, where it is off."""
-    work = _work(cfg, vocab_size, place)
-    split = replace(work, sequence_parallel=True)
-    return activation_bytes(cfg.model, work) - activation_bytes(cfg.model, split)
+    batch = _batch(cfg, place)
+    split = replace(batch, sequence_parallel=True)
+    return activation_bytes(spec, batch) - activation_bytes(spec, split)
 
 
 def _pace(cfg: RunConfig) -> float | None:

@@ -12,9 +12,10 @@ part needs at its worst; not all parts are at their worst at the same moment, so
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from lmscale.config.schema import EngineConfig, ModelConfig
-from lmscale.modelspec.activations import BYTES, Device, Work, activation_bytes, loss_bytes
-from lmscale.modelspec.parameters import Parameter, total, trainable
+from lmscale.config.schema import EngineConfig
+from lmscale.modelspec.activations import BYTES, Device, MicroBatch, activation_bytes, loss_bytes
+from lmscale.modelspec.parameters import ParameterSpec, num_elements, parameters, trainable
+from lmscale.modelspec.spec import ModelSpec
 
 # engine/zero_dict.py, in elements: of one reduction; of what stage 3 gathers ahead, and of what it leaves whole.
 _ZERO_BUCKET, _ZERO_LIVE, _ZERO_WHOLE = 1 << 24, 10**9, 100_000
@@ -47,17 +48,16 @@ class HeldMemory:
 
 
 def held_by(
-    model: ModelConfig,
-    found: Sequence[Parameter],
+    spec: ModelSpec,
     engine: EngineConfig,
     mesh: MeshSizes,
     *,
     micro_batches: int,
     device: Device = "cpu",
 ) -> HeldMemory:
-    """On a device that is the host itself, nothing moves. `found`: the model's parameters."""
-    here = [parameter.slice_of(mesh.tp) for parameter in found]
-    learning = trainable(model, here)
+    """On a device that is the host itself, nothing moves."""
+    here = [parameter.tp_slice(mesh.tp) for parameter in parameters(spec)]
+    learning = trainable(here)
     if engine.traits.shards_parameters:
         held = _fsdp(here, learning, engine, mesh.shard, accumulates=micro_batches > 1)
     elif engine.traits.uses_zero_stage:
@@ -80,8 +80,8 @@ def _moved(held: HeldMemory, offload: str) -> HeldMemory:
 
 
 def _fsdp(
-    here: Sequence[Parameter],
-    learning: Sequence[Parameter],
+    here: Sequence[ParameterSpec],
+    learning: Sequence[ParameterSpec],
     engine: EngineConfig,
     ranks: int,
     *,
@@ -96,8 +96,8 @@ def _fsdp(
     wide, compute = types_of(engine)
     kept = _sharded(learning, ranks)
     block = max(_by_block(here), default=0)
-    root = total(parameter for parameter in here if not parameter.in_block)
-    whole = total(here)
+    root = num_elements(parameter for parameter in here if parameter.block is None)
+    whole = num_elements(here)
     gathered = min(whole, root + 2 * block) if engine.reshard_after_forward else whole
     return HeldMemory(
         parameters=wide * _sharded(here, ranks),
@@ -108,17 +108,17 @@ def _fsdp(
 
 
 def _ddp(
-    here: Sequence[Parameter], learning: Sequence[Parameter], engine: EngineConfig
+    here: Sequence[ParameterSpec], learning: Sequence[ParameterSpec], engine: EngineConfig
 ) -> HeldMemory:
     """All of it on every rank, in fp32; with bf16 a low-precision copy of the weights for each micro-batch.
 
     Several ranks: gradients are views of DDP's buckets, where those of several micro-batches add up.
     """
     wide, compute = types_of(engine)
-    learned = total(learning)
-    copies = compute * total(here) if compute < wide else 0
+    learned = num_elements(learning)
+    copies = compute * num_elements(here) if compute < wide else 0
     return HeldMemory(
-        parameters=wide * total(here),
+        parameters=wide * num_elements(here),
         gradients=wide * learned,
         optimizer=2 * wide * learned + _STEP_COUNT * len(learning),
         working=copies + compute * _largest(learning),
@@ -126,7 +126,10 @@ def _ddp(
 
 
 def _zero(
-    here: Sequence[Parameter], learning: Sequence[Parameter], engine: EngineConfig, ranks: int
+    here: Sequence[ParameterSpec],
+    learning: Sequence[ParameterSpec],
+    engine: EngineConfig,
+    ranks: int,
 ) -> HeldMemory:
     """ZeRO (arXiv:1910.02054, section 5): 1 cuts masters and moments, 2 gradients too, 3 weights too."""
     match engine.zero_stage:
@@ -138,7 +141,10 @@ def _zero(
 
 
 def _zero_flat(
-    here: Sequence[Parameter], learning: Sequence[Parameter], engine: EngineConfig, ranks: int
+    here: Sequence[ParameterSpec],
+    learning: Sequence[ParameterSpec],
+    engine: EngineConfig,
+    ranks: int,
 ) -> HeldMemory:
     """Stages 1 and 2: whole weights; masters and moments in parts; gradients whole in stage 1.
 
@@ -148,13 +154,13 @@ def _zero_flat(
     """
     wide, compute = types_of(engine)
     groups = [
-        total(p for p in learning if len(p.shape) >= 2),
-        total(p for p in learning if len(p.shape) < 2),
+        num_elements(p for p in learning if p.decays),
+        num_elements(p for p in learning if not p.decays),
     ]
     flat = [-(-size // (2 * ranks)) * 2 * ranks for size in groups if size]
     part = sum(flat) // ranks
-    frozen = total(here) - total(learning)
-    bucket = min(_ZERO_BUCKET, total(here))
+    frozen = num_elements(here) - num_elements(learning)
+    bucket = min(_ZERO_BUCKET, num_elements(here))
     gradients = part * (1 if compute < wide else 2)
     if engine.zero_stage == 1:
         gradients = max(sum(flat), gradients)
@@ -167,7 +173,10 @@ def _zero_flat(
 
 
 def _zero_3(
-    here: Sequence[Parameter], learning: Sequence[Parameter], engine: EngineConfig, ranks: int
+    here: Sequence[ParameterSpec],
+    learning: Sequence[ParameterSpec],
+    engine: EngineConfig,
+    ranks: int,
 ) -> HeldMemory:
     """A part of every parameter, rounded up; norms and biases whole besides (engine/zero_dict.py).
 
@@ -176,11 +185,11 @@ def _zero_3(
     """
     wide, compute = types_of(engine)
     part = sum(-(-p.size // ranks) for p in learning)
-    size = total(here)
+    size = num_elements(here)
     small = sum(p.size for p in here if p.size <= min(_ZERO_WHOLE, size // 512))
     bucket = min(_ZERO_BUCKET, size)
     gathered = max(_largest(here), min(_ZERO_LIVE, size // 8))
-    groups = len({len(p.shape) >= 2 for p in learning})
+    groups = len({p.decays for p in learning})
     return HeldMemory(
         parameters=compute * sum(-(-p.size // ranks) for p in here),
         gradients=2 * wide * part,
@@ -195,21 +204,20 @@ def types_of(engine: EngineConfig) -> tuple[int, int]:
     return max(4, compute), compute
 
 
-def _sharded(found: Iterable[Parameter], ranks: int) -> int:
+def _sharded(found: Iterable[ParameterSpec], ranks: int) -> int:
     """Elements of the first of `ranks` ranks: rows are dealt out evenly, rounded up."""
     return sum(-(-p.shape[0] // ranks) * (p.size // p.shape[0]) for p in found)
 
 
-def _by_block(found: Iterable[Parameter]) -> Iterable[int]:
+def _by_block(found: Iterable[ParameterSpec]) -> Iterable[int]:
     sizes: dict[str, int] = {}
     for parameter in found:
-        if parameter.in_block:
-            number = parameter.name.split(".", 3)[2]
-            sizes[number] = sizes.get(number, 0) + parameter.size
+        if parameter.block is not None:
+            sizes[parameter.block] = sizes.get(parameter.block, 0) + parameter.size
     return sizes.values()
 
 
-def _largest(found: Iterable[Parameter]) -> int:
+def _largest(found: Iterable[ParameterSpec]) -> int:
     return max((parameter.size for parameter in found), default=0)
 
 
@@ -233,28 +241,28 @@ class Memory:
 
 
 def memory_of(
-    model: ModelConfig,
-    found: Sequence[Parameter],
+    spec: ModelSpec,
     engine: EngineConfig,
     mesh: MeshSizes,
     *,
-    work: Work,
+    batch: MicroBatch,
     micro_batches: int,
 ) -> Memory:
-    """The memory of a training step. `found`: the model's parameters; micro_batches: of a step on a rank."""
-    held = held_by(model, found, engine, mesh, micro_batches=micro_batches, device=work.device)
+    """The memory of a training step. micro_batches: of a step on a rank."""
+    held = held_by(spec, engine, mesh, micro_batches=micro_batches, device=batch.device)
     return Memory(
         held.parameters,
         held.gradients,
         held.optimizer,
-        activation_bytes(model, work),
-        loss_bytes(model, work),
+        activation_bytes(spec, batch),
+        loss_bytes(spec, batch),
         held.working,
         held.host,
     )
 
 
-def checkpoint_bytes(found: Sequence[Parameter], model: ModelConfig, engine: EngineConfig) -> int:
+def checkpoint_bytes(spec: ModelSpec, engine: EngineConfig) -> int:
     """One checkpoint on disk: weights, and two moments of what learns, in fp32 or the run's higher precision."""
     wide, _ = types_of(engine)
-    return wide * (total(found) + 2 * total(trainable(model, found)))
+    tensors = parameters(spec)
+    return wide * (num_elements(tensors) + 2 * num_elements(trainable(tensors)))

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lmscale.base.errors import ConfigError
+from lmscale.model.transformer import blocks_of
 from lmscale.parallel.activation_checkpointing import checkpoint_activations
-from lmscale.parallel.blocks import blocks
-from lmscale.parallel.compile import compile_blocks
 from lmscale.parallel.low_precision import LowPrecision
+from lmscale.parallel.passes import compile_blocks
 
 LAYERS = 10  # more than the compiler's limit of 8 versions of one function
 
@@ -89,7 +89,7 @@ def test_checkpointed_blocks_run_twice_and_give_the_same(mode, twice):
     assert [name for name, _ in model.named_parameters()] == names
     found = gradients(model)
     assert all(torch.equal(a, b) for a, b in zip(found, gradients(plain), strict=True))
-    assert sum(block.calls for block in blocks(model)) == LAYERS + twice
+    assert sum(block.calls for block in blocks_of(model)) == LAYERS + twice
 
 
 @no_leaf
@@ -104,7 +104,7 @@ def test_equal_blocks_are_compiled_once(checkpointing, kinds, graphs):
     assert [name for name, _ in model.named_parameters()] == names
     found = gradients(model)
     assert len(graphs) == kinds
-    assert sum(block.calls for block in blocks(model)) == 0, "a block ran outside the graph"
+    assert sum(block.calls for block in blocks_of(model)) == 0, "a block ran outside the graph"
     for a, b in zip(found, gradients(plain), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -112,7 +112,7 @@ def test_equal_blocks_are_compiled_once(checkpointing, kinds, graphs):
 @no_leaf
 def test_each_shape_and_evaluation_are_compiled_until_an_error(graphs, monkeypatch):
     """And other models of the process do not count."""
-    monkeypatch.setattr("lmscale.model.attention.VERSIONS", 4)
+    monkeypatch.setattr("lmscale.model.kernels.VERSIONS", 4)
     for _ in range(2):
         model = Model()
         compile_blocks(model)
@@ -138,7 +138,7 @@ def test_a_block_that_is_no_single_graph_is_an_error(graphs):
 _WITHOUT_COMPILER = """
 import torch
 from torch import nn
-from lmscale.parallel.compile import compile_blocks
+from lmscale.parallel.passes import compile_blocks
 
 class Model(nn.Module):
     def __init__(self):
@@ -173,7 +173,7 @@ def test_a_machine_without_a_compiler_is_told_the_setting(tmp_path):
 
 def test_lowered_weights_are_low_only_inside():
     model = Model()
-    block = blocks(model)[0]
+    block = blocks_of(model)[0]
     before = dict(model.named_parameters())
     lowered = LowPrecision(model, torch.bfloat16)
     x = torch.ones(2, 4, dtype=torch.bfloat16)

@@ -15,14 +15,13 @@ from lmscale.base.batch import Batch, Stream
 from lmscale.base.errors import ConfigError
 from lmscale.config.schema import ModelConfig
 from lmscale.model.build import build_model
-from lmscale.model.transformer import LanguageModel
+from lmscale.model.transformer import LanguageModel, blocks_of
 from lmscale.parallel.activation_checkpointing import (
     MODES,
     BlockCost,
+    cheapest_modes,
     checkpoint_activations,
-    choose,
 )
-from lmscale.parallel.blocks import blocks
 from lmscale.parallel.low_precision import LowPrecision
 
 LAYERS, ROWS, LENGTH, VOCAB = 5, 2, 24, 61
@@ -125,15 +124,15 @@ def kept_by(model: LanguageModel, dtype: torch.dtype) -> list[tuple[str, int]]:
         raise Reached
 
     with LowPrecision(model, dtype)():
-        hook = blocks(model)[0].register_forward_pre_hook(stop)
+        hook = blocks_of(model)[0].register_forward_pre_hook(stop)
         with pytest.raises(Reached):
             model.decoder(batch_of(documents=False).inputs)
         hook.remove()
         x_BLD, context = first.pop()
         with made:
             x_BLD = x_BLD.clone()
-            for index, block in enumerate(blocks(model)):
-                x_BLD = block(x_BLD, context.at_layer(index))
+            for index, block in enumerate(blocks_of(model)):
+                x_BLD = block(x_BLD, context.for_block(index))
             last = x_BLD.untyped_storage()._cdata
         return [
             (name, size)
@@ -205,15 +204,17 @@ COSTS = st.builds(
 @given(st.lists(COSTS, min_size=2, max_size=2), st.lists(st.integers(0, 1), max_size=5), st.data())
 def test_the_least_recomputation_that_fits(kinds, layers, data):
     found = [kinds[kind] for kind in layers]
-    most = data.draw(st.integers(0, sum(costs["none"].kept for costs in found)))
+    most = data.draw(st.integers(0, sum(costs["none"].saved_bytes for costs in found)))
 
     def total(modes) -> tuple[int, int]:
         chosen = [costs[mode] for costs, mode in zip(found, modes, strict=True)]
-        return sum(cost.again for cost in chosen), sum(cost.kept for cost in chosen)
+        return sum(cost.recomputed_operations for cost in chosen), sum(
+            cost.saved_bytes for cost in chosen
+        )
 
     possible = [total(modes) for modes in product(MODES, repeat=len(found))]
     fitting = [again for again, kept in possible if kept <= most]
-    modes = choose(found, most)
+    modes = cheapest_modes(found, most)
     if modes is None:
         assert not fitting
         return
@@ -222,7 +223,7 @@ def test_the_least_recomputation_that_fits(kinds, layers, data):
     assert again == min(fitting)
     for kind in range(2):
         mine = [
-            costs[mode].kept
+            costs[mode].saved_bytes
             for costs, mode in zip(found, modes, strict=True)
             if costs == kinds[kind]
         ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.wrap import inductor_compiled_code
 
-from lmscale.parallel.activation_checkpointing import recomputing
+from lmscale.parallel.activation_checkpointing import checkpointed
 
 try:
     from torch._higher_order_ops.wrap import InductorCompiledCallable as Compiled
@@ -48,7 +48,7 @@ def test_selective_keeps_what_a_compiled_region_gave(mode: Any, runs: int) -> No
     weight = torch.randn(4, 4, generator=draw, dtype=torch.float64)
     x = torch.randn(3, 4, generator=draw, dtype=torch.float64).requires_grad_()
     RUNS.clear()
-    block = recomputing(lambda x: Region.apply(torch.relu(x @ weight)) @ weight, mode)
+    block = checkpointed(lambda x: Region.apply(torch.relu(x @ weight)) @ weight, mode)
     block(x).sum().backward()
     assert len(RUNS) == runs
     (wanted,) = torch.autograd.grad((torch.relu(x @ weight).sin() @ weight).sum(), x)

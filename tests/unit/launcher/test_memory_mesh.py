@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 
+from lmscale.config.model_spec import decoder_spec
 from lmscale.config.schema import EngineConfig, ModelConfig
 from lmscale.modelspec.activations import Device
-from lmscale.modelspec.parameters import parameters, total
+from lmscale.modelspec.parameters import num_elements, parameters
+from lmscale.modelspec.spec import ModelSpec
 from lmscale_launcher.planner.memory_estimate import (
     HeldMemory,
     MeshSizes,
@@ -14,17 +16,20 @@ from lmscale_launcher.planner.memory_estimate import (
     held_by,
 )
 
-MODEL = ModelConfig(num_layers=4, hidden_size=256, num_heads=8, ffn_hidden_size=1024)
-FOUND = parameters(MODEL, vocab_size=1024, max_positions=64)
-SIZE = total(FOUND)
+
+def spec_of(**changes: Any) -> ModelSpec:
+    model = ModelConfig(num_layers=4, hidden_size=256, num_heads=8, ffn_hidden_size=1024, **changes)
+    return decoder_spec(model, vocab_size=1024, max_positions=64)
+
+
+SPEC = spec_of()
+SIZE = num_elements(parameters(SPEC))
 
 
 def held(
     mesh: MeshSizes, *, micro_batches: int = 1, device: Device = "cpu", **engine: Any
 ) -> HeldMemory:
-    return held_by(
-        MODEL, FOUND, EngineConfig(**engine), mesh, micro_batches=micro_batches, device=device
-    )
+    return held_by(SPEC, EngineConfig(**engine), mesh, micro_batches=micro_batches, device=device)
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
@@ -60,7 +65,9 @@ def test_what_is_offloaded_is_the_hosts() -> None:
         assert found.host == sum(getattr(stays, part) for part in moved)
         assert all(getattr(found, part) == 0 for part in moved)
         assert held(mesh, offload=offload, **zero) == stays  # a CPU is its own host
-    assert held(mesh, device="cuda", offload="all").host == 16 * SIZE / 8 + 4 * len(FOUND)
+    assert held(mesh, device="cuda", offload="all").host == 16 * SIZE / 8 + 4 * len(
+        parameters(SPEC)
+    )
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp", "deepspeed"])
@@ -73,12 +80,12 @@ def test_tensor_parallelism_divides_all_but_the_norms(kind: str) -> None:
 
 def test_weights_that_stay_gathered_are_counted() -> None:
     stays = held(MeshSizes(1, 64, 1), reshard_after_forward=False)
-    block = total(p for p in FOUND if p.in_block) // MODEL.num_layers
-    assert stays.working - held(MeshSizes(1, 64, 1)).working == 2 * (MODEL.num_layers - 2) * block
+    block = num_elements(p for p in parameters(SPEC) if p.block) // 4
+    assert stays.working - held(MeshSizes(1, 64, 1)).working == 2 * (4 - 2) * block
 
 
 def test_a_checkpoint_holds_weights_and_two_moments() -> None:
-    assert checkpoint_bytes(FOUND, MODEL, EngineConfig()) == 12 * SIZE
-    assert checkpoint_bytes(FOUND, MODEL, EngineConfig(precision="fp64")) == 24 * SIZE
-    frozen = ModelConfig(**{**MODEL.model_dump(), "trainable": ("heads.*",)})
-    assert checkpoint_bytes(FOUND, frozen, EngineConfig()) == 4 * SIZE + 8 * 1024 * 256
+    assert checkpoint_bytes(SPEC, EngineConfig()) == 12 * SIZE
+    assert checkpoint_bytes(SPEC, EngineConfig(precision="fp64")) == 24 * SIZE
+    frozen = spec_of(trainable=("heads.*",))
+    assert checkpoint_bytes(frozen, EngineConfig()) == 4 * SIZE + 8 * 1024 * 256

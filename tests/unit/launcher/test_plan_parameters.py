@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmscale.config.model_spec import decoder_spec
 from lmscale.config.schema import ModelConfig
 from lmscale.config.yaml import parse
 from lmscale.model.build import build_model
-from lmscale.model.tp_plan import cut_dim
 from lmscale.model.transformer import LanguageModel
-from lmscale.modelspec.parameters import Parameter, parameters, total, trainable
+from lmscale.modelspec.parameters import ParameterSpec, num_elements, parameters, trainable
+from lmscale.modelspec.tensor_parallel import tp_dim
 
 MODELS = Path(__file__).parents[3] / "configs" / "models"
 PUBLISHED = {
@@ -33,24 +34,23 @@ def built(model: ModelConfig, vocab: int, positions: int) -> LanguageModel:
     return build_model(model, vocab_size=vocab, max_positions=positions, device="meta")
 
 
-def assert_equal(model: ModelConfig, vocab: int, positions: int) -> tuple[Parameter, ...]:
-    found = parameters(model, vocab_size=vocab, max_positions=positions)
+def assert_equal(model: ModelConfig, vocab: int, positions: int) -> tuple[ParameterSpec, ...]:
+    specs = parameters(decoder_spec(model, vocab_size=vocab, max_positions=positions))
     real = dict(built(model, vocab, positions).named_parameters())
-    assert [(p.name, p.shape) for p in found] == [(n, tuple(p.shape)) for n, p in real.items()]
-    assert all(p.cut == cut_dim(p.name) for p in found)
+    assert [(p.name, p.shape) for p in specs] == [(n, tuple(p.shape)) for n, p in real.items()]
     learning = {name for name, p in real.items() if p.requires_grad}
-    assert {p.name for p in trainable(model, found)} == learning
-    return found
+    assert {p.name for p in trainable(specs)} == learning
+    return specs
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in MODELS.glob("*.yaml")))
 def test_every_model_file_has_the_parameters_that_are_built(name: str) -> None:
     vocab, published = PUBLISHED.get(name, (4096, None))
-    found = assert_equal(config(name), vocab, 1024)
+    specs = assert_equal(config(name), vocab, 1024)
     if published is not None:
         rows = -(-vocab // 128) * 128 - vocab  # the published count has no padding
         tables = 1 if config(name).tie_embeddings else 2
-        assert total(found) - tables * rows * config(name).hidden_size == published
+        assert num_elements(specs) - tables * rows * config(name).hidden_size == published
 
 
 @given(data=st.data())
@@ -81,7 +81,7 @@ def test_random_models_have_the_parameters_that_are_built(data: st.DataObject) -
 def test_a_tied_head_counts_once_and_the_vocabulary_is_padded() -> None:
     def size(**more: bool) -> int:
         model = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, **more)
-        return total(parameters(model, vocab_size=130, max_positions=16))
+        return num_elements(parameters(decoder_spec(model, vocab_size=130, max_positions=16)))
 
     assert size(tie_embeddings=False) - size(tie_embeddings=True) == 256 * 8
 
@@ -90,8 +90,8 @@ def test_slices_of_tensor_parallel_ranks_make_up_the_whole() -> None:
     model = ModelConfig(
         num_layers=2, hidden_size=16, num_heads=4, num_kv_heads=2, ffn_hidden_size=24, bias=True
     )
-    for one in parameters(model, vocab_size=300, max_positions=8):
-        whole = torch.empty(one.shape)
-        parts = whole.tensor_split(2, one.cut) if one.cut is not None else (whole,)
-        assert one.slice_of(2).shape == tuple(parts[0].shape), one.name
-        assert one.slice_of(1) is one
+    for spec in parameters(decoder_spec(model, vocab_size=300, max_positions=8)):
+        whole, dim = torch.empty(spec.shape), tp_dim(spec.name)
+        parts = whole.tensor_split(2, dim) if dim is not None else (whole,)
+        assert spec.tp_slice(2).shape == tuple(parts[0].shape), spec.name
+        assert spec.tp_slice(1) is spec

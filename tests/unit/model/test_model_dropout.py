@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmscale.model.dropout import Dropout
 from lmscale.parallel.activation_checkpointing import checkpoint_activations
-from lmscale.parallel.compile import compile_blocks
+from lmscale.parallel.passes import compile_blocks
 from tests.support.tiny_model import gradients, random_batch, take, tiny
 
 RATE = 0.25
@@ -29,7 +29,7 @@ def kept(rows, tokens, width, *, seed=0, site=0, rate=RATE, part=0) -> Tensor:
     torch.manual_seed(seed)
     x = torch.ones(len(rows), tokens, width)
     dropout = Dropout.of(x, rate, rows_B=torch.tensor(rows), token_part=part)
-    return (dropout.at(site) if site else dropout)(x) != 0
+    return (dropout.at_site(site) if site else dropout)(x) != 0
 
 
 @settings(max_examples=25, deadline=None)
@@ -62,8 +62,8 @@ def test_the_mask_is_the_same_for_ever():
 def test_cuda_drops_the_same():
     x = torch.ones(3, 64, 96)
     rows_B = torch.tensor([0, -1, 2**40])
-    want = Dropout.of(x, RATE, rows_B=rows_B, token_part=1).at(3)(x)
-    found = Dropout.of(x.cuda(), RATE, rows_B=rows_B.cuda(), token_part=1).at(3)(x.cuda())
+    want = Dropout.of(x, RATE, rows_B=rows_B, token_part=1).at_site(3)(x)
+    found = Dropout.of(x.cuda(), RATE, rows_B=rows_B.cuda(), token_part=1).at_site(3)(x.cuda())
     assert torch.equal(found.cpu(), want)
 
 
@@ -128,7 +128,7 @@ def test_plain_dropout_is_torchs_and_rate_zero_is_nothing():
     torch.manual_seed(3)
     want = torch.nn.functional.dropout(x, RATE)
     torch.manual_seed(3)
-    assert torch.equal(Dropout.of(x, RATE).at(2)(x), want)
+    assert torch.equal(Dropout.of(x, RATE).at_site(2)(x), want)
     assert Dropout.of(x, 0.0)(x) is x
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmscale.modelspec.flops import flops_per_token, matrix_parameters, num_parameters
-from tests.support.tiny_model import VARIANTS, VOCAB, config, random_batch, tiny
+from lmscale.model.build import num_parameters
+from lmscale.modelspec.flops import flops_per_token, matrix_parameters
+from tests.support.tiny_model import VARIANTS, VOCAB, random_batch, tiny
 
 ROWS, LENGTH = 2, 16
 
@@ -19,9 +20,9 @@ def test_formula_equals_the_counted_flops(changes):
         FlopCounterMode(display=False) as counter,
     ):
         model(batch).loss.backward()
-    formula = flops_per_token(config(**changes), seq_len=LENGTH, vocab_size=VOCAB, causal=False)
+    formula = flops_per_token(model.spec, seq_len=LENGTH, causal=False)
     padding = (
-        6 * (model.arch.padded_vocab - VOCAB) * model.arch.hidden_size
+        6 * (model.decoder.spec.padded_vocab_size - VOCAB) * model.decoder.spec.hidden_size
     )  # computed, and of no use
     assert counter.get_total_flops() == ROWS * LENGTH * (formula + padding)
 
@@ -35,15 +36,16 @@ def test_matrix_parameters_are_the_models_matrices(changes):
         for name, p in model.named_parameters()
         if p.ndim == 2 and not any(table in name for table in tables)
     )
-    assert matrix_parameters(model.arch) == matrices + VOCAB * 16
+    assert matrix_parameters(model.spec) == matrices + VOCAB * 16
 
 
 def test_causal_convention_counts_the_keys_a_token_may_see():
-    cfg = config()
+    spec = tiny().spec
+    decoder = spec.stack("decoder")
     keys = [token + 1 for token in range(LENGTH)]
-    full = flops_per_token(cfg, seq_len=LENGTH, vocab_size=VOCAB, causal=False)
-    half = flops_per_token(cfg, seq_len=LENGTH, vocab_size=VOCAB, causal=True)
-    per_key = 12 * cfg.num_layers * cfg.hidden_size
+    full = flops_per_token(spec, seq_len=LENGTH, causal=False)
+    half = flops_per_token(spec, seq_len=LENGTH, causal=True)
+    per_key = 12 * decoder.num_layers * decoder.hidden_size
     assert full - half == per_key * (LENGTH - sum(keys) / LENGTH)
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from lmscale.config.model_spec import decoder_spec
 from lmscale.config.schema import ModelConfig
 from lmscale.config.yaml import parse
+from lmscale.model.build import num_parameters
 from lmscale.model.transformer import LanguageModel
-from lmscale.modelspec.flops import num_parameters
-from lmscale.modelspec.spec import Architecture
 from tests.support.tiny_model import VOCAB, random_batch, tiny
 
 CONFIGS = Path(__file__).parents[3] / "configs/models"
@@ -173,7 +173,7 @@ def test_a_named_shape_is_the_model_of_that_name(name):
     path = CONFIGS / f"{name}.yaml"
     cfg = ModelConfig(**parse(path.read_text(), name=path.name).value)
     with torch.device("meta"):
-        ours = LanguageModel(Architecture.of(cfg, vocab_size=vocab, max_positions=1))
+        ours = LanguageModel(decoder_spec(cfg, vocab_size=vocab, max_positions=1))
         other = (GPT2LMHeadModel if name.startswith("gpt2") else LlamaForCausalLM)(config)
     padding = (-vocab % 128) * cfg.hidden_size * (1 if cfg.tie_embeddings else 2)
     assert num_parameters(ours).total == published + padding

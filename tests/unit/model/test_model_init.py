@@ -6,6 +6,7 @@ import torch
 from lmscale.base.errors import ConfigError
 from lmscale.model.build import build_model
 from lmscale.model.init import initial_value, initialise
+from lmscale.modelspec.parameters import parameters
 from tests.support.tiny_model import POSITIONS, VARIANTS, VOCAB, config, tiny
 
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -18,8 +19,9 @@ def values(model):
 @variants
 def test_every_parameter_is_its_initial_value(changes):
     model = tiny(dtype=torch.float32, seed=7, **changes)
+    specs = {spec.name: spec for spec in parameters(model.spec)}
     for name, parameter in reversed(list(model.named_parameters())):
-        want = initial_value(name, tuple(parameter.shape), arch=model.arch, seed=7)
+        want = initial_value(specs[name], seed=7)
         assert torch.equal(parameter, want), name
 
 

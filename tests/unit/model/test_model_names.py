@@ -4,8 +4,8 @@ from fnmatch import fnmatchcase
 
 import pytest
 
-from lmscale.model.tp_plan import PLAN, REGIONS, cut_of
-from lmscale.modelspec.spec import Architecture
+from lmscale.modelspec.spec import padded_vocab_size
+from lmscale.modelspec.tensor_parallel import PARALLEL_REGIONS, TP_STYLES, tp_style
 from tests.support.tiny_model import VARIANTS, random_batch, tiny
 
 LLAMA = {
@@ -55,40 +55,40 @@ def test_post_norm_ends_without_a_norm():
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_nothing_but_parameters_is_kept(changes):
-    """No buffer: whatever a checkpoint must hold is a parameter, and `to_empty` loses nothing."""
+def test_a_model_has_no_buffers(changes):
+    """No buffer: everything that a checkpoint must contain is a parameter, and `to_empty` loses nothing."""
     assert not list(tiny(**changes).buffers())
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_every_parameter_has_one_split(changes):
+def test_every_parameter_has_one_tensor_parallel_style(changes):
     for name, _ in tiny(**changes).named_parameters():
-        cut_of(name)
+        tp_style(name)
 
 
-def test_every_entry_of_the_plan_is_a_module():
+def test_every_tensor_parallel_style_is_of_a_module():
     names = {
         name for changes in VARIANTS.values() for name, _ in tiny(**changes).named_modules() if name
     }
-    for pattern in PLAN:
+    for pattern in TP_STYLES:
         assert any(fnmatchcase(name, pattern) for name in names), pattern
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_what_the_plan_names_is_called_as_a_module(changes):
-    """A pass replaces forward on these instances; whoever read a weight past it would compute the uncut model.
+def test_modules_that_may_be_split_are_called_as_modules(changes):
+    """A pass replaces forward on these instances; code that reads a weight past it would compute the whole model.
 
-    A tied head reads the embedding's, which it is handed.
+    A tied head reads the embedding's weight, which it is given as an argument.
     """
     model, batch = tiny(**changes), random_batch(2, 5)
     wanted = {
         name
         for name, _ in model.named_modules()
-        if any(fnmatchcase(name, pattern) for pattern in (*PLAN, *REGIONS))
+        if any(fnmatchcase(name, pattern) for pattern in (*TP_STYLES, *PARALLEL_REGIONS))
     }
     called = set()
 
-    def listening(name, forward):
+    def recording(name, forward):
         def run(*args):
             called.add(name)
             return forward(*args)
@@ -97,8 +97,8 @@ def test_what_the_plan_names_is_called_as_a_module(changes):
 
     for name in wanted:
         module = model.get_submodule(name)
-        module.forward = listening(name, module.forward)
-    model.heads["lm"].logits = listening("logits", model.heads["lm"].logits)
+        module.forward = recording(name, module.forward)
+    model.heads["lm"].logits = recording("logits", model.heads["lm"].logits)
     model(batch)
     assert called == wanted
     model.logits(batch)
@@ -106,9 +106,5 @@ def test_what_the_plan_names_is_called_as_a_module(changes):
 
 
 def test_vocabulary_is_padded_to_a_multiple_of_128():
-    arch = tiny().arch
-    sizes = [1, 127, 128, 129, 50257]
-    padded = [
-        Architecture.of(arch, vocab_size=size, max_positions=1).padded_vocab for size in sizes
-    ]
+    padded = [padded_vocab_size(size) for size in (1, 127, 128, 129, 50257)]
     assert padded == [128, 128, 128, 256, 50304]
