@@ -15,12 +15,37 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+from lmscale.base.decoding import Range, RecordError, decode
 from lmscale.base.errors import CheckpointError, Overtaken
-from lmscale.base.fs import atomic_write, fsync_dir, storage_error, storage_errors
+from lmscale.base.fs import (
+    UnsuitableFile,
+    atomic_write,
+    create_exclusively,
+    read_regular,
+    storage_error,
+    storage_errors,
+)
 from lmscale.run_folder.paths import RunFolder
 
+_MAX_BYTES = 1 << 20
+_RESTORE = (
+    "the file is damaged, so it is unknown which checkpoints count: restore it, or set its "
+    '"from" to the step that attempt went on from (see its events)'
+)
+_Step = Annotated[int, Range(0)]
+# The content of attempts/k.json; host, pid and time are for people.
+AttemptFile = TypedDict(
+    "AttemptFile",
+    {
+        "attempt": int,
+        "from": _Step | None,
+        "source": str | None,
+        "finished": _Step | None,
+        "placement": dict[str, Any],
+    },
+)
 _NAME = re.compile(r"([1-9]\d*)\.json")
 
 
@@ -73,14 +98,9 @@ def claim(folder: RunFolder, placement: Mapping[str, Any]) -> int:
         folder.attempts.mkdir(parents=True, exist_ok=True)
         while True:
             number = newest(folder) + 1
-            with (
-                suppress(FileExistsError),  # another claimant took it: try the next
-                open(_path(folder, number), "xb") as file,  # x: O_EXCL
-            ):
-                file.write(_encode(Attempt(number, placement=placement)))
-                file.flush()
-                os.fsync(file.fileno())
-                fsync_dir(folder.attempts)
+            with suppress(FileExistsError):  # another claimant took it: try the next
+                claimed = Attempt(number, placement=placement)
+                create_exclusively(_path(folder, number), _encode(claimed))
                 return number
 
 
@@ -130,22 +150,16 @@ def read_attempt(folder: RunFolder, k: int) -> Attempt:
     """
     path = _path(folder, k)
     with storage_errors(f"reading {path}"):
-        data = path.read_bytes()
-    if not data.endswith(b"}\n"):
-        return Attempt(k)
-    try:
-        raw = json.loads(data)
-        attempt = Attempt(k, raw["from"], raw["source"], raw["finished"], raw["placement"])
-        steps = (attempt.from_step, attempt.finished)
-        sound = raw["attempt"] == k and all(s is None or type(s) is int for s in steps)
-    except (ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise CheckpointError(
-            f"{path} is damaged, so it is unknown which checkpoints count; restore it, or set its "
-            '"from" to the step that attempt went on from (see its events)'
-        )
-    return attempt
+        try:
+            data = read_regular(path, _MAX_BYTES)
+            if not data.endswith(b"}\n"):
+                return Attempt(k)
+            raw = decode(AttemptFile, data, where=path, hint=_RESTORE)
+            if raw["attempt"] != k:
+                raise RecordError(f"{path}: it is the file of attempt {raw['attempt']}; {_RESTORE}")
+        except (RecordError, UnsuitableFile) as error:
+            raise CheckpointError(str(error)) from error
+    return Attempt(k, raw["from"], raw["source"], raw["finished"], raw["placement"])
 
 
 def _numbers(folder: RunFolder) -> list[int]:

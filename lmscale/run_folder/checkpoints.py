@@ -13,19 +13,61 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO, NotRequired, TypedDict
 
+from lmscale.base.decoding import Length, Limits, Range, RecordError, convert, decode_file
 from lmscale.base.errors import CheckpointError, ConfigError
-from lmscale.base.fs import atomic_write, fsync_dir, storage_error
+from lmscale.base.fs import UnsuitableFile, atomic_write, fsync_dir, open_regular, storage_error
 from lmscale.run_folder.attempts import Fence, fence
 from lmscale.run_folder.paths import RunFolder, checkpoint_name, parse_checkpoint_name
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 BLOCK_BYTES = 4 << 20
+_MAX_BYTES = 1 << 30  # a checkpoint of 100 TB with 100,000 parts has 500 MB
 _FIELDS = ("format", "step", "attempt", "files")
 # Storage leaves these behind by itself (NFS silly renames, ext4): not worth a word.
 _FOREIGN = (".nfs", "lost+found")
+
+
+_Count = Annotated[int, Range(0)]
+
+
+class FileEntry(TypedDict):
+    """The manifest's entry of one file."""
+
+    bytes: _Count
+    block_bytes: Annotated[int, Range(1)]
+    crc32c: list[Annotated[int, Range(0, 0xFFFFFFFF)]]  # one per block
+
+
+class TensorPart(TypedDict):
+    """Where a box of a tensor lies."""
+
+    offsets: list[_Count]
+    sizes: list[_Count]
+    file: str
+    bytes: Annotated[
+        list[_Count], Length(2, 2)
+    ]  # first byte in the file, and the one after the last
+
+
+class TensorEntry(TypedDict):
+    """The manifest's entry of one tensor."""
+
+    dtype: str
+    shape: list[_Count]
+    parts: list[TensorPart]
+
+
+class CheckpointManifest(TypedDict):
+    """What every manifest has; the training state beside it is read by who wrote it."""
+
+    format: Annotated[int, Range(1)]
+    step: _Count
+    attempt: _Count
+    files: dict[str, FileEntry]
+    tensors: NotRequired[dict[str, TensorEntry]]
 
 
 def write_manifest(directory: Path, body: Mapping[str, Any]) -> None:
@@ -43,25 +85,21 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The body of the manifest, its digest checked and left out. CheckpointError when damaged."""
     path = directory / MANIFEST
     try:
-        data = path.read_bytes()
+        body = decode_file(dict[str, Any], path, limits=Limits(max_bytes=_MAX_BYTES), hint=_NEXT)
+        if body.pop("digest", None) != digest(body):
+            raise CheckpointError(f"{path} does not match its own digest; {_NEXT}")
+        if type(body.get("format")) is int and body["format"] > FORMAT:
+            # Not damage: falling back to an older checkpoint would throw sound work away.
+            raise ConfigError(
+                f"{path} has format {body['format']}, this lmscale knows {FORMAT}; update it"
+            )
+        return dict(convert(CheckpointManifest, body, where=path, hint=_NEXT))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path} is missing: no whole checkpoint; {_NEXT}") from error
     except OSError as error:
         raise storage_error(f"reading {path}", error) from error
-    try:
-        body: dict[str, Any] = json.loads(data)
-        stated = body.pop("digest")
-        sound = stated == digest(body) and all(name in body for name in _FIELDS)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{path} does not match its own digest; {_NEXT}")
-    if body["format"] > FORMAT:
-        # Not damage: falling back to an older checkpoint would throw sound work away.
-        raise ConfigError(
-            f"{path} has format {body['format']}, this lmscale knows {FORMAT}; update it"
-        )
-    return body
+    except (RecordError, UnsuitableFile) as error:
+        raise CheckpointError(str(error)) from error
 
 
 _NEXT = "use another checkpoint of the run (lmscale verify RUN lists them)"
@@ -75,8 +113,10 @@ def digest(body: Mapping[str, Any]) -> str:
 
 def describe_file(path: Path, *, block_bytes: int = BLOCK_BYTES) -> dict[str, Any]:
     """The manifest's entry of a file, read from disk: size and the CRC32C of each block."""
-    sums = list(_block_sums(path, block_bytes))
-    return {"bytes": path.stat().st_size, "block_bytes": block_bytes, "crc32c": sums}
+    with open_regular(path) as file:
+        sums = list(_block_sums(file, block_bytes))
+        size = os.fstat(file.fileno()).st_size
+    return {"bytes": size, "block_bytes": block_bytes, "crc32c": sums}
 
 
 def damage(
@@ -122,21 +162,27 @@ def _file_damage(
     path: Path, entry: Mapping[str, Any], *, deep: bool, progress: Callable[[int], None] | None
 ) -> list[str]:
     try:
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            return [f"{path}: {size} bytes, expected {entry['bytes']}"]
-        return list(_wrong_blocks(path, entry, progress)) if deep else []
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"]:
+                return [f"{path}: {size} bytes, expected {entry['bytes']}"]
+            return list(_wrong_blocks(path, file, entry, progress)) if deep else []
     except FileNotFoundError:
         return [f"{path}: missing"]
+    except UnsuitableFile as error:
+        return [str(error)]
     except OSError as error:
         raise storage_error(f"reading {path}", error) from error
 
 
 def _wrong_blocks(
-    path: Path, entry: Mapping[str, Any], progress: Callable[[int], None] | None
+    path: Path,
+    file: BinaryIO,
+    entry: Mapping[str, Any],
+    progress: Callable[[int], None] | None,
 ) -> Iterator[str]:
     block_bytes, expected = entry["block_bytes"], entry["crc32c"]
-    found = list(_block_sums(path, block_bytes, progress))
+    found = list(_block_sums(file, block_bytes, progress))
     if len(found) != len(expected):
         yield f"{path}: {len(found)} blocks, the manifest lists {len(expected)}"
         return
@@ -148,15 +194,14 @@ def _wrong_blocks(
 
 
 def _block_sums(
-    path: Path, block_bytes: int, progress: Callable[[int], None] | None = None
+    file: BinaryIO, block_bytes: int, progress: Callable[[int], None] | None = None
 ) -> Iterator[int]:
     from crc32c import crc32c
 
-    with open(path, "rb", buffering=0) as file:
-        while block := _read_full(file.fileno(), block_bytes):
-            if progress is not None:
-                progress(len(block))
-            yield crc32c(block)
+    while block := _read_full(file.fileno(), block_bytes):
+        if progress is not None:
+            progress(len(block))
+        yield crc32c(block)
 
 
 def _read_full(descriptor: int, size: int) -> bytes:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NotRequired, Self, TypedDict
 
 from lmscale.base.fs import storage_errors
 from lmscale.base.proc import started_ticks, this_host
@@ -21,6 +21,26 @@ from lmscale.run_folder.paths import RunFolder
 
 BEAT_S = 10.0
 _log = logging.getLogger(__name__)
+
+
+class Event(TypedDict):
+    """One line of events/START.jsonl. Each kind has fields of its own besides these."""
+
+    time: float  # seconds since 1970
+    kind: str
+    start: str
+    host: NotRequired[str]  # of the writer, with its pid namespace
+    pid: NotRequired[int]
+    ticks: NotRequired[int | None]
+    by_hand: NotRequired[bool]
+    fresh: NotRequired[bool]
+    nodes: NotRequired[list[str]]
+    attempt: NotRequired[int]
+    from_step: NotRequired[int | None]
+    total_steps: NotRequired[int | None]
+    step: NotRequired[int]
+    code: NotRequired[int]
+    reason: NotRequired[str | None]
 
 
 class EventLog:
@@ -87,11 +107,14 @@ def events_path(folder: RunFolder, start: str) -> Path:
     return folder.events / (re.sub(r"[^\w.+-]", "_", start) + ".jsonl")
 
 
-def read_events(folder: RunFolder) -> list[dict[str, Any]]:
-    """All events of all starts, in the order of their times."""
+def read_events(folder: RunFolder) -> list[Event]:
+    """All events of all starts, in the order of their times. Lines that are no events are left out.
+
+    Raises UnsuitableFile for what is not a regular file.
+    """
     files = sorted(folder.events.glob("*.jsonl")) if folder.events.is_dir() else []
-    events = [event for file in files for event in readable_lines(file)]
-    return sorted(events, key=lambda event: float(event.get("time", 0)))
+    events = [event for file in files for event in readable_lines(file, Event)]
+    return sorted(events, key=lambda event: event["time"])
 
 
 def newest_start(folder: RunFolder) -> str | None:
@@ -109,7 +132,7 @@ def start_name(env: Mapping[str, str]) -> str:
     return given or f"{socket.gethostname()}-{os.getpid()}-{int(time.time())}"
 
 
-def starts_since_progress(events: Iterable[Mapping[str, Any]]) -> int:
+def starts_since_progress(events: Iterable[Event]) -> int:
     """Restarts since the newest checkpoint moved: what `cluster.max_restarts` limits.
 
     Counted over all starts, whoever made them (supervisor, scheduler, JobSet). The first start and a
@@ -127,6 +150,6 @@ def starts_since_progress(events: Iterable[Mapping[str, Any]]) -> int:
                 restarts, highest = 0, -1
             else:
                 restarts += 1
-        elif event["kind"] == "save" and event["step"] > highest:
+        elif event["kind"] == "save" and event.get("step", -1) > highest:
             restarts, highest = 0, event["step"]
     return max(restarts, 0)

@@ -3,22 +3,19 @@
 One start at a time in a run folder: who begins, and who is refused.
 """
 
-import errno
-import fcntl
 import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lmscale.base.errors import ConfigError, Problem
-from lmscale.base.fs import storage_errors
+from lmscale.base.fs import lock_folder, storage_errors
 from lmscale.base.proc import is_alive, this_host
 from lmscale.base.records import readable_lines
 from lmscale.run_folder.attempts import newest
-from lmscale.run_folder.events import EventLog
+from lmscale.run_folder.events import Event, EventLog
 from lmscale.run_folder.paths import RunFolder
 
 STALE_S = 60.0
@@ -52,10 +49,12 @@ def live(folder: RunFolder) -> LiveRun | None:
 
 
 def _running(folder: RunFolder, path: Path, age_s: float) -> LiveRun | None:
-    writers: dict[tuple[str, int], dict[str, Any]] = {}
+    writers: dict[tuple[str, int], Event] = {}
     owner = None  # who opened the file: the supervisor, which outlives its ranks, or a lone rank 0
     attempt = newest(folder)
-    for event in readable_lines(path):
+    for event in readable_lines(path, Event):
+        if "host" not in event or "pid" not in event:
+            continue
         writer = (event["host"], event["pid"])
         owner = owner or writer
         if event["kind"] != "exit":
@@ -74,7 +73,6 @@ def _running(folder: RunFolder, path: Path, age_s: float) -> LiveRun | None:
 
 # What file systems without locks say, as Lustre does unless it is mounted with -o flock: the fence of the
 # attempts holds there too.
-_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
 _log = logging.getLogger(__name__)
 
 
@@ -146,16 +144,6 @@ def wait_for_silence(folder: RunFolder, *, poll_s: float = 1.0) -> None:
 def _lock(folder: RunFolder) -> Iterator[None]:
     path = folder.events / ".lock"
     with storage_errors(f"locking {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "wb")  # noqa: SIM115 closed below, whatever the lock says
-    with file:
-        with storage_errors(f"locking {path}"):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-                _log.warning(
-                    "%s: no locks here (%s), so do not start twice at once", path, error.strerror
-                )
-        yield  # closing the file releases the lock
+        lock = lock_folder(path)
+    with lock:
+        yield

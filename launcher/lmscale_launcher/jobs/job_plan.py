@@ -6,8 +6,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from lmscale.base.decoding import Limits, RecordError, decode_file
 from lmscale.base.errors import ConfigError, Problem
-from lmscale.base.fs import atomic_write, storage_errors
+from lmscale.base.fs import UnsuitableFile, atomic_write, storage_errors
 from lmscale.config import rules as checks
 from lmscale.config.schema import RunConfig
 from lmscale.run_folder.paths import RunFolder
@@ -69,6 +70,7 @@ def plan_job(cfg: RunConfig, *, number: int, cwd: Path, python: str = sys.execut
     )
 
 
+_LIMITS = Limits(max_bytes=1 << 20)
 _NAME = re.compile(r"([1-9]\d*)\.(?:json|yaml|sh|chain|tries)")
 
 
@@ -92,13 +94,11 @@ def read_records(folder: RunFolder) -> list[JobRecord]:
     for path in folder.jobs.glob("*.json") if folder.jobs.is_dir() else ():
         if not _NAME.fullmatch(path.name):
             continue
+        hint = "restore the file, or remove it if the job has ended"
         try:
-            found.append(JobRecord(**json.loads(path.read_text())))
-        except (ValueError, TypeError) as error:
-            hint = "restore the file, or remove it if the job has ended"
-            raise ConfigError(
-                [Problem("", f"{path} is no record of a job ({error})", hint)]
-            ) from error
+            found.append(decode_file(JobRecord, path, limits=_LIMITS, hint=hint, closed=True))
+        except (RecordError, UnsuitableFile) as error:
+            raise ConfigError(f"not the record of a job: {error}") from error
     return sorted(found, key=lambda record: record.number)
 
 

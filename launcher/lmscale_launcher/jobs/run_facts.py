@@ -15,8 +15,9 @@ from typing import Any
 
 from lmscale.base.errors import ConfigError, LmscaleError, Problem
 from lmscale.base.proc import is_alive, this_host
-from lmscale.base.records import decode_lines, ends_of, newest_lines
+from lmscale.base.records import ends_of, first_line, newest_lines
 from lmscale.config.run_file import load
+from lmscale.run_folder import events
 from lmscale.run_folder.attempts import Fence, fence
 from lmscale.run_folder.checkpoints import MANIFEST
 from lmscale.run_folder.paths import RunFolder, parse_checkpoint_name
@@ -98,23 +99,27 @@ def starts_of(folder: RunFolder) -> list[tuple[Path, Event]]:
     """Each start's file and first event, oldest first. A file without a whole line is no start yet."""
     found = []
     for path in folder.events.glob("*.jsonl") if folder.events.is_dir() else ():
-        with open(path, "rb") as file:
-            first = decode_lines([file.readline(_TAIL_BYTES)])
-        found += [(path, event) for event in first]
+        first = first_line(path, events.Event, max_bytes=_TAIL_BYTES)
+        if first is not None:
+            found.append((path, first))
     return sorted(found, key=lambda one: when(one[1]))
 
 
 def _read(folder: RunFolder) -> RunFacts:
     starts = starts_of(folder)
     newest = starts[-1][0] if starts else None
-    events = ends_of(newest, head_bytes=_HEAD_BYTES, tail_bytes=_TAIL_BYTES) if newest else []
+    written = (
+        ends_of(newest, events.Event, head_bytes=_HEAD_BYTES, tail_bytes=_TAIL_BYTES)
+        if newest is not None
+        else []
+    )
     rule = fence(folder)
     attempt = max(rule.attempts, default=0)
     record = newest_record(folder)
     return RunFacts(
         folder,
         starts=tuple(first for _, first in starts),
-        events=tuple(events),
+        events=tuple(written),
         beat_time=_time(newest) if newest else None,
         lines=tuple(newest_lines(folder.metrics, _LINES)),
         lines_time=_time(folder.metrics),
@@ -123,7 +128,7 @@ def _read(folder: RunFolder) -> RunFacts:
         finished=rule.attempts[attempt].finished if attempt else None,
         stop=_text(folder.stop),
         record=record,
-        planned_steps=_planned_steps(folder, record, events),
+        planned_steps=_planned_steps(folder, record, written),
     )
 
 
@@ -141,7 +146,7 @@ def _saved(folder: RunFolder, rule: Fence) -> SavedCheckpoint | None:
 
 
 def _planned_steps(
-    folder: RunFolder, record: JobRecord | None, events: list[dict[str, Any]]
+    folder: RunFolder, record: JobRecord | None, events: Sequence[Event]
 ) -> int | None:
     """Steps of the whole run: as its newest attempt has counted them, else by its run file."""
     told = [event for event in events if isinstance(event.get("total_steps"), int)]

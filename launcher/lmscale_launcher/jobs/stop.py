@@ -8,7 +8,7 @@ from typing import Any
 from lmscale.base.errors import ExitCode, RetryableError
 from lmscale.base.fs import storage_errors
 from lmscale.base.proc import is_alive, started_ticks
-from lmscale.run_folder.events import read_events
+from lmscale.run_folder.events import Event, read_events
 from lmscale.run_folder.liveness import LiveRun, live
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters.background import signal_to
@@ -166,10 +166,11 @@ class _Ending:
         return self._result("not running", ended=True)
 
     def _saved(self) -> int | None:
-        steps = [int(event["step"]) for event in self._events() if event["kind"] == "save"]
+        saves = [event for event in self._events() if event["kind"] == "save"]
+        steps = [event["step"] for event in saves if "step" in event]
         return steps[-1] if steps else None
 
-    def _events(self) -> list[dict[str, Any]]:
+    def _events(self) -> list[Event]:
         """Those of the starts that did something since the request, else of the newest."""
         events = read_events(self.folder)
         recent = {event["start"] for event in events if event["time"] >= self.since}
@@ -183,7 +184,7 @@ class _Ending:
             "what": what,
             "ended": ended,
             "reason": reason,
-            "code": own["code"] if own else None,
+            "code": own.get("code") if own else None,
             "checkpoint": self._saved(),
         }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.base.errors import ConfigError, ExitCode, Problem
-from lmscale.base.fs import lock_folder, storage_errors
+from lmscale.base.fs import create_exclusively, lock_folder, storage_errors
 from lmscale.checks.corpora import missing_corpora
 from lmscale.checks.resume import finished_message, finished_step
 from lmscale.config.run_file import dump, load
@@ -164,8 +164,7 @@ def _in_place(plan: JobPlan, config: str) -> Iterator[None]:
     stop = plan.folder.stop
     with storage_errors(f"writing {plan.config}"):
         # Exclusively: without working locks two submits must not become one job.
-        with open(plan.config, "x", encoding="utf-8") as file:
-            file.write(config)
+        create_exclusively(plan.config, config.encode())
         stopped = stop.read_bytes() if stop.exists() else None
         stop.unlink(missing_ok=True)
     try:

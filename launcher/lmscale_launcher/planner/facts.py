@@ -258,5 +258,6 @@ def _pace(cfg: RunConfig) -> float | None:
     from lmscale.base.records import newest_lines
 
     lines = newest_lines(RunFolder(Path(cfg.train.run_dir)).metrics, 20)
-    rates = [line["tokens_per_s"] for line in lines if line.get("tokens_per_s")]
+    found = (line.get("tokens_per_s") for line in lines)
+    rates = [rate for rate in found if isinstance(rate, int | float) and rate > 0]
     return cfg.train.global_batch_size * cfg.train.seq_len / median(rates) if rates else None

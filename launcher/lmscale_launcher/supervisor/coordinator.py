@@ -15,11 +15,11 @@ from lmscale.run_folder import events as run_events
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.supervisor.event_loop import EventLoop
+from lmscale_launcher.supervisor.messages import Message
 from lmscale_launcher.supervisor.output import Output, describe_exit
 from lmscale_launcher.supervisor.protocol import (
     BEAT_S,
     Channel,
-    Message,
     Order,
     Round,
     RoundEnd,
@@ -177,7 +177,7 @@ class Coordinator:
     def _on_message(self, node: NodeState, message: Message) -> None:
         match message["kind"]:
             case "beat":
-                node.pace = StepPace.from_json(message["pace"]) if message["pace"] else None
+                node.pace = message.get("pace")
             case "died":
                 self._died(node.number, message["rank"], message["code"], others=True)
             case "stop" if self._signals.is_new(number := signal.Signals(message["number"])):
@@ -187,7 +187,7 @@ class Coordinator:
                 self.stack(message["rank"], message["text"])
             case "ended":
                 node.running, node.pace = False, None
-                self.codes |= {int(rank): code for rank, code in message["codes"].items()}
+                self.codes |= message["codes"]
 
     def _forward_stop(self, number: signal.Signals, *, source: int) -> None:
         self.stop_requested = True

@@ -10,17 +10,21 @@ import json
 import signal
 import socket
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from lmscale.base.decoding import RecordError
 from lmscale.base.errors import FINAL, ExitCode
 from lmscale_launcher.supervisor.event_loop import EventLoop
+from lmscale_launcher.supervisor.messages import (
+    MAX_MESSAGE_BYTES,
+    Message,
+    RoundKind,
+    decode_message,
+)
 from lmscale_launcher.supervisor.stall import StepPace
 
-Message = dict[str, Any]
-RoundKind = Literal["stage", "ranks"]
 _READ_BYTES = 1 << 18
-# Limits of the protocol; a peer that exceeds them is disconnected.
-_MAX_LINE_BYTES = 1 << 24
+# A peer that does not read, so that more than this waits for it, is disconnected.
 _MAX_UNSENT_BYTES = 1 << 26
 BEAT_S = 2.0  # each side sends a message at least this often
 # The kernel of the other host acknowledges data even while the process there waits for a hung file server. If it
@@ -170,11 +174,10 @@ class Channel:
         self._received = rest
         try:
             for line in lines:
-                message = json.loads(line)
-                self._messages.append({**message, "kind": str(message["kind"])})
-        except (ValueError, TypeError, KeyError, RecursionError):
+                self._messages.append(decode_message(bytes(line)))
+        except RecordError:
             self.close()  # not a message of a supervisor
-        if len(rest) > _MAX_LINE_BYTES:
+        if len(rest) > MAX_MESSAGE_BYTES:
             self.close()
 
     def _on_write(self) -> None:

@@ -12,15 +12,17 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import lmscale
+from lmscale.base.decoding import RecordError, convert
 from lmscale.base.errors import ExitCode, RetryableError
 from lmscale.base.listener import listen
 from lmscale_launcher.supervisor.context import SupervisorContext, SupervisorJob
 from lmscale_launcher.supervisor.coordinator import Coordinator, NodeState
 from lmscale_launcher.supervisor.event_loop import EventLoop
-from lmscale_launcher.supervisor.protocol import BEAT_S, Channel, Message
+from lmscale_launcher.supervisor.messages import Message
+from lmscale_launcher.supervisor.protocol import BEAT_S, Channel
 
 PORTS = 8
 _ANSWER_TIMEOUT_S = 3.0  # for a join request to arrive, or the answer to it
@@ -131,9 +133,8 @@ class JoinRequest:
     def read(cls, message: Message) -> Self | None:
         """The request of another node; None for any other message."""
         try:
-            body: dict[str, Any] = {name: message[name] for name in cls.__slots__}
-            return cls(**{**body, "unhealthy": tuple(body["unhealthy"])})
-        except (KeyError, TypeError):
+            return convert(cls, message, where="greeting of a supervisor")
+        except RecordError:
             return None
 
 

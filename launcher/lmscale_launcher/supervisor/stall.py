@@ -7,7 +7,7 @@ process that the kernel has stopped or that waits for a disk, else the rank with
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 from lmscale.run_folder.rank_progress import (
     PHASES,
@@ -85,11 +85,6 @@ class StepPace:
     def as_json(self) -> dict[str, Any]:
         """As JSON, for node 0."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, body: dict[str, Any]) -> Self:
-        """From the JSON of another node."""
-        return cls(body["quiet_s"], body["limit_s"], Suspect(**body["suspect"]))
 
 
 class ProgressReadings:

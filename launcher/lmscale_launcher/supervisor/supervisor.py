@@ -23,9 +23,10 @@ from lmscale_launcher.supervisor.context import SupervisorContext, SupervisorJob
 from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.guard import Guard
 from lmscale_launcher.supervisor.member import run_member
+from lmscale_launcher.supervisor.messages import RoundKind
 from lmscale_launcher.supervisor.node_round import run_round
 from lmscale_launcher.supervisor.output import Output, describe_exit
-from lmscale_launcher.supervisor.protocol import Round, RoundKind, code_after_lost_node
+from lmscale_launcher.supervisor.protocol import Round, code_after_lost_node
 from lmscale_launcher.supervisor.rendezvous import Rendezvous, StartupFailure, rendezvous
 from lmscale_launcher.supervisor.signals import Signals
 

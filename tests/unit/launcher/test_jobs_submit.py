@@ -1,5 +1,6 @@
 """submit, resume and stop against a cluster that does as it is told."""
 
+import errno
 import json
 import os
 import shutil
@@ -417,3 +418,52 @@ def test_ctrl_c_ends_the_waiting_and_not_the_request(site: Site, capsys: Any) ->
     assert ended.value.code == 130
     assert "the request stands" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_run_is_submitted_where_the_file_system_has_no_locks(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: Any, number: int
+) -> None:
+    def refuses(file: object, what: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("lmscale.base.fs.fcntl.flock", refuses)
+    assert submitted() == 0
+    assert [record.job for record in read_records(run_folder())] == ["101"]
+    assert "file locking is not supported here" in caplog.text
+
+
+def test_without_locks_two_submits_are_two_jobs_or_one_refusal(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one has taken its number before the first one's run file was there."""
+    monkeypatch.setattr(submitting, "next_number", lambda folder: 1)
+    assert submitted() == 0
+    site.state = JobState("ended", "", raw="COMPLETED")
+    with pytest.raises(RetryableError, match=r"1\.yaml: File exists"):
+        submitted()
+    assert len(site.submitted) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{}", b"[]", b"nul", b"\xff", b"[" * 100_000, b'{"number": ' + b"9" * 5000 + b"}",
+     json.dumps({"number": 1, "kind": "slurm", "job": 7, "host": "h", "time": 0, "nodes": 1,
+                 "min_nodes": 1, "ranks_per_node": 1}).encode(),
+     json.dumps({"number": 1, "kind": "slurm", "job": "7", "host": "h", "time": 0, "nodes": 1,
+                 "min_nodes": 1, "ranks_per_node": 1, "later": 1}).encode()],
+)  # fmt: skip
+def test_a_file_that_is_not_a_job_record_is_named(tmp_path: Path, text: bytes) -> None:
+    folder = RunFolder(tmp_path)
+    folder.jobs.mkdir()
+    (folder.jobs / "1.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=r"1\.json: .*; restore the file, or remove it"):
+        read_records(folder)
+
+
+def test_a_fifo_in_place_of_a_job_record_does_not_hang(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.jobs.mkdir()
+    os.mkfifo(folder.jobs / "1.json")
+    with pytest.raises(ConfigError, match="FIFO"):
+        read_records(folder)

@@ -1,6 +1,7 @@
 """The fence: whatever orphans do, and whenever, at most one line of history is valid."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -246,8 +247,34 @@ def test_a_claim_torn_by_a_crash_counts_as_unsettled(tmp_path: Path, torn: bytes
 def test_a_damaged_attempt_is_an_error_not_a_guess(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     settle(folder, claim(folder, {}), 0)
-    (folder.attempts / "1.json").write_text('{"attempt": 1, "from": "O"}\n')
-    with pytest.raises(CheckpointError, match=r"1\.json is damaged"):
+    (folder.attempts / "1.json").write_text(
+        '{"attempt": 1, "from": "O", "source": null, "finished": null, "placement": {}}\n'
+    )
+    with pytest.raises(CheckpointError, match=r"1\.json: from: .* the file is damaged"):
+        fence(folder)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{}", b"[" * 100_000 + b"}", b"\xff}", b'{"attempt": ' + b"9" * 5000 + b"}",
+        b'{"attempt": 1, "from": NaN, "source": null, "finished": null, "placement": {}}',
+        b'{"attempt": 1, "from": true, "source": null, "finished": null, "placement": {}}',
+        b'{"attempt": 1, "from": -1, "source": null, "finished": null, "placement": {}}',
+        b'{"attempt": 2, "from": 1, "source": null, "finished": null, "placement": {}}',
+        b'{"attempt": 1, "from": 1, "source": null, "finished": null, "placement": []}',
+        b'{"attempt": 1, "from": 1, "from": 2, "source": null, "finished": null, "placement": {}}',
+    ],
+)  # fmt: skip
+def test_any_other_attempt_is_the_same_error(tmp_path: Path, body: bytes) -> None:
+    folder = RunFolder(tmp_path)
+    folder.attempts.mkdir()
+    (folder.attempts / "1.json").write_bytes(body + b"\n")
+    with pytest.raises(CheckpointError, match=r"1\.json: .* restore it"):
+        fence(folder)
+    (folder.attempts / "1.json").unlink()
+    os.mkfifo(folder.attempts / "1.json")
+    with pytest.raises(CheckpointError, match=r"1\.json is a FIFO"):
         fence(folder)
 
 

@@ -1,5 +1,6 @@
 """What a rank tells its supervisor through memory that both hold, and what the supervisor concludes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from lmscale.run_folder.rank_progress import (
     read_beat,
     read_stack,
 )
+from lmscale_launcher.supervisor.messages import decode_message
 from lmscale_launcher.supervisor.stall import (
     SLOW_S,
     STOPPED_S,
@@ -178,4 +180,7 @@ def test_a_suspect_in_words_and_over_the_wire() -> None:
     stopped = Suspect(0, 1, "step", "T").in_words(node="", seconds=15)
     assert "rank 0 is stuck in step of step 1 (process state T: stopped)" in stopped
     here = StepPace(1.5, 30.0, worst)
-    assert StepPace.from_json(here.as_json()) == here
+    assert decode_message(json.dumps({"kind": "beat", "pace": here.as_json()}).encode()) == {
+        "kind": "beat",
+        "pace": here,
+    }

@@ -247,3 +247,44 @@ def test_a_file_knows_when_its_name_stands_for_another(tmp_path: Path) -> None:
             assert not orphan.replaced()
         path.unlink()
         assert heir.replaced()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{}", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"time": NaN, "kind": "save", "start": "s"}',
+     b'{"time": 1, "kind": ["save"], "start": "s"}', b'{"time": "1", "kind": "save", "start": "s"}',
+     b'{"time": 1, "kind": "save", "start": "s", "step": "9"}',
+     b'{"time": 1, "kind": "save", "start": "s", "step": 1e400}',
+     b'{"time": 1, "kind": "start", "start": "s", "host": 3, "pid": "x"}',
+     b'{"time": 1, "kind": "start", "start": "s", "host": "h", "pid": ' + b"9" * 5000 + b"}"],
+)  # fmt: skip
+def test_a_line_that_is_no_event_stops_nothing(tmp_path: Path, line: bytes) -> None:
+    folder = RunFolder(tmp_path)
+    with EventLog(folder, "s") as log:
+        log.write("start", by_hand=True)
+        with open(log.path, "ab") as file:
+            file.write(line + b"\n")
+        log.write("save", step=3)
+        assert [event["kind"] for event in read_events(folder)] == ["start", "save"]
+        assert starts_since_progress(read_events(folder)) == 0
+        found = live(folder)
+        assert found is not None and found.pid == os.getpid()
+
+
+def test_a_save_without_a_step_is_no_progress(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for name in ("a", "b"):
+        log = EventLog(folder, name)
+        log.write("start", by_hand=False)
+        log.write("save")
+        log.close()
+    assert starts_since_progress(read_events(folder)) == 1
+
+
+def test_a_fifo_among_the_events_is_named_and_does_not_hang(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.events.mkdir()
+    os.mkfifo(folder.events / "x.jsonl")
+    for read in (read_events, live):
+        with pytest.raises(DataError, match=r"x\.jsonl is a FIFO"):
+            read(folder)

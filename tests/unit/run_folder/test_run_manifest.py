@@ -1,7 +1,9 @@
 """Checkpoint manifests prove damage, and only damage."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -133,9 +135,74 @@ def test_a_failed_read_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("os.read", broken)
     with pytest.raises(RetryableError, match="Input/output error"):
         damage(path, deep=True)
-    monkeypatch.setattr(Path, "read_bytes", broken)
+    monkeypatch.setattr("lmscale.base.decoding.read_regular", broken)
     with pytest.raises(RetryableError):
         damage(path)
+
+
+GOOD = {"format": 1, "step": 1, "attempt": 1, "files": {}}
+ENTRY = {"bytes": 1, "block_bytes": 1, "crc32c": [1]}
+PART = {"offsets": [0], "sizes": [1], "file": "a", "bytes": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"step": "1"}, "step"),
+        ({"step": -1}, "step"),
+        ({"attempt": True}, "attempt"),
+        ({"format": "1"}, "format"),
+        ({"files": []}, "files"),
+        ({"files": {"a": {}}}, "files.a"),
+        ({"files": {"a": ENTRY | {"bytes": 1.5}}}, "files.a.bytes"),
+        ({"files": {"a": ENTRY | {"block_bytes": 0}}}, "files.a.block_bytes"),
+        ({"files": {"a": ENTRY | {"crc32c": [1, "2"]}}}, r"files.a.crc32c\[1\]"),
+        ({"files": {"a": ENTRY | {"crc32c": [1 << 32]}}}, r"files.a.crc32c\[0\]"),
+        ({"tensors": {"t": {"dtype": "F32", "shape": [1]}}}, "tensors.t"),
+        ({"tensors": {"t": {"dtype": "F32", "shape": [-1], "parts": []}}}, "tensors.t.shape"),
+        (
+            {"tensors": {"t": {"dtype": "F32", "shape": [1], "parts": [PART | {"bytes": [0]}]}}},
+            r"tensors.t.parts\[0\].bytes",
+        ),
+    ],
+)
+def test_a_sealed_manifest_of_wrong_types_is_damage(
+    tmp_path: Path, change: dict[str, Any], place: str
+) -> None:
+    write_manifest(tmp_path, GOOD | change)
+    with pytest.raises(CheckpointError, match=rf"manifest\.json: {place}"):
+        read_manifest(tmp_path)
+    assert len(damage(tmp_path, deep=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"null", b"\xff", b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"{}"]
+)
+def test_a_manifest_that_is_none_is_damage(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(text)
+    (problem,) = damage(tmp_path, deep=True)
+    assert "manifest.json" in problem
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero", "folder"])
+def test_a_file_that_never_ends_or_blocks_is_damage(tmp_path: Path, kind: str) -> None:
+    def odd(path: Path) -> None:
+        match kind:
+            case "fifo":
+                os.mkfifo(path)
+            case "zero":
+                path.symlink_to("/dev/zero")
+            case "folder":
+                path.mkdir()
+
+    write_manifest(tmp_path, GOOD | {"files": {"a": ENTRY}})
+    odd(tmp_path / "a")
+    (problem,) = damage(tmp_path, deep=True)
+    assert "not a regular file" in problem
+    (tmp_path / "manifest.json").unlink()
+    odd(tmp_path / "manifest.json")
+    (problem,) = damage(tmp_path)
+    assert "not a regular file" in problem
 
 
 def test_a_newer_format_is_no_damage_to_fall_back_from(tmp_path: Path) -> None:

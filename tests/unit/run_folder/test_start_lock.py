@@ -24,7 +24,7 @@ def test_only_a_file_system_without_locks_is_no_obstacle(
     def refuses(file: object, what: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("lmscale.run_folder.liveness.fcntl.flock", refuses)
+    monkeypatch.setattr("lmscale.base.fs.fcntl.flock", refuses)
     folder = RunFolder(tmp_path)
     if not goes:
         with pytest.raises(RetryableError, match="locking"):
@@ -33,4 +33,4 @@ def test_only_a_file_system_without_locks_is_no_obstacle(
     with caplog.at_level(logging.WARNING):
         hold.begin(folder, "s", by_hand=True, ranks=1).close()
     assert [event["kind"] for event in read_events(folder)] == ["start"]
-    assert "no locks here" in caplog.text
+    assert "file locking is not supported here" in caplog.text
