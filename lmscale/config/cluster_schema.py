@@ -1,4 +1,4 @@
-"""The `cluster` section: where the ranks run, who starts them, and what a site needs to be told."""
+"""The `cluster` section of a run file: where the ranks run, what starts them, and the settings of a site."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from lmscale.config.fields import (
 )
 
 _NAME = re.compile(r"[A-Za-z_]\w*")
-# Set by the launcher for each rank: a value for all of them would break the job.
+# The launcher sets these for each rank; one value for all ranks would break the job.
 _OURS = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_\w+|LMSCALE_\w+|SLURM_\w+)\Z"
 )
@@ -28,7 +28,7 @@ def _plain(value: str, what: str) -> str:
     bad = next((letter for letter in value if not letter.isprintable()), None)
     if bad is not None:
         raise ValueError(
-            f"{what} holds the control character {bad!r}; write one line of plain text"
+            f"{what} contains the control character {bad!r}; write one line of plain text"
         )
     return value
 
@@ -49,7 +49,7 @@ def _environment(value: object) -> object:
         return value
     for name, text in value.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a variable; use letters, digits and _")
+            raise ValueError(f"{name!r} is not the name of a variable; use letters, digits and _")
         if _OURS.match(name):
             raise ValueError(f"{name} is set by the launcher for each rank; leave it out")
         if not isinstance(text, str):
@@ -57,7 +57,7 @@ def _environment(value: object) -> object:
         _plain(text, name)
         if name == "GLOO_SOCKET_IFNAME" and ("," in text or text.startswith(("^", "="))):
             raise ValueError(
-                f"GLOO_SOCKET_IFNAME is {text!r}, but gloo takes one interface and no list; "
+                f"GLOO_SOCKET_IFNAME is {text!r}, but gloo accepts a single interface; "
                 "write its name, e.g. ib0"
             )
     return dict(value)
@@ -72,74 +72,128 @@ def _text(doc: str, **rest: Any) -> Any:
     return placement(doc, default=None, min_length=1, schema=_TEXT_OR_NULL, **rest)
 
 
-def _texts(doc: str) -> Any:
-    return placement(doc, default=(), schema=LIST_OR_TEXT)
+def _texts(doc: str, **rest: Any) -> Any:
+    return placement(doc, default=(), schema=LIST_OR_TEXT, **rest)
 
 
 class ContainerConfig(Section):
-    """The image that the ranks of a Slurm job run in. lmscale and its Python stand in the image."""
+    """The container that the ranks of a Slurm job run in. The image contains lmscale and its Python."""
 
     kind: Literal["pyxis", "apptainer"] = placement(
-        "pyxis: srun --container-image; apptainer: apptainer exec", default="pyxis"
+        "Container runtime: pyxis uses srun --container-image, apptainer uses apptainer exec.",
+        default="pyxis",
     )
-    image: Text = placement("what the runtime opens", example="/images/lmscale.sqsh", min_length=1)
-    mounts: PlainTexts = _texts("SOURCE:TARGET[:OPTIONS], besides the run folder and the corpora")
-    python: Text = placement("interpreter inside the image", default="python3", min_length=1)
+    image: Text = placement(
+        "Image that the runtime opens.", example="/images/lmscale.sqsh", min_length=1
+    )
+    mounts: PlainTexts = _texts(
+        "Mounts as SOURCE:TARGET[:OPTIONS], besides the run folder and the corpora.",
+        example=["/data:/data:ro"],
+    )
+    python: Text = placement(
+        "Python interpreter inside the image.", default="python3", min_length=1
+    )
 
 
 class SlurmConfig(Section):
-    """What a Slurm site wants to be told. Every value is quoted; none is template code."""
+    """Settings of a Slurm site. Every value is quoted in the batch script; none is template code."""
 
-    partition: Text | None = _text("null: the site's default")
-    account: Text | None = _text("null: the user's default")
-    qos: Text | None = _text("quality of service")
-    reservation: Text | None = _text("name of a reservation")
-    constraint: Text | None = _text("features of the nodes")
-    gpus: Literal["gres", "gpus-per-node", "none"] = placement(
-        "how cluster.gpus_per_node is asked for; none: not at all (whole nodes)", default="gres"
+    partition: Text | None = _text(
+        "Slurm partition. null means the default of the site.", example="gpu"
     )
-    gpu_type: Text | None = _text("e.g. h100: gres=gpu:h100:8")
+    account: Text | None = _text(
+        "Slurm account. null means the default of the user.", example="project1"
+    )
+    qos: Text | None = _text(
+        "Quality of service. null means the default of the site.", example="normal"
+    )
+    reservation: Text | None = _text("Name of a reservation. null means none.", example="training")
+    constraint: Text | None = _text(
+        "Features that the nodes must have. null means any.", example="h100"
+    )
+    gpus: Literal["gres", "gpus-per-node", "none"] = placement(
+        "How cluster.gpus_per_node is requested; none means not at all, for sites that give "
+        "whole nodes.",
+        default="gres",
+    )
+    gpu_type: Text | None = _text(
+        "Type of GPU in the request, such as h100 in gres=gpu:h100:8. null means any.",
+        example="h100",
+    )
     cpus_per_task: int | None = placement(
-        "cores of a task (launch: node: of all ranks of a node); null: the site's default",
+        "Number of cores per task; with launch: node a task contains all ranks of a node. null "
+        "means the default of the site.",
+        example=96,
         default=None,
         ge=1,
     )
-    memory: Text | None = _text("of a node, as in sbatch --mem; 0: all of it")
-    exclusive: bool = placement("no other job on the nodes", default=False)
-    exclude: PlainTexts = _texts("nodes never to use")
-    nodelist: PlainTexts = _texts("nodes that must be used; a node that is down makes the job wait")
+    memory: Text | None = _text(
+        "Memory per node, as in sbatch --mem; 0 means all of it. null means the default of the "
+        "site.",
+        example="0",
+    )
+    exclusive: bool = placement("Whether no other job may run on the nodes.", default=False)
+    exclude: PlainTexts = _texts("Nodes that are never used.", example=["node017"])
+    nodelist: PlainTexts = _texts(
+        "Nodes that must be used; the job waits while one of them is down.",
+        example=["node[001-004]"],
+    )
     launch: Literal["node", "rank"] = placement(
-        "node: one task a node, our supervisor, which restarts ranks in place; rank: one task a rank",
+        "Tasks per node. node: one task with a supervisor that restarts ranks in place; rank: "
+        "one task per rank.",
         default="node",
     )
-    mpi: Text | None = _text("srun --mpi=...; null: the site's default", example="pmix")
+    mpi: Text | None = _text(
+        "Value of srun --mpi. null means the default of the site.", example="pmix"
+    )
     signal: Literal["USR2", "USR1", "TERM"] = placement(
-        "what asks the job to save before its time is over; NCCL catches USR1", default="USR2"
+        "Signal that asks the job to save before its time limit; NCCL handles USR1 itself.",
+        default="USR2",
     )
     signal_lead: Seconds = placement(
-        "seconds before the time limit at which a checkpoint is asked for; Slurm may be 60 s early",
+        "Time before the time limit at which a checkpoint is requested, in seconds; Slurm may "
+        "send the signal up to 60 s early.",
         default=180,
         ge=1,
     )
     requeue: bool = placement(
-        "go on in the same job; false: in follow-up jobs, for sites that do not requeue",
+        "Whether a run continues in the same job; false means in follow-up jobs, for sites that"
+        " do not requeue.",
         default=True,
     )
-    modules: PlainTexts = _texts("module load ...")
+    modules: PlainTexts = _texts("Arguments of module load.", example=["cuda/12.8"])
     prolog: PlainTexts = _texts(
-        "commands of the batch script before anything else; words are quoted, nothing is expanded"
+        "Commands that the batch script runs first; they are quoted, so the shell does not "
+        "expand them.",
+        example=["ulimit -l unlimited"],
     )
-    container: ContainerConfig | None = placement("null: none", default=None)
-    sbatch: PlainTexts = _texts("more options of sbatch, passed on as they are")
-    srun: PlainTexts = _texts("more options of srun, passed on as they are")
-    template: str | None = _text("a site's own batch script; null: cluster/slurm/job.sh")
+    container: ContainerConfig | None = placement(
+        "Container in which the ranks run. null means none.",
+        example={"image": "/images/lmscale.sqsh"},
+        default=None,
+    )
+    sbatch: PlainTexts = _texts(
+        "Further options of sbatch, passed on unchanged.", example=["--mail-type=FAIL"]
+    )
+    srun: PlainTexts = _texts(
+        "Further options of srun, passed on unchanged.", example=["--kill-on-bad-exit=1"]
+    )
+    template: str | None = _text(
+        "Path of a batch script of the site. null means cluster/slurm/job.sh.",
+        example="site/job.sh",
+    )
 
 
 class MpiConfig(Section):
-    """How mpirun reaches the ranks."""
+    """Hosts and options of mpirun."""
 
-    hosts: PlainTexts = _texts("HOST or HOST:SLOTS, one a node; empty: this host")
-    options: PlainTexts = _texts("more options of mpirun, passed on as they are")
+    hosts: PlainTexts = _texts(
+        "Hosts as HOST or HOST:SLOTS, one entry per node; an empty list means this host.",
+        example=["node1:8", "node2:8"],
+    )
+    options: PlainTexts = _texts(
+        "Further options of mpirun, passed on unchanged.", example=["--bind-to", "none"]
+    )
 
 
 class ClusterKind(NamedTuple):
@@ -168,34 +222,55 @@ else:
 
 
 class ClusterConfig(Section):
-    """Where the ranks run."""
+    """Where the ranks run, and what starts them."""
 
-    kind: KindName = placement("who starts them", default="local")
-    nodes: int = placement("hosts", default=1, ge=1)
-    min_nodes: int | None = placement("fewest hosts to go on with; null: all", default=None, ge=1)
-    ranks_per_node: int | None = placement(
-        "null: one per GPU, or 2 without a GPU", default=None, ge=1
+    kind: KindName = placement("What starts the ranks.", default="local")
+    nodes: int = placement("Number of hosts.", example=2, default=1, ge=1)
+    min_nodes: int | None = placement(
+        "Smallest number of hosts with which a run continues. null means all of them.",
+        example=1,
+        default=None,
+        ge=1,
     )
-    gpus_per_node: int | None = placement("null: what the host has", default=None, ge=0)
+    ranks_per_node: int | None = placement(
+        "Number of ranks per host. null means one per GPU, or 2 without a GPU.",
+        example=8,
+        default=None,
+        ge=1,
+    )
+    gpus_per_node: int | None = placement(
+        "Number of GPUs per host. null means those that the host has.",
+        example=8,
+        default=None,
+        ge=0,
+    )
     time_limit: Seconds | None = placement(
-        'in seconds, or as text like "2h"; null: none',
+        'Time limit of a job, in seconds or as text such as "2h". null means no limit.',
+        example="2h",
         default=None,
         ge=1,
         schema=NUMBER_TEXT_OR_NULL,
     )
     max_restarts: int = placement(
-        "starts without a newer checkpoint before giving up", default=0, ge=0
+        "Number of restarts without a newer checkpoint before a run fails.",
+        example=3,
+        default=0,
+        ge=0,
     )
     stall_limit: Seconds | None = placement(
-        "seconds without progress of any rank after which the ranks are ended and started again; null: "
-        "50 times the longest step so far and at least 30 s (600 s with engine.compile)",
+        "Time without progress of any rank after which the ranks are ended and started again, "
+        "in seconds. null means 50 times the longest step so far, and at least 30 s (600 s with"
+        " engine.compile).",
+        example="10m",
         default=None,
         ge=1,
         schema=NUMBER_TEXT_OR_NULL,
     )
-    env: Environment = placement("variables of every rank, e.g. NCCL_DEBUG", default={})
-    slurm: SlurmConfig = placement("of kind slurm", default_factory=SlurmConfig)
-    mpi: MpiConfig = placement("of kind mpi", default_factory=MpiConfig)
+    env: Environment = placement(
+        "Environment variables of every rank.", example={"NCCL_DEBUG": "WARN"}, default={}
+    )
+    slurm: SlurmConfig = placement("Settings for kind slurm.", default_factory=SlurmConfig)
+    mpi: MpiConfig = placement("Settings for kind mpi.", default_factory=MpiConfig)
 
     @property
     def save_lead_s(self) -> int | None:

@@ -1,8 +1,7 @@
-"""The sections of a run file. A field's description says what it means and in which unit.
+"""The sections of a run file and the whole run as one frozen value.
 
-The sections of a run file that say what is read: data and eval.
-
-A whole run as one frozen value.
+The description of a field is the documentation of its key: a full sentence with the unit and the meaning of null. Error
+messages, configs/schema.json and docs/configuration.md show it.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -40,38 +39,93 @@ _WHOLE_OR_NULL: dict[str, Any] = {"type": ["integer", "null"]}
 
 
 class ModelConfig(Section):
-    """The architecture, as if for one device."""
+    """Architecture of the model, independent of how it is split over devices."""
 
-    num_layers: int = identity("number of blocks", example=12, ge=1)
-    hidden_size: int = identity("model dimension", example=768, ge=1)
-    num_heads: int = identity("query heads", example=12, ge=1)
+    num_layers: int = identity("Number of decoder blocks.", example=12, ge=1)
+    hidden_size: int = identity(
+        "Size of the hidden state, in elements per token.", example=768, ge=1
+    )
+    num_heads: int = identity("Number of query heads per block.", example=12, ge=1)
     num_kv_heads: int = identity(
-        "key and value heads; null: as many as heads", default=None, ge=1, schema=_WHOLE_OR_NULL
-    )
-    head_dim: int = identity(
-        "dimension of a head; null: width / heads", default=None, ge=1, schema=_WHOLE_OR_NULL
-    )
-    ffn_hidden_size: int = identity(
-        "hidden size; null: 4 width, or for swiglu 8/3 width up to a multiple of 64",
+        "Number of key and value heads per block; a divisor of num_heads (grouped-query "
+        "attention). null means num_heads.",
+        example=4,
         default=None,
         ge=1,
         schema=_WHOLE_OR_NULL,
     )
-    vocab_size: int | None = identity("null: the tokenizer's", default=None, ge=1)
-    max_positions: int | None = identity(
-        "longest sequence the model has positions for; null: train.seq_len", default=None, ge=1
+    head_dim: int = identity(
+        "Size of one attention head, in elements. null means hidden_size / num_heads.",
+        example=64,
+        default=None,
+        ge=1,
+        schema=_WHOLE_OR_NULL,
     )
-    norm: Literal["rms", "layer"] = identity("kind of normalisation", default="rms")
-    norm_order: Literal["pre", "post"] = identity("before or after each branch", default="pre")
-    norm_eps: float = identity("added to the variance", default=1e-5, gt=0)
-    positions: Literal["rotary", "learned", "none"] = identity("how they enter", default="rotary")
-    rope_theta: float = identity("base of the rotary angles", default=10_000.0, gt=0)
-    activation: Activation = identity("non-linearity", default="swiglu")
-    bias: bool = identity("bias in every linear and layer norm", default=False)
-    tie_embeddings: bool = identity("the head is the embedding, transposed", default=False)
-    dropout: float = identity("probability, in every residual branch", default=0.0, ge=0, lt=1)
-    init_std: float = identity("standard deviation of the initial weights", default=0.02, gt=0)
-    trainable: Texts = identity("name patterns of the parameters that learn", default=("*",))
+    ffn_hidden_size: int = identity(
+        "Size of the hidden layer of the feed-forward network, in elements. null means 4 "
+        "hidden_size, or for swiglu 8/3 hidden_size rounded up to a multiple of 64.",
+        example=2048,
+        default=None,
+        ge=1,
+        schema=_WHOLE_OR_NULL,
+    )
+    vocab_size: int | None = identity(
+        "Number of token ids that the model has embeddings for. null means the vocabulary of "
+        "the tokenizer.",
+        example=32000,
+        default=None,
+        ge=1,
+    )
+    max_positions: int | None = identity(
+        "Length of the longest sequence that the model has positions for, in tokens. null means"
+        " train.seq_len.",
+        example=4096,
+        default=None,
+        ge=1,
+    )
+    norm: Literal["rms", "layer"] = identity(
+        "Kind of normalisation: rms is RMSNorm, layer is LayerNorm.", default="rms"
+    )
+    norm_order: Literal["pre", "post"] = identity(
+        "Place of the normalisation: pre is before each branch of a block, post is after it.",
+        default="pre",
+    )
+    norm_eps: float = identity(
+        "Number that is added to the variance in each normalisation.", default=1e-5, gt=0
+    )
+    positions: Literal["rotary", "learned", "none"] = identity(
+        "How positions enter the model: rotary turns queries and keys, learned adds an "
+        "embedding per position, none leaves them out.",
+        default="rotary",
+    )
+    rope_theta: float = identity(
+        "Base of the rotary angles; it is read where positions is rotary.",
+        example=500000.0,
+        default=10_000.0,
+        gt=0,
+    )
+    activation: Activation = identity(
+        "Non-linearity of the feed-forward network; swiglu has a gate and therefore three "
+        "matrices.",
+        default="swiglu",
+    )
+    bias: bool = identity("Whether every linear layer and layer norm has a bias.", default=False)
+    tie_embeddings: bool = identity(
+        "Whether the output layer uses the matrix of the input embedding.", default=False
+    )
+    dropout: float = identity(
+        "Probability with which an element of a residual branch becomes zero in training.",
+        example=0.1,
+        default=0.0,
+        ge=0,
+        lt=1,
+    )
+    init_std: float = identity("Standard deviation of the initial weights.", default=0.02, gt=0)
+    trainable: Texts = identity(
+        "Name patterns of the parameters that are trained; all others stay frozen.",
+        example=["*norm*"],
+        default=("*",),
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -83,7 +137,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _derive(self) -> Self:
-        """Sizes that follow from others, so that nobody downstream meets a None."""
+        """Fill in the sizes that follow from others, so that no reader of the value needs to handle None."""
         derived = {
             "num_kv_heads": self.num_heads,
             "head_dim": max(1, self.hidden_size // self.num_heads),
@@ -96,64 +150,74 @@ class ModelConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What is predicted."""
+    """What the model learns to predict."""
 
-    kind: Literal["causal"] = identity("causal: the next token", default="causal")
+    kind: Literal["causal"] = identity(
+        "Training objective: causal predicts the next token.", default="causal"
+    )
 
 
 class ParallelConfig(Section):
-    """Sizes of the mesh axes, outermost first: replicate, shard, tp."""
+    """Sizes of the mesh axes, outermost first: dp_replicate, dp_shard, tp."""
 
     dp_replicate: int = placement(
-        "full copies of the sharded model: above 1, fsdp shards within groups of `shard` ranks and "
-        "averages gradients over the groups (HSDP)",
+        "Number of full copies of the sharded model. Above 1, fsdp shards within groups of "
+        "dp_shard ranks and averages gradients over the groups (HSDP).",
+        example=2,
         default=1,
         ge=1,
     )
     dp_shard: SizeOrAuto = placement(
-        "ranks that share one copy (fsdp); auto: the ranks left over", default="auto"
+        "Number of ranks that share one copy of the model (fsdp). auto means all ranks that the"
+        " other axes leave.",
+        example=8,
+        default="auto",
     )
     tp: int = placement(
-        "tensor parallel ranks; keep them inside one node. Divides the model's heads, kv_heads and "
-        "feed_forward",
+        "Number of tensor parallel ranks; they should be in one node. It must divide "
+        "model.num_heads, num_kv_heads and ffn_hidden_size.",
+        example=2,
         default=1,
         ge=1,
     )
     sequence_parallel: bool = placement(
-        "between the layers, where norms and dropout are, each tp rank has some of the tokens instead "
-        "of all: less memory, the same traffic",
+        "Whether each tensor parallel rank keeps only a part of the tokens between the layers, "
+        "where norms and dropout are: less memory for the same traffic.",
         default=False,
     )
 
 
 class EngineConfig(Section):
-    """Who computes one optimizer step, and in which precision."""
+    """Engine that computes one optimizer step, its precision and its memory."""
 
-    kind: EngineName = placement("the engine", default="fsdp")
+    kind: EngineName = placement("Engine that computes one optimizer step.", default="fsdp")
     zero_stage: Literal[0, 1, 2, 3] = placement(
-        "what deepspeed splits over the ranks. 0: nothing; 1: optimizer states; 2: gradients too; "
-        "3: weights too",
+        "What deepspeed splits over the ranks: 0 nothing, 1 the optimizer states, 2 the "
+        "gradients as well, 3 the weights as well.",
         default=2,
     )
     offload: Literal["none", "optimizer", "all", "nvme"] = placement(
-        "what moves from the accelerator to the host. optimizer: its states and its update "
-        "(deepspeed, zero_stage 1 to 3); all: weights and gradients too (fsdp, and zero_stage 3)",
+        "What is kept in host memory instead of the accelerator. optimizer: the optimizer "
+        "states and the update (deepspeed with zero_stage 1 to 3); all: weights and gradients "
+        "as well (fsdp, and zero_stage 3).",
         default="none",
     )
     precision: Literal["bf16", "fp32", "fp16", "fp64"] = placement(
-        "of forward and backward; masters and moments stay fp32 or higher. fp16 (deepspeed) has a "
-        "dynamic loss scale",
+        "Precision of forward and backward; master weights and optimizer moments stay fp32 or "
+        "higher. fp16 (deepspeed) has a dynamic loss scale.",
         default="bf16",
     )
     activation_checkpointing: ActivationCheckpointing = placement(
-        "what of a forward is computed again in the backward. none; full: all but each block's input; "
-        "every:N: that in every N-th block; selective: all but the results of matrix products and "
-        "attention; budget:FRACTION: as much as leaves that part of the memory",
+        "Activations that are computed again in the backward pass. none; full: all but the "
+        "input of each block; every:N: full in every N-th block; selective: all but the results"
+        " of matrix products and attention; budget:FRACTION: as many as reduce the memory to "
+        "that fraction.",
+        example="full",
         default="none",
     )
-    compile: bool = placement("torch.compile of each block", default=False)
+    compile: bool = placement("Whether each block is compiled with torch.compile.", default=False)
     reshard_after_forward: bool = placement(
-        "free gathered weights between forward and backward (fsdp)", default=True
+        "Whether gathered weights are freed between forward and backward (fsdp).", default=True
     )
 
     @property
@@ -163,71 +227,126 @@ class EngineConfig(Section):
 
 
 class OptimConfig(Section):
-    """The optimizer and its learning rate over time."""
+    """Optimizer and learning rate schedule."""
 
-    kind: Literal["adamw"] = identity("the optimizer", default="adamw")
-    lr: float = identity("peak learning rate", example=3e-4, gt=0)
-    betas: FloatPair = identity("decay of the first and second moment", default=(0.9, 0.95))
-    eps: float = identity("added to the root of the second moment", default=1e-8, gt=0)
-    weight_decay: float = identity("decoupled, per unit of learning rate", default=0.1, ge=0)
+    kind: Literal["adamw"] = identity(
+        "Optimizer: adamw is Adam with decoupled weight decay.", default="adamw"
+    )
+    lr: float = identity("Peak learning rate.", example=3e-4, gt=0)
+    betas: FloatPair = identity(
+        "Decay of the first and second moment per step.", default=(0.9, 0.95)
+    )
+    eps: float = identity(
+        "Number that is added to the root of the second moment.", default=1e-8, gt=0
+    )
+    weight_decay: float = identity(
+        "Decoupled weight decay per unit of learning rate.", default=0.1, ge=0
+    )
     max_grad_norm: float | None = identity(
-        "largest global gradient norm; null: none", default=1.0, gt=0
+        "Largest global gradient norm; larger gradients are scaled down to it. null means no "
+        "limit.",
+        default=1.0,
+        gt=0,
     )
     schedule: Literal["cosine", "wsd", "constant"] = identity(
-        "after the warm-up; wsd: constant, then linear decay", default="cosine"
+        "Learning rate after the warm-up: cosine and wsd decay to final_lr_frac, wsd only at "
+        "the end of the run; constant does not decay.",
+        default="cosine",
     )
-    warmup_steps: StepsOrShare = identity('linear warm-up: steps, or a share like "5%"', default=0)
+    warmup_steps: StepsOrShare = identity(
+        'Length of the linear warm-up, in optimizer steps or as a share of all steps such as "5%".',
+        example="5%",
+        default=0,
+    )
     decay_steps: StepsOrShare = identity(
-        "linear, at the end of wsd: as warmup_steps", default="20%"
+        "Length of the linear decay at the end of a wsd schedule, in optimizer steps or as a "
+        "share of all steps.",
+        default="20%",
     )
-    final_lr_frac: float = identity("last learning rate as a share of lr", default=0.1, ge=0, le=1)
+    final_lr_frac: float = identity(
+        "Last learning rate as a fraction of lr.", default=0.1, ge=0, le=1
+    )
     max_nonfinite_steps: int = identity(
-        "non-finite steps in a row that are skipped before the run ends (86); fp16 needs 20 or more, to "
-        "find its loss scale",
+        "Number of consecutive steps with a non-finite gradient norm that are skipped before "
+        "the run ends with exit code 86. fp16 needs 20 or more to find its loss scale.",
+        example=20,
         default=0,
         ge=0,
     )
 
 
 class TrainConfig(Section):
-    """How long, with which batches, from where and to where."""
+    """Length, batches, seed and run folder of a run."""
 
-    seq_len: int = identity("tokens a sample is trained on", example=1024, ge=1)
-    global_batch_size: int = identity("samples of one optimizer step, all ranks", example=256, ge=1)
-    micro_batch_size: int = placement("most samples of one forward on one rank", default=8, ge=1)
+    seq_len: int = identity("Length of a sample, in tokens.", example=1024, ge=1)
+    global_batch_size: int = identity(
+        "Number of samples per optimizer step, over all ranks.", example=256, ge=1
+    )
+    micro_batch_size: int = placement(
+        "Largest number of samples of one forward pass on one rank.", default=8, ge=1
+    )
     steps: Count | None = identity(
-        "optimizer steps of the whole run", default=None, ge=1, schema=NUMBER_TEXT_OR_NULL
-    )
-    tokens: Count | None = identity(
-        'tokens of the whole run, e.g. "20B"', default=None, ge=1, schema=NUMBER_TEXT_OR_NULL
-    )
-    epochs: float | None = identity("passes over the corpora", default=None, gt=0)
-    stop_at: Count | None = placement(
-        "step at which this start saves and ends, while the schedule still aims at steps",
+        "Length of the whole run, in optimizer steps; give one of steps, tokens and epochs.",
+        example=100000,
         default=None,
         ge=1,
         schema=NUMBER_TEXT_OR_NULL,
     )
-    seed: int = identity("of weights, order and dropout", default=0, ge=0, lt=2**63)
-    deterministic: bool = placement("bitwise the same result on the same ranks", default=False)
+    tokens: Count | None = identity(
+        "Length of the whole run, in tokens; give one of steps, tokens and epochs.",
+        example="20B",
+        default=None,
+        ge=1,
+        schema=NUMBER_TEXT_OR_NULL,
+    )
+    epochs: float | None = identity(
+        "Length of the whole run, in passes over the training corpora; give one of steps, "
+        "tokens and epochs.",
+        example=1.5,
+        default=None,
+        gt=0,
+    )
+    stop_at: Count | None = placement(
+        "Step at which this start saves a checkpoint and ends, while the learning rate still "
+        "follows the whole run. null means the last step.",
+        example=500,
+        default=None,
+        ge=1,
+        schema=NUMBER_TEXT_OR_NULL,
+    )
+    seed: int = identity(
+        "Seed of initial weights, sample order and dropout.", default=0, ge=0, lt=2**63
+    )
+    deterministic: bool = placement(
+        "Whether the same ranks compute bitwise the same result in every run.", default=False
+    )
     run_dir: str = placement(
-        "the run folder; null: runs/<name of the run file>",
+        "Path of the run folder. null means runs/<name of the run file>.",
+        example="runs/llama-1b",
         default=None,
         min_length=1,
         schema={"type": ["string", "null"]},
     )
     resume: str = placement(
-        "auto: go on from the run folder's newest checkpoint; never; or a checkpoint's path",
+        "Where a start continues: auto means from the newest checkpoint of the run folder, "
+        "never refuses a run folder with checkpoints, a path names a checkpoint of another run.",
         default="auto",
         min_length=1,
     )
     init_from: str | None = identity(
-        "checkpoint whose weights a new run starts from", default=None, min_length=1
+        "Path of a checkpoint whose weights a new run starts from. null means random initial "
+        "weights.",
+        example="runs/base/checkpoints/step-00010000-a1",
+        default=None,
+        min_length=1,
     )
-    allow_change: Texts = placement("identity keys that a resume may change", default=())
+    allow_change: Texts = placement(
+        "Identity keys that a resume may change.", example=["train.steps"], default=()
+    )
     replica_check_every_steps: int | None = placement(
-        "steps between comparisons of the ranks that should hold the same weights, bit for bit; one that "
-        "differs ends the run; null: never",
+        "Number of steps between bitwise comparisons of the ranks that have the same weights; a"
+        " difference ends the run. null means never.",
+        example=1000,
         default=None,
         ge=1,
     )
@@ -241,97 +360,155 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the state is saved, and how much of it is kept."""
+    """When checkpoints are saved, and how many are kept."""
 
-    every_steps: int | None = placement("null: not by steps", default=1000, ge=1)
-    every_minutes: float | None = placement("null: not by time", default=None, gt=0)
-    keep: int = placement("newest checkpoints kept", default=3, ge=1)
-    asynchronous: bool = placement("write while training goes on", default=False, alias="async")
+    every_steps: int | None = placement(
+        "Number of optimizer steps between checkpoints. null means not by steps.",
+        default=1000,
+        ge=1,
+    )
+    every_minutes: float | None = placement(
+        "Time between checkpoints, in minutes. null means not by time.",
+        example=30.0,
+        default=None,
+        gt=0,
+    )
+    keep: int = placement("Number of newest checkpoints that are kept.", default=3, ge=1)
+    asynchronous: bool = placement(
+        "Whether a checkpoint is written while training continues.", default=False, alias="async"
+    )
 
 
 class ProfileConfig(Section):
-    """A trace of the profiler."""
+    """Steps for which the profiler records a trace."""
 
-    steps: StepRange = placement("first and last step, both included", example="10:12")
+    steps: StepRange = placement(
+        "First and last step that are profiled, both included.", example="10:12"
+    )
 
 
 class LogConfig(Section):
-    """What is shown and recorded beside metrics.jsonl, which has every step."""
+    """What is shown and recorded besides metrics.jsonl, which has every step."""
 
-    trackers: Texts = placement("where metrics go as well", default=("tensorboard",))
+    trackers: Texts = placement(
+        "Where metrics are written besides metrics.jsonl.", default=("tensorboard",)
+    )
     every_steps: int = placement(
-        "steps between progress lines in a log; on a terminal one line is drawn anew",
+        "Number of steps between progress lines in a log; on a terminal one line is drawn again.",
         default=10,
         ge=1,
     )
-    profile: ProfileConfig | None = placement("profile some steps; null: none", default=None)
-    layer_stats: bool = placement("record the gradient norm of each layer", default=False)
+    profile: ProfileConfig | None = placement(
+        "Steps whose profiler trace is recorded. null means none.",
+        example={"steps": "10:12"},
+        default=None,
+    )
+    layer_stats: bool = placement(
+        "Whether the gradient norm of each layer is recorded.", default=False
+    )
 
 
 class CorpusConfig(Section):
-    """One corpus and its share of the samples."""
+    """One training corpus and its share of the samples."""
 
-    path: str = identity("folder made by lmscale prepare", example="data/smoke", min_length=1)
-    weight: int = identity("share of the samples, relative to the other weights", default=1, ge=0)
+    path: str = identity(
+        "Path of a folder made by lmscale prepare.", example="data/smoke", min_length=1
+    )
+    weight: int = identity(
+        "Share of the samples, relative to the weights of the other corpora.", default=1, ge=0
+    )
 
 
 class DataConfig(Section):
-    """What is read, and in which order."""
+    """Training corpora, and the order in which their samples are read."""
 
     corpora: Annotated[tuple[CorpusConfig, ...], as_corpora] = identity(
-        "training corpora; of a prepared collection its train part",
+        "Training corpora; of a prepared collection its train part is read.",
         example=["data/smoke"],
         schema=LIST_OR_TEXT | {"minItems": 1},
     )
-    tokenizer: str | None = identity("file; null: the corpus' own", default=None, min_length=1)
+    tokenizer: str | None = identity(
+        "Path of the tokenizer file. null means the tokenizer of the corpus.",
+        example="data/smoke/train/tokenizer.json",
+        default=None,
+        min_length=1,
+    )
     documents: Literal["separate", "joined"] = identity(
-        "separate: no attention, position or target crosses a document's border",
+        "How documents share a sample. separate: no attention, position or target crosses the "
+        "border of a document; joined: they form one text.",
         default="separate",
     )
     streams: int | None = identity(
-        "virtual streams of the order; null: the first train.global_batch_size", default=None, ge=1
+        "Number of virtual streams of the sample order. null means the first "
+        "train.global_batch_size.",
+        example=256,
+        default=None,
+        ge=1,
     )
-    shuffle_window_chunks: int = identity("chunks that are shuffled together", default=16, ge=1)
-    mix_block: int = identity("draws in which the corpora's weights hold", default=256, ge=1)
+    shuffle_window_chunks: int = identity(
+        "Number of chunks that are shuffled together.", default=16, ge=1
+    )
+    mix_block: int = identity(
+        "Number of draws in which the weights of the corpora are exact.", default=256, ge=1
+    )
     window_memory: Bytes = placement(
-        "most memory of a rank for shuffle windows, in bytes",
+        "Largest memory per rank for shuffle windows, in bytes.",
+        example="2 GiB",
         default=1 << 30,
         ge=0,
         schema=NUMBER_OR_TEXT,
     )
-    on_damage: Literal["fail", "mask"] = placement("what a damaged chunk does", default="fail")
+    on_damage: Literal["fail", "mask"] = placement(
+        "What happens at a damaged chunk: fail ends the run, mask leaves its samples out of the"
+        " loss.",
+        default="fail",
+    )
     max_damage_rate: float = placement(
-        "share of masked samples that ends the run", default=0.001, ge=0, le=1
+        "Fraction of masked samples at which the run ends.", default=0.001, ge=0, le=1
     )
     cache_dir: str | None = placement(
-        "folder on the node's own disk, filled before the first step with the chunks that the node "
-        "reads next; null: none",
+        "Folder on the disk of each node that is filled, before the first step, with the chunks"
+        " that the node reads next. null means no cache.",
+        example="/scratch/lmscale",
         default=None,
         min_length=1,
     )
     cache_bytes: Bytes | None = placement(
-        "most bytes in cache_dir; null: what its disk has, less 5 % or 10 GiB",
+        "Largest size of cache_dir, in bytes. null means the free space of its disk less 5 % or"
+        " 10 GiB.",
+        example="500 GiB",
         default=None,
         schema=NUMBER_TEXT_OR_NULL,
     )
-    prefetch_steps: int = placement("optimizer steps read ahead", default=2, ge=0)
-    trace: bool = placement("write every sample that was trained on to trace/", default=False)
+    prefetch_steps: int = placement(
+        "Number of optimizer steps whose samples are read ahead.", default=2, ge=0
+    )
+    trace: bool = placement(
+        "Whether every sample that was trained on is recorded in trace/.", default=False
+    )
 
 
 class EvalConfig(Section):
-    """Held-out corpora, read in order and once."""
+    """Evaluation on held-out corpora, which are read once and in order."""
 
     corpora: Paths = placement(
-        "held-out corpora; of a prepared collection its heldout part",
+        "Held-out corpora; of a prepared collection its heldout part is read.",
+        example=["data/smoke"],
         default=(),
         schema=LIST_OR_TEXT,
     )
-    every_steps: int | None = placement("null: at the end only", default=1000, ge=1)
-    max_samples: int | None = placement("of each corpus; null: all", default=None, ge=1)
+    every_steps: int | None = placement(
+        "Number of optimizer steps between evaluations. null means only at the end.",
+        default=1000,
+        ge=1,
+    )
+    max_samples: int | None = placement(
+        "Largest number of samples per corpus. null means all.", example=1024, default=None, ge=1
+    )
 
 
 class RunConfig(Section):
-    """Everything a run is. Made by lmscale.config.run_file.load, which also checks and resolves it."""
+    """A whole run. lmscale.config.run_file.load makes it, and checks and resolves it as well."""
 
     model: ModelConfig
     data: DataConfig

@@ -1,4 +1,4 @@
-"""What the validation found, in plain words: dotted path, fact with the value, next action."""
+"""Validation errors of pydantic as problems in plain English: dotted key, fact with the value, next action."""
 
 import re
 import typing
@@ -150,7 +150,7 @@ def _how_to_add(path: KeyPath) -> str:
     parent = section_at(path[:-1])
     for key, field in fields_of(parent) if parent else ():
         if key == path[-1] and field.examples:
-            return f"add {dotted(path)}: {field.description}, e.g. {field.examples[0]}"
+            return f"add {dotted(path)}, e.g. {field.examples[0]}: {field.description}"
     return "one value is missing from the list" if isinstance(path[-1], int) else ""
 
 

@@ -107,7 +107,7 @@ def test_every_problem_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         ("model.dropout=1", "must be below 1", ""),
         ("optim.final_lr_frac=2", "must be at most 1", ""),
         ("optim.betas=[0.9, 1.0]", "must be at least 0 and below 1, got 1.0", "[0.9, 0.95]"),
-        ("optim.betas=[1,2,3]", "has 3 entries", "decay of the first and second"),
+        ("optim.betas=[1,2,3]", "has 3 entries", "Decay of the first and second"),
         ("optim.betas=0.9", "expected a list, got 0.9", ""),
         ("train.run_dir=5", "expected text, got 5", 'write "5"'),
         ("train.run_dir=''", "is empty", "the run folder"),
@@ -135,7 +135,7 @@ def test_every_problem_of_a_file_is_reported_at_once(tmp_path: Path) -> None:
         (
             "data.corpora=[{weight: 1}]",
             "missing",
-            "folder made by lmscale prepare, e.g. data/smoke",
+            "e.g. data/smoke: Path of a folder made by lmscale prepare.",
         ),
         ("data.corpora=[{path: x, weight: -1}]", "must be at least 0, got -1", ""),
         ("data.corpora=[5]", "expected a section", ""),
