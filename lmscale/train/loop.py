@@ -17,7 +17,7 @@ from lmscale.data.loader import Loader, StepBatch, trace_lines
 from lmscale.distributed.process_group import agree, to_device
 from lmscale.distributed.seeds import seed_step
 from lmscale.engine.base import Engine
-from lmscale.optim.schedule import lr_at
+from lmscale.optim.learning_rate import lr_at
 from lmscale.train.callbacks import Callbacks, Line, Recorder
 from lmscale.train.checkpointing import Saver
 from lmscale.train.context import RunContext

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmscale.config.schema import OptimConfig
-from lmscale.optim.schedule import lr_at, steps_of
+from lmscale.optim.learning_rate import lr_at, steps_of
 
 schedules = st.sampled_from(["cosine", "wsd", "constant"])
 amounts = st.one_of(st.integers(0, 50), st.integers(0, 100).map(lambda n: f"{n}%"), st.just("0.5%"))
