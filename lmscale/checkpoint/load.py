@@ -18,7 +18,8 @@ from torch.futures import Future
 
 from lmscale.checkpoint.tensor_format import TORCH, TensorLocation, from_table
 from lmscale.checkpoint.tensor_io import BlockReader, fill
-from lmscale.checkpoint.torch_dcp import LoadPlanner, as_root, one_outcome
+from lmscale.checkpoint.torch_dcp import LoadPlanner, agreed_outcome
+from lmscale.distributed.process_group import on_root
 from lmscale.run_folder.checkpoints import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ def load_checkpoint(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     began = time.monotonic()
     # One rank reads the manifest, so that all ranks plan with the same one.
-    manifest = as_root(lambda: read_manifest(path))
-    with one_outcome(f"load of {path.name}"):
+    manifest = on_root(lambda: read_manifest(path))
+    with agreed_outcome(f"load of {path.name}"):
         dcp.load(
             dict(tensors), storage_reader=CheckpointReader(path, manifest), planner=LoadPlanner()
         )
@@ -51,7 +52,7 @@ def load_weights_one_process(path: Path) -> dict[str, torch.Tensor]:
         for name, entry in manifest["tensors"].items()
         if name.startswith(prefix)
     }
-    with one_outcome(f"load of {path.name}"):
+    with agreed_outcome(f"load of {path.name}"):
         dcp.load(
             dict(weights),
             storage_reader=CheckpointReader(path, manifest),

@@ -28,7 +28,8 @@ from lmscale.base.errors import DistributedError, LmscaleError, Overtaken
 from lmscale.base.fs import fsync_dir, storage_errors
 from lmscale.checkpoint.tensor_format import TensorBox, to_table
 from lmscale.checkpoint.tensor_io import WrittenFile, write_tensors
-from lmscale.checkpoint.torch_dcp import SavePlanner, as_root, one_outcome
+from lmscale.checkpoint.torch_dcp import SavePlanner, agreed_outcome
+from lmscale.distributed.process_group import on_root
 from lmscale.run_folder.attempts import check_not_overtaken
 from lmscale.run_folder.checkpoints import FORMAT, publish_folder, write_manifest
 from lmscale.run_folder.paths import RunFolder
@@ -80,11 +81,11 @@ def save_checkpoint(
     """
     began = time.monotonic()
     target = SaveTarget(folder, step, attempt)
-    if as_root(lambda: _make_folder(target)):
+    if on_root(lambda: _make_folder(target)):
         return target.final
     ranks = _DistWrapper(None, dist.is_initialized(), 0)  # DCP's collectives of objects and errors
     try:
-        with one_outcome(f"save of {target.final.name}"):
+        with agreed_outcome(f"save of {target.final.name}"):
             planned = plan(tensors, ranks)
             ranks.all_reduce(
                 "write",
@@ -94,7 +95,7 @@ def save_checkpoint(
     except DistributedError:
         raise  # a peer may still be writing there; the retention of the next attempt removes it
     except LmscaleError:
-        as_root(lambda: _remove(target))
+        on_root(lambda: _remove(target))
         raise
     logger.info("saved %s in %.1f s", target.final.name, time.monotonic() - began)
     return target.final

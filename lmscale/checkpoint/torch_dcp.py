@@ -4,12 +4,11 @@ loaded, and a failure on any rank becomes one of our errors on all ranks.
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -17,7 +16,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 
 from lmscale.base.errors import CheckpointError, ExitCode, LmscaleError
 from lmscale.checkpoint.tensor_format import DTYPES
-from lmscale.distributed.process_group import collective, decisive_error, on_root, portable
+from lmscale.distributed.process_group import collective, decisive_error, portable
 
 T = TypeVar("T")
 
@@ -89,18 +88,8 @@ def _misfit(saved: dict[str, Any], name: str, tensor: torch.Tensor) -> str:
     return ""
 
 
-def as_root(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0; all ranks get its result or its error. Collective with a process group."""
-    if dist.is_initialized():
-        return on_root(work)
-    try:
-        return work()
-    except Exception as error:
-        raise portable(error) from error
-
-
 @contextmanager
-def one_outcome(what: str) -> Iterator[None]:
+def agreed_outcome(what: str) -> Iterator[None]:
     """Inside, DCP's collectives raise the one decisive error of all ranks, as an LmscaleError.
 
     DCP collects the exception of every rank before it raises, so no rank is left waiting.

@@ -1,13 +1,10 @@
-"""Tell the loss of a peer from a bug: torch reports both as RuntimeError.
+"""The process group of a run: ranks join it, agree over it, and notice when one of them is lost.
 
-The few things ranks say to each other outside an engine. All are collective over the group.
-
-The control plane (`agree`, objects) is CPU data over gloo and never waits for a device. Each call
-ends within the group's deadline; a peer's loss is a DistributedError.
-
-The process group of a run, and the device of this rank.
-
-From numpy in the loader to tensors on the device.
+`distributed` joins and leaves. `agree`, `sum_over`, `on_root` and the object functions are what ranks
+exchange outside an engine; all are collective over their group. They carry CPU data over gloo and never
+wait for a device (`sum_over` works on its tensor's device). Every call ends within the group's deadline,
+and the loss of a peer is a DistributedError, distinct from a bug, although torch raises RuntimeError for
+both. `choose_device` and `to_device` place this rank and its batches.
 """
 
 import hashlib
@@ -27,20 +24,23 @@ from lmscale.base.errors import ConfigError, DistributedError, LmscaleError, Pro
 from lmscale.base.fs import storage_error
 from lmscale.base.world import World
 
-# What gloo (torch 2.13), the TCP store and NCCL's watchdog say when a peer is gone or silent. A
-# mismatched collective ("enforce fail", "op.preamble") is a bug of ours and stays a RuntimeError.
+DEADLINE_S = 600.0  # longer than the slowest save of one rank: its peers wait inside a collective
+# Messages of gloo (torch 2.13), the TCP store and NCCL's watchdog when a peer is gone or silent. A
+# mismatched collective ("enforce fail", "op.preamble") is a bug in lmscale and stays a RuntimeError.
 _LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|timed? ?out|not connected"
     r"|connectFullMesh failed|failed to connect|socket error|remote process exited|recvValue failed"
     r"|connection was likely closed|ncclRemoteError|communicator was aborted",
     re.IGNORECASE,
 )
-_TYPES = (dist.DistNetworkError, dist.DistStoreError)
+_LOST_TYPES = (dist.DistNetworkError, dist.DistStoreError)
+
+T = TypeVar("T")
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether this exception says that a peer is gone or did not answer in time."""
-    if isinstance(error, (*_TYPES, ConnectionError, TimeoutError)):
+    """Whether this exception means that a peer is gone or did not answer in time."""
+    if isinstance(error, (*_LOST_TYPES, ConnectionError, TimeoutError)):
         return True
     return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
@@ -56,11 +56,8 @@ def collective(what: str) -> Iterator[None]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DistributedError(
             f"{what}: a peer is gone or did not answer in time ({reason}). The cause is in that "
-            "peer's log; the same command goes on from the newest checkpoint"
+            "peer's log; the same command resumes from the newest checkpoint"
         ) from error
-
-
-T = TypeVar("T")
 
 
 def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> torch.Tensor:
@@ -72,10 +69,10 @@ def sum_over(tensor: torch.Tensor, group: dist.ProcessGroup | None = None) -> to
 
 
 def agree(flags: Mapping[str, int], group: dist.ProcessGroup | None = None) -> dict[str, int]:
-    """The maximum of every flag over all ranks: what the loop asks once a step.
+    """The maximum of every flag over all ranks; the training loop calls it once per step.
 
-    All ranks must ask about the same flags; that is checked in the same all-reduce, because a
-    different set of flags on one rank would otherwise be read under another's names.
+    All ranks must pass the same flags. That is checked in the same all-reduce, because a different
+    set of flags on one rank would otherwise be read under the names of another.
     """
     names = sorted(flags)
     sign = int.from_bytes(hashlib.blake2b("\0".join(names).encode(), digest_size=7).digest())
@@ -83,7 +80,7 @@ def agree(flags: Mapping[str, int], group: dist.ProcessGroup | None = None) -> d
     with collective("agreement of a step"):
         dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
     *agreed, high, low = values.tolist()
-    assert high == -low, f"ranks ask about different flags; this rank: {names}"
+    assert high == -low, f"ranks pass different flags; this rank: {names}"
     return dict(zip(names, agreed, strict=True))
 
 
@@ -104,39 +101,28 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 
 def on_root(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `work` on rank 0 alone; its result, or its exception, on all ranks."""
+    """Run `work` on rank 0 alone; its result, or its exception, on all ranks.
+
+    Collective. Without a process group this process is the only rank.
+    """
+    alone = not dist.is_initialized()
     outcome: tuple[T | None, LmscaleError | None] = (None, None)
-    if dist.get_rank(group) == 0:
+    if alone or dist.get_rank(group) == 0:
         try:
             outcome = (work(), None)
         except Exception as error:
             outcome = (None, portable(error))
-    src = 0 if group is None else dist.get_global_rank(group, 0)
-    result, failure = broadcast_object(outcome, src, group)
+    if not alone:
+        src = 0 if group is None else dist.get_global_rank(group, 0)
+        outcome = broadcast_object(outcome, src, group)
+    result, failure = outcome
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]  # T may be None
 
 
-def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Run `work` on every rank; if any rank fails, all raise the one error that decides.
-
-    For work without collectives inside: a rank that fails in it must not leave the others waiting.
-    """
-    result: T | None = None
-    failure: LmscaleError | None = None
-    try:
-        result = work()
-    except Exception as error:
-        failure = portable(error)
-    failures = [found for found in gather_objects(failure, group) if found is not None]
-    if failures:
-        raise decisive_error(failures)
-    return result  # type: ignore[return-value]  # T may be None
-
-
 def portable(error: BaseException) -> LmscaleError:
-    """The error as one of ours: it pickles, and means the same to every rank."""
+    """The error as an LmscaleError, which pickles and means the same on every rank."""
     if isinstance(error, LmscaleError):
         return error
     if isinstance(error, OSError):
@@ -145,28 +131,25 @@ def portable(error: BaseException) -> LmscaleError:
 
 
 def decisive_error(failures: list[LmscaleError]) -> LmscaleError:
-    """The error that speaks for several ranks; the order of exit codes is errors.decisive's."""
+    """The error that all ranks raise for several; the order of exit codes is that of errors.decisive."""
     code = decisive(int(failure.exit_code) for failure in failures)
     return next(failure for failure in failures if int(failure.exit_code) == code)
-
-
-DEADLINE_S = 600.0  # longer than the slowest save of one rank: its peers wait inside a collective
 
 
 @contextmanager
 def distributed(
     world: World, *, device: torch.device, timeout_s: float = DEADLINE_S
 ) -> Iterator[None]:
-    """Meet the other ranks and leave them again; a peer's loss in the block is a DistributedError.
+    """Join the process group and leave it again; a peer's loss in the block is a DistributedError.
 
-    Collective. Every collective on the default group, and meeting itself, ends after `timeout_s`.
+    Collective. Every collective on the default group, and joining itself, ends after `timeout_s`.
     CPU tensors travel over gloo and CUDA tensors over NCCL, so the control plane (`agree`, objects)
     needs no device sync. A world of one gets a group too, without a socket.
     """
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with collective(f"rank {world.rank} of {world.size}: meeting at {world.master}"):
+    with collective(f"rank {world.rank} of {world.size}: joining at {world.master}"):
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=_store(world, timeout),
@@ -191,15 +174,15 @@ def _store(world: World, timeout: timedelta) -> dist.Store:
     if world.rendezvous_fd is not None:
         store = _listening(world, world.rendezvous_fd, timeout)
     else:
-        # torch's tcp:// rendezvous knows when torchrun's agent already hosts the store on that port.
+        # torch's tcp:// rendezvous handles a store that torchrun's agent already hosts on that port.
         url = f"tcp://{world.master}?rank={world.rank}&world_size={world.size}"
         store, _, _ = next(dist.rendezvous(url, timeout=timeout))
-    # A start of its own prefix: otherwise a restarted rank may dial an address of a dead peer.
+    # One prefix per start: otherwise a restarted rank may connect to the address of a dead peer.
     return dist.PrefixStore(world.start or "lmscale", store)
 
 
 def _listening(world: World, descriptor: int, timeout: timedelta) -> dist.Store:
-    """Rank 0's, as torch's rendezvous makes it, on a socket that listens already. It owns the descriptor then."""
+    """Rank 0's store on a socket that listens already; it takes ownership of the descriptor."""
     address, _, port = str(world.master).rpartition(":")
     return dist.TCPStore(
         address,
@@ -215,18 +198,19 @@ def _listening(world: World, descriptor: int, timeout: timedelta) -> dist.Store:
 def choose_device(world: World) -> torch.device:
     """cuda:LOCAL_RANK where there is CUDA, else the CPU.
 
-    CPU threads are what OMP_NUM_THREADS said when torch was imported.
+    The number of CPU threads follows from OMP_NUM_THREADS when torch was imported.
+    Raises ConfigError where the host has too few CUDA devices.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    seen = torch.cuda.device_count()
-    if world.local_rank >= seen:
+    devices = torch.cuda.device_count()
+    if world.local_rank >= devices:
         raise ConfigError(
             [
                 Problem(
                     "cluster.ranks_per_node",
-                    f"local rank {world.local_rank} finds {seen} CUDA device(s) on its host",
-                    f"start at most {seen} rank(s) a host, or let every rank see all GPUs of its "
+                    f"local rank {world.local_rank} finds {devices} CUDA device(s) on its host",
+                    f"start at most {devices} rank(s) per host, or let every rank see all GPUs of its "
                     'host (no --gpus-per-task binding); CUDA_VISIBLE_DEVICES="" trains on the CPU',
                 )
             ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lmscale.base.errors import CheckpointError, DistributedError, RetryableError
+from lmscale.base.errors import DistributedError, RetryableError
 from lmscale.base.world import World
 from lmscale.distributed.mesh import make_mesh
 from lmscale.distributed.process_group import (
@@ -18,7 +18,6 @@ from lmscale.distributed.process_group import (
     gather_objects,
     on_root,
     sum_over,
-    together,
 )
 from tests.support.rank_pool import Died
 
@@ -65,30 +64,8 @@ def ask_differently() -> str:
     return "agreed"
 
 
-def test_ranks_that_ask_about_different_flags_are_told(ranks):
+def test_different_flags_on_ranks_are_an_error(ranks):
     assert all("different flags" in answer for answer in ranks(2)(ask_differently))
-
-
-def fail_together(kinds: list[str]) -> tuple[str, str]:
-    def work() -> str:
-        kind = kinds[dist.get_rank()]
-        if kind == "full":
-            raise OSError(28, "No space left on device", "/disk")
-        if kind == "damaged":
-            raise CheckpointError("block 3")
-        return kind
-
-    try:
-        return "ok", together(work)
-    except (RetryableError, CheckpointError) as error:
-        return type(error).__name__, str(error)
-
-
-def test_one_ranks_error_is_everyones(ranks):
-    assert ranks(2)(fail_together, ["fine", "well"]) == [("ok", "fine"), ("ok", "well")]
-    full = ("RetryableError", FULL)
-    assert ranks(2)(fail_together, ["fine", "full"]) == [full] * 2
-    assert ranks(2)(fail_together, ["full", "damaged"]) == [("CheckpointError", "block 3")] * 2
 
 
 def root_only(fails: bool) -> tuple[object, ...]:
@@ -126,7 +103,7 @@ def test_axes_and_their_groups(ranks):
     got = ranks(4)(place, Sizes(dp_replicate=2, dp_shard=1, tp=2))
     assert [rank["dp"] for rank in got] == [(0, 2, 5.0), (0, 2, 10.0), (1, 2, 5.0), (1, 2, 10.0)]
     assert [rank["tp"] for rank in got] == [(0, 2), (1, 2), (0, 2), (1, 2)]
-    assert got[3]["sums"] == {"dp_replicate": 10.0, "shard": 8.0, "tp": 12.0}
+    assert got[3]["sums"] == {"replicate": 10.0, "shard": 8.0, "tp": 12.0}
     assert got[3]["sub"] == [1, 3]
 
 
@@ -211,7 +188,7 @@ def meet_alone(world: World) -> str:
 
 def test_a_peer_that_never_comes_is_an_error_naming_the_meeting_point(ranks):
     alone, _ = ranks(2, bare=True)(meet_alone)
-    assert "rank 0 of 2: meeting at 127.0.0.1:" in alone
+    assert "rank 0 of 2: joining at 127.0.0.1:" in alone
 
 
 def one_rank(world: World) -> tuple[object, ...]:

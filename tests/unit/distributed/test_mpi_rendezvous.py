@@ -10,8 +10,7 @@ import pytest
 
 from lmscale.base.errors import ConfigError
 from lmscale.base.proc import interfaces
-from lmscale.distributed import mpi_rendezvous as mpi
-from lmscale.distributed import mpi_rendezvous as reach
+from lmscale.distributed import mpi_rendezvous
 from lmscale.distributed.mpi_rendezvous import (
     ReachabilityProbe,
     candidates,
@@ -21,27 +20,27 @@ from lmscale.distributed.mpi_rendezvous import (
 )
 
 
-def test_a_door_is_known_by_its_token_and_frees_its_port() -> None:
-    with closing(ReachabilityProbe.open()) as door:
-        assert reached("127.0.0.1", door.port, door.token) == "127.0.0.1"
-        assert reached("127.0.0.1", door.port, bytes(16)) is None  # another host's door
-        assert door.port in range(20_000, 30_000)
-    assert reached("127.0.0.1", door.port, door.token) is None
+def test_a_probe_sends_its_token_and_frees_its_port() -> None:
+    with closing(ReachabilityProbe.open()) as probe:
+        assert reached("127.0.0.1", probe.port, probe.token) == "127.0.0.1"
+        assert reached("127.0.0.1", probe.port, bytes(16)) is None  # another host's probe
+        assert probe.port in range(20_000, 30_000)
+    assert reached("127.0.0.1", probe.port, probe.token) is None
     with socket.socket() as again:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        again.bind(("", door.port))
+        again.bind(("", probe.port))
 
 
 def test_a_port_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(ReachabilityProbe.open()) as first:
         choices = iter([first.port, first.port, 29_999, 29_998, 29_997])
-        monkeypatch.setattr(reach.random, "choice", lambda _: next(choices))
+        monkeypatch.setattr(mpi_rendezvous.random, "choice", lambda _: next(choices))
         with closing(ReachabilityProbe.open()) as second:
             assert second.port != first.port
 
 
-def test_an_address_nobody_answers_at_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reach, "_TRY_S", 0.2)
+def test_an_address_without_an_answer_is_not_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpi_rendezvous, "_CONNECT_TIMEOUT_S", 0.2)
     assert reached("192.0.2.1", 20_000, bytes(16)) is None  # TEST-NET, routed nowhere
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -50,15 +49,15 @@ def test_an_address_nobody_answers_at_is_given_up(monkeypatch: pytest.MonkeyPatc
 
 
 def test_addresses_of_this_host_are_reached_and_belong_to_interfaces() -> None:
-    with closing(ReachabilityProbe.open()) as door:
+    with closing(ReachabilityProbe.open()) as probe:
         for name, addresses in interfaces().items():
             for address in addresses:
-                own = reached(address, door.port, door.token)
+                own = reached(address, probe.port, probe.token)
                 assert own is not None and interface_of(own) == name
     assert candidates()
 
 
-def test_nothing_is_done_where_no_mpi_started_us_or_an_address_is_given() -> None:
+def test_no_variables_are_added_without_mpi_or_with_a_given_address() -> None:
     assert meet({}) == {}
     assert meet({"RANK": "0", "WORLD_SIZE": "2"}) == {}
     assert meet({"PMIX_RANK": "0", "MASTER_ADDR": "h"}) == {}
@@ -97,14 +96,14 @@ def test_without_mpi4py_one_host_works_and_several_say_what_to_install() -> None
     ],
 )
 def test_a_world_of_one_in_place_of_eight_is_refused(env: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"8 ranks were started, but .* knows 1"):
-        mpi._check_size(1, env)
-    mpi._check_size(8, env)
-    mpi._check_size(1, {})
+    with pytest.raises(ConfigError, match=r"8 ranks were started, but .* reports 1"):
+        mpi_rendezvous._check_size(1, env)
+    mpi_rendezvous._check_size(8, env)
+    mpi_rendezvous._check_size(1, {})
 
 
 def test_threads_are_the_own_cores_of_a_bound_rank_else_a_share() -> None:
     own = sorted(os.sched_getaffinity(0))
-    assert mpi._threads(lambda mine: [list(range(8))] * 4) == 2
-    assert mpi._threads(lambda mine: [mine] * (len(own) + 1)) == 1
-    assert mpi._threads(lambda mine: [mine, [99]]) == len(own)
+    assert mpi_rendezvous._threads(lambda mine: [list(range(8))] * 4) == 2
+    assert mpi_rendezvous._threads(lambda mine: [mine] * (len(own) + 1)) == 1
+    assert mpi_rendezvous._threads(lambda mine: [mine, [99]]) == len(own)
