@@ -43,6 +43,11 @@ class JobPlan:
         return self.folder.jobs / f"{self.number}.sh"
 
     @property
+    def library(self) -> Path:
+        """The decisions of the script, as they were when it was submitted."""
+        return self.folder.jobs / f"{self.number}.lib.sh"
+
+    @property
     def log(self) -> Path:
         """The merged log of all ranks and of every start of this job."""
         return self.folder.logs / f"job-{self.number}.log"

@@ -71,7 +71,7 @@ def plan_job(cfg: RunConfig, *, number: int, cwd: Path, python: str = sys.execut
 
 
 _LIMITS = Limits(max_bytes=1 << 20)
-_NAME = re.compile(r"([1-9]\d*)\.(?:json|yaml|sh|chain|tries)")
+_NAME = re.compile(r"([1-9]\d*)\.(?:json|yaml|sh|lib\.sh|chain|tries|end)")
 
 
 def next_number(folder: RunFolder) -> int:

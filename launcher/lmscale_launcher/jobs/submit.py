@@ -172,7 +172,7 @@ def _in_place(plan: JobPlan, config: str) -> Iterator[None]:
     except BaseException:
         if stopped is not None:
             stop.write_bytes(stopped)
-        for path in (plan.config, plan.script):
+        for path in (plan.config, plan.script, plan.library):
             path.unlink(missing_ok=True)
         (plan.folder.jobs / ".lock").unlink(missing_ok=True)
         for path in (plan.folder.jobs, plan.folder.logs, plan.run_dir):

@@ -1,8 +1,6 @@
-"""The options of sbatch and srun for a job: our keys in Slurm's words. Pure.
+"""From a job to the text of its batch script: options of sbatch and srun, and the filled template.
 
-The command line of sbatch for a job. Pure, but for the names in RUN/bad-nodes.
-
-From a job to the text of its batch script. Pure, but for reading the template.
+Pure, but for reading the template, its library, and the names in RUN/bad-nodes.
 """
 
 import os
@@ -228,6 +226,7 @@ def bad_nodes(plan: JobPlan, known: Collection[str] | None) -> list[str]:
     return found
 
 
+_ARRAY_COLUMNS = 96
 _PLACEHOLDER = re.compile(r"@\{([^{}]*)\}")  # nothing that bash itself knows
 
 
@@ -235,13 +234,18 @@ def render(plan: JobPlan, template: str | None = None) -> str:
     """The whole script. Without `template` it is cluster.slurm.template, or cluster/slurm/job.sh.
 
     Raises ConfigError for a template that has not each placeholder, and for options that cannot be.
-    The script writes K.chain, ids of follow-up jobs, and K.tries, its count of starts, beside RUN/jobs/K.sh.
+    The script sources RUN/jobs/K.lib.sh, a copy of `library()`.
     """
     source = "the template"
     if template is None:
         path = _template(plan)
         template, source = _read(path), str(path)
-    return _filled(template, _values(plan), source)
+    return _filled(template, _placeholders(plan), source)
+
+
+def library() -> str:
+    """The decisions that every script sources: cluster/slurm/job_lib.sh."""
+    return (cluster_dir() / "slurm" / "job_lib.sh").read_text(encoding="utf-8")
 
 
 def quoted(text: str) -> str:
@@ -269,22 +273,12 @@ def _one_line(text: str) -> str:
     raise ConfigError([Problem("", f"{text!r} holds a control character", hint)])
 
 
-def _values(plan: JobPlan) -> dict[str, str]:
-    """What stands for each placeholder."""
-    slurm, limit = plan.cluster.slurm, plan.cluster.time_limit
+def _placeholders(plan: JobPlan) -> dict[str, str]:
+    """The text for each placeholder."""
     return {
         "sbatch": _directives(sbatch_options(plan)),
-        "run_dir": quoted(str(plan.run_dir)),
-        "number": str(plan.number),
-        "script": quoted(str(plan.script)),
-        "launch": slurm.launch,
-        "ranks_per_node": str(plan.ranks_per_node),
-        "requeue": "yes" if slurm.requeue else "no",
-        "excluded": quoted(",".join(excluded(plan))),
-        "signal": slurm.signal,
-        "signal_lead": str(slurm.signal_lead),
-        "time_limit": "" if limit is None else str(limit),
-        "max_restarts": str(plan.cluster.max_restarts),
+        "values": _values(plan),
+        "library": quoted(str(plan.library)),
         "srun": _array(srun_options(plan)),
         "command": _array(_command(plan)),
         "setup": _setup(plan),
@@ -292,16 +286,43 @@ def _values(plan: JobPlan) -> dict[str, str]:
     }
 
 
+def _values(plan: JobPlan) -> str:
+    """Assignments of what the library reads, one per line with its meaning."""
+    slurm, limit = plan.cluster.slurm, plan.cluster.time_limit
+    values = (
+        ("run", quoted(str(plan.run_dir)), ""),
+        ("number", str(plan.number), "of this submission in the run folder"),
+        ("script", quoted(str(plan.script)), "this file; follow-up jobs are queued with it"),
+        ("launch", slurm.launch, "srun starts one supervisor per node, or one task per rank"),
+        ("ranks_per_node", str(plan.ranks_per_node), ""),
+        ("requeue", "yes" if slurm.requeue else "no", "no: continue in follow-up jobs"),
+        ("excluded", quoted(",".join(excluded(plan))), "nodes that the run file excludes"),
+        ("signal", slurm.signal, "sent by Slurm before the time limit"),
+        ("signal_lead", str(slurm.signal_lead), "seconds before it"),
+        ("time_limit", "" if limit is None else str(limit), "seconds; empty: none in the run file"),
+        ("max_restarts", str(plan.cluster.max_restarts), "without a newer checkpoint"),
+    )
+    return "\n".join(
+        f"{name}={value}  # {meaning}" if meaning else f"{name}={value}"
+        for name, value, meaning in values
+    )
+
+
 def _filled(template: str, values: Mapping[str, str], source: str) -> str:
     found = _PLACEHOLDER.findall(template)
     unknown = sorted({name for name in found if name not in values})
     missing = [name for name in values if name not in found]
+    if "requeue" in found and "library" not in found:
+        fact = f"{source} is a copy of job.sh of an earlier version, which contained the decisions itself"
+        hint = (
+            f"copy {cluster_dir() / 'slurm' / 'job.sh'} again and move your own lines into the site's part: "
+            "the decisions are in a library now"
+        )
+        raise ConfigError([Problem("cluster.slurm.template", fact, hint)])
     if unknown or missing:
         facts = [f"{source} has the unknown @{{{name}}}" for name in unknown]
         facts += [f"{source} lacks @{{{name}}}" for name in missing]
-        hint = (
-            f"compare it with {cluster_dir() / 'slurm' / 'job.sh'}, and copy that anew if in doubt"
-        )
+        hint = f"compare it with {cluster_dir() / 'slurm' / 'job.sh'}, or copy that again"
         raise ConfigError([Problem("cluster.slurm.template", fact, hint) for fact in facts])
     return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
@@ -343,7 +364,14 @@ def _directives(options: Sequence[str]) -> str:
 
 
 def _array(options: Iterable[str]) -> str:
-    return "".join(f"\n    {quoted(option)}" for option in options) + "\n"
+    """The elements of a bash array, in lines of at most 100 columns where the words allow it."""
+    lines = [""]
+    for word in map(quoted, options):
+        if len(lines[-1]) + len(word) > _ARRAY_COLUMNS or not lines[-1]:
+            lines.append(f"    {word}")
+        else:
+            lines[-1] += f" {word}"
+    return "\n".join(lines) + "\n"
 
 
 def _setup(plan: JobPlan) -> str:

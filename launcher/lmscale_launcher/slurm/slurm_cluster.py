@@ -19,7 +19,7 @@ from lmscale_launcher.slurm import preflight, states
 from lmscale_launcher.slurm import query as answers
 from lmscale_launcher.slurm import query as commands
 from lmscale_launcher.slurm.query import QueueEntry, SlurmResult, SlurmUnavailable, Unreadable, ask
-from lmscale_launcher.slurm.script import command, render
+from lmscale_launcher.slurm.script import command, library, render
 
 # KillWait, the time between Slurm's TERM and its KILL, is 30 s by default; then a node cleans up.
 _END_S = 50.0
@@ -77,6 +77,7 @@ class SlurmCluster(Cluster):
         with storage_errors(f"writing {plan.script}"):
             for path in (plan.log, plan.script):
                 path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(plan.library, library().encode())
             atomic_write(plan.script, _script(plan).encode())
         answer = commands.sbatch(preflight.check(plan), cwd=plan.workdir)
         if answer.code != 0:

@@ -25,6 +25,7 @@ from tests.support.slurm_plans import CACHE, CORPUS, plan, plans
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "slurm"
 TEMPLATE = cluster_dir() / "slurm" / "job.sh"
+LIBRARY = cluster_dir() / "slurm" / "job_lib.sh"
 NAMES = sorted(plans())
 # What a run file may hold: its check refuses control characters.
 printable = st.text(st.characters(exclude_categories=("Cs",)).filter(str.isprintable))
@@ -54,7 +55,7 @@ def test_bash_can_read_the_script(name: str) -> None:
 def test_shellcheck_finds_nothing() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("NOT CHECKED: shellcheck is missing; apt-get install shellcheck")
-    files = sorted(GOLDEN.glob("*.sh"))
+    files = [*sorted(GOLDEN.glob("*.sh")), LIBRARY]
     done = subprocess.run(
         ["shellcheck", *files], capture_output=True, text=True, timeout=120, check=False
     )
@@ -105,7 +106,7 @@ def test_any_value_stays_on_its_line_of_the_script(text: str) -> None:
     assert len(found) == 1
     words = read_like_sbatch(found[0].removeprefix("#SBATCH "), quotes="\"'")
     assert words == [f"--partition={text}"]
-    assert f"excluded={quoted(text)}" in lines
+    assert f"excluded={quoted(text)}  # nodes that the run file excludes" in lines
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_any_value_stays_on_its_line_of_the_script(text: str) -> None:
     [
         (lambda text: text.replace("@{setup}", ""), "lacks @{setup}"),
         (lambda text: text + "@{hostname}\n", "unknown @{hostname}"),
-        (lambda text: text.replace("@{run_dir}", "@{rundir}"), "lacks @{run_dir}"),
+        (lambda text: text.replace("@{values}", "@{value}"), "lacks @{values}"),
     ],
 )
 def test_a_template_with_another_set_of_placeholders_is_refused(template, said: str) -> None:
@@ -230,7 +231,19 @@ def test_supervisors_get_the_sites_environment_by_themselves_and_ranks_by_export
 
 def test_no_word_of_the_template_is_beyond_ascii() -> None:
     """Batch scripts are read in whatever locale a node has."""
-    assert set(TEMPLATE.read_text(encoding="utf-8")) <= set(string.printable)
+    for path in (TEMPLATE, LIBRARY):
+        assert set(path.read_text(encoding="utf-8")) <= set(string.printable)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_has_at_most_eighty_lines(name: str) -> None:
+    assert len(render(plans()[name]).splitlines()) <= 80
+
+
+def test_a_template_of_the_time_before_the_library_is_refused_with_the_reason() -> None:
+    earlier = "run=@{run_dir}\nrequeue=@{requeue}\nmax_restarts=@{max_restarts}\n"
+    with pytest.raises(ConfigError, match="decisions are in a library now"):
+        render(plan(), earlier)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 tests/cluster/ tries the same on a real Slurm. What scontrol says here was seen there (22.05).
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters.job import JobRecord
 from lmscale_launcher.jobs.job_plan import write_record
-from lmscale_launcher.slurm.script import render
+from lmscale_launcher.slurm.script import library, render
 from tests.support.slurm_plans import plan
 
 # One program under the names of all commands; it writes down what changes anything.
@@ -73,6 +74,7 @@ class Site:
             cluster={"max_restarts": 1, **cluster},
         )  # fmt: skip
         job.script.write_text(render(job))
+        job.library.write_text(library())
         env = {
             "PATH": f"{self.bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "100",
             "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURMD_NODENAME": "n1",
@@ -98,6 +100,13 @@ class Site:
         path = self.bin / "calls"
         text = path.read_text() if path.exists() else ""
         return text.replace(str(self.run / "jobs" / "1.sh"), "{script}").splitlines()
+
+    @property
+    def decision(self) -> dict[str, object]:
+        """RUN/jobs/1.end, besides the time."""
+        body = json.loads((self.run / "jobs" / "1.end").read_text())
+        assert abs(body.pop("time") - time.time()) < 60
+        return body  # type: ignore[no-any-return]
 
     @property
     def env(self) -> dict[str, str]:
@@ -483,3 +492,50 @@ def test_two_terms_at_once_queue_one_job(site: Site) -> None:
 
     assert signalled(site, twice, f'trap "sleep 4; exit 85" USR2; {WAIT}') == 85
     assert site.calls == [FOLLOW]
+
+
+@pytest.mark.parametrize(
+    ("act", "state", "code", "reason", "follows"),
+    [
+        ("exit 65", RUNNING, 65, "ended with 65: no other start can cure that", ""),
+        ("exit 75", RUNNING, 75, "the job was put back into the queue", ""),
+        ("exit 143", TIMEOUT, 143, "job 501 follows", "501"),
+        ("exit 143", REQUEUED, 143, "Slurm has put the job back into the queue", ""),
+        ("exit 85", CANCELLED, 85, "the job was cancelled: not started again", ""),
+    ],
+)
+def test_the_decision_is_written_for_status(
+    site: Site, act: str, state: str, code: int, reason: str, follows: str
+) -> None:
+    site.job(100, state)
+    assert site.end(act) == code
+    assert site.decision == {
+        "version": 1, "job": "100", "start": "slurm-100-0", "code": code, "reason": reason, "next": follows,
+    }  # fmt: skip
+    assert not list((site.run / "jobs").glob("*.tmp"))
+
+
+def test_a_decision_quotes_what_failed_and_the_next_start_removes_it(site: Site) -> None:
+    assert site.end("exit 0", slurm={"prolog": ["cat '/no such/\\\\ \"file'"]}) == 78
+    assert str(site.decision["reason"]).startswith("a command of the site failed with 1: cat ")
+    (site.run / "stop").write_text("")
+    assert site.end("exit 0", restarts=1) == 0
+    assert site.decision["reason"] == f"not started: {site.run}/stop exists"
+    (site.run / "stop").unlink()
+    act = f"test ! -e '{site.run}/jobs/1.end' || exit 9; exit 0"
+    assert site.end(act, restarts=1) == 0
+
+
+def test_a_library_of_another_version_starts_nothing(site: Site) -> None:
+    process = site.start()
+    process.kill()
+    process.communicate()
+    script = (site.run / "jobs" / "1.sh").read_text()
+    assert "job_begin 1 " in script
+    (site.run / "jobs" / "1.sh").write_text(script.replace("job_begin 1 ", "job_begin 0 "))
+    done = subprocess.run(
+        ["bash", site.run / "jobs" / "1.sh"], capture_output=True, text=True, timeout=20, check=False,
+        env={"PATH": f"{site.bin}:{os.environ['PATH']}", "SLURM_JOB_ID": "100"},
+    )  # fmt: skip
+    assert done.returncode == 78
+    assert "written for version 0 of its library" in done.stderr
