@@ -22,12 +22,12 @@ say() { printf '%(%F %T)T job %s: %s\n' -1 "$SLURM_JOB_ID" "$*" >&2; }
 # Slurm's TERM goes to all processes of this script; a query that is under way must not be ended by it.
 ask() { timeout -s KILL 60 bash -c 'trap "" TERM; exec "$@"' ask "$@"; }
 
-record_end() {  # CODE SENTENCE: write RUN/jobs/K.end, which `status` and `logs` read; whole or not at all
-    local text=${2//\\/\\\\} name=${LMSCALE_START:-}
+record_end() {  # CODE SENTENCE [AGAIN]: write RUN/jobs/K.end, which `status` reads; whole or not at all
+    local again=${3:-false} text=${2//\\/\\\\} name=${LMSCALE_START:-}
     text=${text//\"/\\\"}
     text=${text//[[:cntrl:]]/ }
-    if ! printf '{"version": 1, "job": "%s", "start": "%s", "code": %d, "reason": "%s", "next": "%s", "time": %(%s)T}\n' \
-        "$SLURM_JOB_ID" "$name" "$1" "$text" "$next" -1 >"$ended.tmp" || ! mv -f "$ended.tmp" "$ended"; then
+    if ! printf '{"version": 1, "job": "%s", "start": "%s", "code": %d, "reason": "%s", "again": %s, "time": %(%s)T}\n' \
+        "$SLURM_JOB_ID" "$name" "$1" "$text" "$again" -1 >"$ended.tmp" || ! mv -f "$ended.tmp" "$ended"; then
         say "cannot write $ended"
     fi
 }
@@ -217,14 +217,14 @@ go_on() {  # another start, where that is right
         [ -e "$run/stop" ] && finish "$code" "not started again: $run/stop exists"
         case $why in
             requeued)
-                record_end "$code" "Slurm has put the job back into the queue"
+                record_end "$code" "Slurm has put the job back into the queue" true
                 return ;;
             cancelled)
                 say "cancelled: not started again"
                 finish "$code" "the job was cancelled: not started again" ;;
             "")  # the controller does not answer; a follow-up checks itself how this job has ended
                 if [ -n "$next" ]; then
-                    record_end "$code" "job $next follows"
+                    record_end "$code" "job $next follows" true
                     return
                 fi
                 say "Slurm does not answer: trying again" ;;
@@ -237,7 +237,7 @@ go_on() {  # another start, where that is right
                 fi
                 [ "$why" = running ] && [ "$bad" = "$avoided" ] && put_back && return
                 if follow_up "$bad"; then
-                    record_end "$code" "job $next follows${bad:+, without $bad}"
+                    record_end "$code" "job $next follows${bad:+, without $bad}" true
                     return
                 fi ;;
         esac
@@ -251,7 +251,7 @@ go_on() {  # another start, where that is right
 put_back() {  # this job into the queue; it keeps its options, so another node to leave out needs a follow-up
     [ "$requeue" = yes ] || return
     # Slurm ends this script as soon as it has put the job back, so the decision is written first.
-    record_end "$code" "the job was put back into the queue"
+    record_end "$code" "the job was put back into the queue" true
     if ask scontrol requeue "$SLURM_JOB_ID" || [ "$(job_state)" = requeued ]; then
         [ -z "$next" ] || drop "$next"
         return 0
@@ -319,7 +319,7 @@ job_begin() {  # VERSION [FOLLOWED_JOB [BAD_NODES]]: whether this job may start;
     local answer recorded by_hand='' id
     export LMSCALE_START=slurm-$SLURM_JOB_ID-$restarts
     codes=$run/jobs/$number.codes-$LMSCALE_START
-    rm -f "$run/jobs/$number.codes"-* "$ended"
+    rm -f "$run/jobs/$number.codes"-*
     unset LMSCALE_FRESH LMSCALE_DEADLINE RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
     if [ -z "$follows" ] && [ "$restarts" = 0 ]; then
         export LMSCALE_FRESH=1  # submitted by a person: restarts are counted from zero
@@ -331,10 +331,10 @@ job_begin() {  # VERSION [FOLLOWED_JOB [BAD_NODES]]: whether this job may start;
             *" JobState=CANCELLED "* | *" JobState=PENDING "* | *" JobState=RUNNING "*)
                 say "job $follows was cancelled or continues itself: nothing to do"
                 forget "$SLURM_JOB_ID"
-                record_end 0 "not started: job $follows was cancelled or continues itself"
                 exit 0 ;;
         esac
     fi
+    rm -f "$ended"
     recorded=$run/jobs/$number.json
     if [ -f "$recorded" ] && [ -n "${LMSCALE_FRESH:-}" ] && ! grep -q "\"job\": \"$SLURM_JOB_ID\"" "$recorded"; then
         by_hand=$SLURM_JOB_ID  # by sbatch of the script: status and stop must find it

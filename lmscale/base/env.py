@@ -30,7 +30,7 @@ MPI_RANK_VARIABLES = (OPEN_MPI[0], PMIX_RANK, HYDRA[0])
 TORCHRUN_PREFIX = "TORCHELASTIC_"
 
 # Everything that describes a job of Slurm, MPI, torchrun or lmscale. Options in SBATCH_* and SRUN_*
-# would also come before those of the run file. cluster/slurm/job.sh has the same list in bash.
+# would also come before those of the run file. cluster/slurm/job_lib.sh has the same list in bash.
 JOB_PREFIXES = (
     "SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SALLOC_", "PMIX_", "PMI_", "OMPI_", "PRTE_", "HYDRA_",
     "HYDI_", "MPI_LOCAL", "LOCAL_", "MASTER_", "LMSCALE_", TORCHRUN_PREFIX,

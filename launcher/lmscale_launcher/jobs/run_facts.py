@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmscale.base.errors import ConfigError, LmscaleError, Problem
+from lmscale.base.decoding import Limits, convert, decode_file
+from lmscale.base.errors import ConfigError, DataError, LmscaleError, Problem
 from lmscale.base.proc import is_alive, this_host
 from lmscale.base.records import ends_of, first_line, newest_lines
 from lmscale.config.run_file import load
@@ -27,6 +28,7 @@ from lmscale_launcher.jobs.job_plan import newest_record
 
 Event = Mapping[str, Any]
 _LINES = 50  # behind loss, tokens/s and time left
+_END_LIMITS = Limits(max_bytes=1 << 16)
 _HEAD_BYTES, _TAIL_BYTES = 1 << 13, 1 << 16
 
 
@@ -36,6 +38,15 @@ class SavedCheckpoint:
 
     step: int
     time: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobEnd:
+    """RUN/jobs/K.end: what the batch script decided when its newest start had ended."""
+
+    code: int  # exit code of the script
+    reason: str  # one sentence
+    again: bool  # another start follows: requeued, or a follow-up job is queued
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +65,7 @@ class RunFacts:
     finished: int | None = None  # the step at which that attempt completed the run
     stop: str | None = None  # RUN/stop: what it says
     record: JobRecord | None = None
+    end: JobEnd | None = None  # None: the script is at work, or did not get to write it
     planned_steps: int | None = None  # by the run file; None where it cannot be told
     trouble: str = ""  # what could not be read
 
@@ -128,8 +140,18 @@ def _read(folder: RunFolder) -> RunFacts:
         finished=rule.attempts[attempt].finished if attempt else None,
         stop=_text(folder.stop),
         record=record,
+        end=_job_end(folder, record) if record is not None else None,
         planned_steps=_planned_steps(folder, record, written),
     )
+
+
+def _job_end(folder: RunFolder, record: JobRecord) -> JobEnd | None:
+    """The decision of the newest batch script; None where there is none, or where it cannot be decoded."""
+    path = folder.jobs / f"{record.number}.end"
+    try:
+        return convert(JobEnd, decode_file(dict[str, Any], path, limits=_END_LIMITS), where=path)
+    except (OSError, DataError):
+        return None
 
 
 def _saved(folder: RunFolder, rule: Fence) -> SavedCheckpoint | None:

@@ -1,11 +1,8 @@
-"""How a start ended, in words.
+"""The state of a run and its reason, for people: a pure function of its folder and its cluster's answer.
 
-State and reason of a run: events and heartbeat of its newest start against the cluster's answer.
-
-Where they disagree the cluster is believed about what is queued and what runs, and a start about how it
-ended. Nothing that is merely not known counts as failed.
-
-How a run stands, in words users know: a pure function of its folder and of its cluster's answer.
+Where they disagree the cluster is believed about what is queued and what runs, and a start about how
+it ended; what neither wrote is in the decision of the batch script (RUN/jobs/K.end). What is merely
+not known never counts as failed.
 """
 
 import signal
@@ -24,6 +21,7 @@ from lmscale_launcher.clusters.base import JobState
 from lmscale_launcher.clusters.kinds import cluster_of
 from lmscale_launcher.jobs.run_facts import (
     Event,
+    JobEnd,
     RunFacts,
     StartRecord,
     belongs,
@@ -123,7 +121,7 @@ def verdict(
             return _by_folder(facts, start, now=now)
     match answer.standing:
         case "pending":
-            return _pending(own, answer)
+            return _pending(facts, own, answer)
         case "running":
             return _at_work(facts, own, answer, now=now)
         case "ended":
@@ -149,13 +147,22 @@ def _by_folder(facts: RunFacts, start: StartRecord | None, *, now: float) -> Ver
     return "lost", f"no heartbeat for {_silence(facts, start, now=now)} ({start.host})"
 
 
-def _pending(own: StartRecord | None, answer: JobState) -> Verdict:
+def _pending(facts: RunFacts, own: StartRecord | None, answer: JobState) -> Verdict:
     why = answer.reason or answer.raw
     if own is None:
         return "pending", why
+    if not why and own.exit is None and own.restart is None and facts.end is not None:
+        return "waiting", f"{code_in_words(facts.end.code)}: {facts.end.reason}"
     if why or (own.exit is None and own.restart is None):
         return "waiting", why
     return "waiting", end_in_words(own)
+
+
+def _by_script(end: JobEnd) -> Verdict:
+    """The decision that the batch script wrote, where nothing follows."""
+    if end.code in (ExitCode.DONE, ExitCode.SAVED):
+        return "stopped", end.reason
+    return "failed", f"{code_in_words(end.code)}: {end.reason}"
 
 
 def _at_work(facts: RunFacts, own: StartRecord | None, answer: JobState, *, now: float) -> Verdict:
@@ -182,11 +189,14 @@ def _over(facts: RunFacts, own: StartRecord | None, answer: JobState, *, now: fl
         return "finished", ""
     if facts.stop is not None:
         return _by_stop(facts, own)
+    if facts.end is not None and not facts.end.again:
+        state, why = _by_script(facts.end)
+        return state, why + _orphan(facts, own, now=now)
     words = answer.reason or answer.raw
     if answer.code:
         told = code_in_words(answer.code)
         words = f"{words}, {told}" if words else f"{told}; its log may say why"
-    state: State = "failed"
+    state = "failed"
     if words == "killed":
         state, words = "lost", "killed: its process is gone without a word"
     elif not answer.code and (answer.code is not None or not words):
@@ -216,11 +226,14 @@ def _without_answer(
     silent = answer.reason or "the cluster did not answer"
     if own is None and facts.stop is not None and answer.raw == "FORGOTTEN":
         return _by_stop(facts, None)  # a job that is out of the queue for minutes
+    decided = facts.end is not None and not facts.end.again
+    if facts.end is not None and decided and (own is None or own.exit is None):
+        return _by_script(facts.end)
     if own is None:
         return "unknown", silent
     state, why = _by_folder(facts, own, now=now)
     restartable = own.exit is not None and facts.stop is None and not is_final(own.code)
-    if state == "lost" or restartable:
+    if state == "lost" or (restartable and not decided):
         state = "unknown"  # it may be in the queue, to start again
     return state, f"{why}; {silent}" if why else silent
 
@@ -452,6 +465,12 @@ def _code(facts: RunFacts, start: StartRecord | None, answer: JobState | None) -
     of_job = start is not None and (facts.record is None or belongs(start, facts.record))
     if start is not None and start.code is not None and (of_job or answer is None):
         return start.code
+    if (
+        facts.end is not None
+        and not facts.end.again
+        and (answer is None or answer.standing in ("ended", "unknown"))
+    ):
+        return facts.end.code
     return answer.code if answer is not None and answer.standing == "ended" else None
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from lmscale.run_folder.paths import RunFolder
 from lmscale_launcher.clusters.base import JobState
 from lmscale_launcher.clusters.job import JobRecord
-from lmscale_launcher.jobs.run_facts import RunFacts, SavedCheckpoint
+from lmscale_launcher.jobs.job_plan import write_record
+from lmscale_launcher.jobs.run_facts import JobEnd, RunFacts, RunFolderReader, SavedCheckpoint
 from lmscale_launcher.jobs.run_state import RunStatus, judge
 from lmscale_launcher.jobs.status import as_object
 
@@ -329,3 +330,44 @@ def test_a_silent_cluster_makes_nothing_worse(facts: RunFacts, answer: JobState)
         assert by_both.active or by_both.state == "unknown"
     if by_both.state == "failed":
         assert by_folder.state == "failed"
+
+
+FINAL = JobEnd(78, "a command of the site failed with 1: module load cuda", again=False)
+AGAIN = JobEnd(137, "job 18 follows", again=True)
+FAILED_BY_SCRIPT = (
+    "failed: configuration, 78: a command of the site failed with 1: module load cuda"
+)
+
+
+@pytest.mark.parametrize(
+    ("facts", "answer", "words"),
+    [
+        ({"end": FINAL}, JobState("ended", "failed", code=78), FAILED_BY_SCRIPT),
+        ({"end": FINAL}, UNKNOWN, FAILED_BY_SCRIPT),
+        ({"end": AGAIN}, UNKNOWN, "unknown: slurm did not answer: timed out"),
+        (
+            {"end": AGAIN, "events": (event("start"),)},
+            JobState("pending"),
+            "waiting to start again: died by SIGKILL, 137: job 18 follows",
+        ),
+        ({"end": JobEnd(0, "not started: /r/stop exists", again=False)}, JobState("ended", code=0),
+         "stopped: not started: /r/stop exists"),
+    ],
+)  # fmt: skip
+def test_what_the_batch_script_wrote_is_read_before_anything_is_reconstructed(
+    facts: dict[str, Any], answer: JobState, words: str
+) -> None:
+    assert standing({"record": record(), **facts}, answer).in_words() == words
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"code": "x"}', '{"code": 1e999}'])
+def test_a_decision_that_cannot_be_decoded_counts_as_absent(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.jobs.mkdir()
+    write_record(folder, record(number=1))
+    (folder.jobs / "1.end").write_text(content)
+    facts = RunFolderReader().read(folder)
+    assert (facts.end, facts.trouble) == (None, "")
+    body = {"version": 1, "job": "17", "start": "a", "code": 78, "reason": "r", "again": False}
+    (folder.jobs / "1.end").write_text(json.dumps(body))
+    assert RunFolderReader().read(folder).end == JobEnd(78, "r", again=False)

@@ -495,22 +495,22 @@ def test_two_terms_at_once_queue_one_job(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("act", "state", "code", "reason", "follows"),
+    ("act", "state", "code", "reason", "again"),
     [
-        ("exit 65", RUNNING, 65, "ended with 65: no other start can cure that", ""),
-        ("exit 75", RUNNING, 75, "the job was put back into the queue", ""),
-        ("exit 143", TIMEOUT, 143, "job 501 follows", "501"),
-        ("exit 143", REQUEUED, 143, "Slurm has put the job back into the queue", ""),
-        ("exit 85", CANCELLED, 85, "the job was cancelled: not started again", ""),
+        ("exit 65", RUNNING, 65, "ended with 65: no other start can cure that", False),
+        ("exit 75", RUNNING, 75, "the job was put back into the queue", True),
+        ("exit 143", TIMEOUT, 143, "job 501 follows", True),
+        ("exit 143", REQUEUED, 143, "Slurm has put the job back into the queue", True),
+        ("exit 85", CANCELLED, 85, "the job was cancelled: not started again", False),
     ],
 )
 def test_the_decision_is_written_for_status(
-    site: Site, act: str, state: str, code: int, reason: str, follows: str
+    site: Site, act: str, state: str, code: int, reason: str, again: bool
 ) -> None:
     site.job(100, state)
     assert site.end(act) == code
     assert site.decision == {
-        "version": 1, "job": "100", "start": "slurm-100-0", "code": code, "reason": reason, "next": follows,
+        "version": 1, "job": "100", "start": "slurm-100-0", "code": code, "reason": reason, "again": again,
     }  # fmt: skip
     assert not list((site.run / "jobs").glob("*.tmp"))
 
