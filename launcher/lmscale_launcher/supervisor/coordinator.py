@@ -1,6 +1,6 @@
 """Node 0's side of the protocol: it receives the reports of all nodes, decides, and sends orders.
 
-It is also the only writer of events.
+It is also the only writer of events and of RUN/status.json.
 """
 
 import contextlib
@@ -14,6 +14,8 @@ from lmscale.base.errors import ExitCode, LmscaleError
 from lmscale.run_folder import events as run_events
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
+from lmscale.run_folder.rank_progress import STEPPING
+from lmscale.run_folder.status import StatusWriter, WrittenState
 from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.messages import Message
 from lmscale_launcher.supervisor.output import Output, describe_exit
@@ -76,6 +78,8 @@ class Coordinator:
         self._folder = folder
         self._deadline = deadline
         self._events: EventLog | None = None
+        self._status: StatusWriter | None = None
+        self._stepping = False  # a rank of this start has begun a step
         self._orders: list[Order] = []
         self._heartbeat_s = self._beat_s = -run_events.BEAT_S
         self._ending = False
@@ -85,6 +89,7 @@ class Coordinator:
         )
         self.codes: dict[int, int] = {}  # of this round, by rank
         self.stop_requested = False
+        self._stop_reason = ""
         self.lost = ""  # which node is lost, and why
 
     @property
@@ -93,8 +98,18 @@ class Coordinator:
         return any(node.running for node in self._nodes.values())
 
     def record(self, events: EventLog | None) -> None:
-        """Write events and heartbeats to this log from now on; None ends this."""
+        """Write events, heartbeats and the status of this start from now on; None ends this."""
         self._events = events
+        self._status = StatusWriter(self._folder, events.start) if events is not None else None
+        self._stepping = False
+        self.report_status("starting")
+
+    def report_status(
+        self, state: WrittenState, *, step: int | None = None, reason: str = ""
+    ) -> None:
+        """Write the state of the run to RUN/status.json; at most every 10 s where nothing has changed."""
+        if self._status is not None:
+            self._status.update(state, step=step, reason=reason)
 
     def go(self, this_round: Round) -> None:
         """Begin a round on all nodes."""
@@ -136,11 +151,26 @@ class Coordinator:
             with contextlib.suppress(OSError):  # the next one may succeed
                 self._events.beat()
         self._check_requests()
+        self._report_progress(pace)
         if now_s - self._beat_s >= BEAT_S:
             self._beat_s = now_s
             for node in self._nodes.values():
                 node.channel.send("beat")
             self._check_stall(pace)
+
+    def _report_progress(self, pace: StepPace | None) -> None:
+        # Ranks of mpirun share no progress with this process; their rank 0 writes the status itself.
+        if pace is None:
+            return
+        suspect = pace.suspect
+        self._stepping |= suspect.phase in STEPPING
+        steps_done = suspect.step - 1 if suspect.phase in STEPPING else suspect.step
+        if self.stop_requested:
+            self.report_status("saving", step=steps_done, reason=self._stop_reason)
+        elif self._stepping:
+            self.report_status("running", step=steps_done)
+        else:
+            self.report_status("starting")
 
     def died(self, rank: int, code: int, *, others: bool) -> None:
         """Handle the death of a rank of node 0."""
@@ -191,6 +221,7 @@ class Coordinator:
 
     def _forward_stop(self, number: signal.Signals, *, source: int) -> None:
         self.stop_requested = True
+        self._stop_reason = self._stop_reason or f"stop requested by {number.name}"
         for node in self._nodes.values():
             if node.number != source:
                 node.channel.send("stop", number=int(number))
@@ -202,8 +233,10 @@ class Coordinator:
         if self.stop_requested:
             return
         if self._stop_file_exists():
+            self._stop_reason = "stop requested"
             self._output.report(f"{self._folder.stop} exists: saving and stopping")
         elif self._deadline is not None and time.time() >= self._deadline:
+            self._stop_reason = "the time limit of the job is near"
             self._output.report("the time of this job is nearly over: saving and stopping")
         else:
             return

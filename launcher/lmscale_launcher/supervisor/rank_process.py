@@ -15,6 +15,7 @@ from lmscale.base.env import without_torchrun
 from lmscale.base.listener import RENDEZVOUS_FD
 from lmscale.base.proc import death_signal, process_state
 from lmscale.run_folder.rank_progress import PULSE_FD, STACK_FD, new_descriptors
+from lmscale.run_folder.status import SUPERVISED
 from lmscale_launcher.gpus import count_cores
 
 
@@ -54,6 +55,7 @@ class NodeTopology:
             "MASTER_ADDR": address or "127.0.0.1",
             "MASTER_PORT": str(port),
             "LMSCALE_START": start,
+            SUPERVISED: "1",
             "PYTHONUNBUFFERED": "1",
         }
 

@@ -19,6 +19,7 @@ from lmscale.base.proc import adopt_orphans
 from lmscale.run_folder.bad_nodes import BadNode, read_bad_nodes, write_bad_nodes
 from lmscale.run_folder.events import read_events, starts_since_progress
 from lmscale.run_folder.liveness import begin
+from lmscale.run_folder.status import state_after_exit
 from lmscale_launcher.supervisor.context import SupervisorContext, SupervisorJob
 from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.guard import Guard
@@ -143,6 +144,9 @@ class _StartLoop:
                 code = self._run_start(start)
                 if not self._coordinator.stop_requested and self._may_restart(code, bad_nodes):
                     self._write_event("restart", code, describe_exit(code))
+                    self._coordinator.report_status(
+                        "waiting", reason=f"{describe_exit(code)}; restarting"
+                    )
                     if self._wait_before_restart():
                         continue
                     code = code_after_lost_node(code) if self._coordinator.lost else code
@@ -187,6 +191,7 @@ class _StartLoop:
         """Stage the data, unless that is done, and run all ranks once."""
         coordinator = self._coordinator
         if not self._staged:
+            coordinator.report_status("starting", reason="filling data.cache_dir of the nodes")
             code = self._run_round("stage", start)
             if code != ExitCode.DONE and not (coordinator.stop_requested and code > 128):
                 return code
@@ -209,7 +214,7 @@ class _StartLoop:
     def _may_restart(self, code: int, bad_nodes: Collection[BadNode]) -> bool:
         """Whether to restart in place; reports the reason where a user may expect a restart."""
         job = self._job
-        if not (code in (ExitCode.RETRY, ExitCode.BUG) or code > 128) or job.folder.stop.exists():
+        if not _is_retryable(code) or job.folder.stop.exists():
             return False
         if self._coordinator.lost:
             self._output.report(
@@ -274,11 +279,26 @@ class _StartLoop:
         failure = self._nodes.failure
         self._coordinator.leave(code, failure.reason if failure is not None else "")
         self._write_event("exit", code, reason)
+        self._report_end(code, reason)
         return code
+
+    def _report_end(self, code: int, reason: str) -> None:
+        job = self._job
+        if not job.by_hand and _is_retryable(code) and not job.folder.stop.exists():
+            self._coordinator.report_status(
+                "waiting", reason=f"{reason}; the scheduler may start it again"
+            )
+            return
+        state, phrase = state_after_exit(job.folder, code)
+        self._coordinator.report_status(state, reason=phrase if state != "failed" else reason)
 
     def _write_event(self, kind: str, code: int, reason: str) -> None:
         codes = self._coordinator.codes
         self._coordinator.write_event(kind, code=int(code), reason=reason, codes=codes)
+
+
+def _is_retryable(code: int) -> bool:
+    return code in (ExitCode.RETRY, ExitCode.BUG) or code > 128
 
 
 def _listen_for_ranks() -> socket.socket:

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from lmscale.run_folder.paths import RunFolder
+from lmscale.run_folder.status import read_status
 from lmscale_launcher.supervisor.coordinator import Coordinator
 from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.guard import Guard
 from lmscale_launcher.supervisor.output import Output
-from tests.support.stand_ins import ROOT, Start, alive, watched
+from tests.support.stand_ins import ROOT, Start, alive, until, watched
 
 
 @pytest.fixture
@@ -121,3 +122,50 @@ def test_twenty_restarts_leave_no_descriptor_open(start: Start) -> None:
     assert code == 75, said
     counts = [int(text) for text in (start.run / "open").read_text().split()]
     assert len(counts) == 21 and max(counts) <= counts[0] + 1, counts
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "code", "state", "reason"),
+    [
+        ("pass", {}, 0, "stopped", "at train.stop_at"),
+        ("sys.exit(78)", {}, 78, "failed", "config, 78"),
+        ("sys.exit(75)", {"by_hand": False}, 75, "failed", "retry, 75"),  # the budget is used up
+        ("pass", {"by_hand": False, "unhealthy": ["disk: full"]}, 75, "waiting", "retry, 75: the"),
+        ("sys.exit(85)", {"by_hand": False}, 85, "stopped", "saved and stopped on request"),
+    ],
+)
+def test_the_status_file_has_the_end_of_the_run(
+    start: Start, body: str, options: dict[str, Any], code: int, state: str, reason: str
+) -> None:
+    ended, output = start.to_the_end(body, ranks=1, max_restarts=1 if code == 78 else 0, **options)
+    assert ended == code, output
+    record = read_status(RunFolder(start.run))
+    assert record is not None
+    assert (record.start, record.state) == ("s", state)
+    assert record.reason.startswith(reason)
+
+
+def test_the_status_file_follows_the_ranks(start: Start) -> None:
+    body = f"""
+    sys.path.insert(0, {str(ROOT)!r})
+    from lmscale.run_folder.rank_progress import RankProgress
+    assert os.environ["LMSCALE_SUPERVISED"] == "1"
+    progress = RankProgress.inherited(os.environ)
+    for step in (1, 2, 3):
+        progress.tick("data", step), progress.tick("step")
+    mark("stepped", 1)
+    wait()
+    """
+    process = start.launch(body, ranks=1)
+    start.wait_for("stepped", 1)
+    folder = RunFolder(start.run)
+
+    def state() -> tuple[str, int | None]:
+        record = read_status(folder)
+        return (record.state, record.step) if record is not None else ("", None)
+
+    until(lambda: state() == ("running", 2), "the state running")
+    folder.stop.write_text("")
+    until(lambda: state()[0] in ("saving", "failed"), "the state saving")
+    process.communicate(timeout=20)
+    assert state()[0] == "failed"

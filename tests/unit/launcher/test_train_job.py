@@ -70,7 +70,9 @@ def test_a_template_tells_the_rest(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert job.stall_limits.fixed_s == 90
     assert job.stage is not None and "stage" in job.stage and "run.yaml" in job.stage
     monkeypatch.setenv("LMSCALE_DEADLINE", "soon")
-    monkeypatch.setattr("lmscale_launcher.supervisor.supervisor.report_startup_error", lambda job, error: error)
+    monkeypatch.setattr(
+        "lmscale_launcher.supervisor.supervisor.report_startup_error", lambda job, error: error
+    )
     assert "LMSCALE_DEADLINE" in str(train_module.train("run.yaml", ["cluster.nodes=2"], 2))
 
 
