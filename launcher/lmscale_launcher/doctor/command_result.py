@@ -1,4 +1,4 @@
-"""Ask another program, and never wait longer for it than agreed, whatever state it hangs in."""
+"""Run another program and never wait longer for it than its timeout, even when it hangs in the kernel."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """What a program said. Only of an `ended` one the other fields mean anything."""
+    """The result of a program. The other fields are valid only where the state is `ended`."""
 
     state: Literal["ended", "missing", "hung"]
     code: int = 0
@@ -22,13 +22,13 @@ class CommandResult:
     seconds: float = 0.0
 
     @property
-    def good(self) -> bool:
-        """Whether it ran and was content."""
+    def succeeded(self) -> bool:
+        """Whether it ended with exit code 0."""
         return self.state == "ended" and self.code == 0
 
     @property
-    def words(self) -> str:
-        """How it failed, in one line: its last words, or its code."""
+    def failure(self) -> str:
+        """How it failed, in one line: the last line of its output, or its exit code."""
         if self.state == "missing":
             return "not found"
         if self.state == "hung":
@@ -39,11 +39,12 @@ class CommandResult:
         return f"{lines[-1]} ({ending})" if lines else ending
 
 
-class Question:
-    """A program that runs while its asker does other things.
+class RunningCommand:
+    """A program that runs while its caller does other things.
 
-    subprocess.run with a timeout is no help against a driver or a file server that hangs: it kills, and
-    then waits for a process in uninterruptible sleep, for ever. Such a process is left behind here.
+    subprocess.run with a timeout does not help against a driver or a file server that hangs: it kills the
+    process and then waits forever, because a process in uninterruptible sleep does not end. Such a process
+    is left behind here.
     """
 
     def __init__(
@@ -69,8 +70,8 @@ class Question:
         except OSError:  # no interpreter for its first line, a wrong architecture
             return
 
-    def answer(self) -> CommandResult:
-        """Wait for what is left of the timeout."""
+    def result(self) -> CommandResult:
+        """Wait for the rest of the timeout."""
         process = self._process
         if process is None:
             return CommandResult("missing")
@@ -88,19 +89,21 @@ def run_command(
     argv: Sequence[str], *, timeout_s: float, env: Mapping[str, str] | None = None
 ) -> CommandResult:
     """Run a program to its end, or to the end of the timeout."""
-    return Question(argv, timeout_s=timeout_s, env=env).answer()
+    return RunningCommand(argv, timeout_s=timeout_s, env=env).result()
 
 
 def _abandon(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: its children too
+        os.killpg(
+            process.pid, signal.SIGKILL
+        )  # it has a session of its own: this kills its children, too
     for pipe in (process.stdout, process.stderr):
         if pipe is not None:
             pipe.close()
     try:
         process.wait(timeout=0.5)
     except subprocess.TimeoutExpired:
-        process.returncode = -signal.SIGKILL  # as good as dead: Popen must not complain of it later
+        process.returncode = -signal.SIGKILL  # treated as dead: Popen must not warn about it later
 
 
 def _text(raw: bytes) -> str:

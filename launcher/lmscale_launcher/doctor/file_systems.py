@@ -1,4 +1,4 @@
-"""Folders that a run writes to: what they are, and whether they behave as checkpoints need."""
+"""Checks of folders that a run writes to: file system, writing, locks, space, speed and clock."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.base.units import show_bytes, show_seconds
-from lmscale_launcher.doctor.command_result import CommandResult, Question
+from lmscale_launcher.doctor.command_result import CommandResult, RunningCommand
 from lmscale_launcher.doctor.findings import Finding, fail, ok, warn
 
 ANSWER_S = 20.0  # a loaded file server takes seconds; longer means that it hangs
@@ -38,24 +38,26 @@ class Mount:
 def mount_of(path: Path, *, mounts: Path = _MOUNTS) -> Mount:
     """The innermost mount above a path."""
     real = Path(os.path.realpath(path))
-    best, found = -1, Mount("unknown", frozenset())
+    best, mount = -1, Mount("unknown", frozenset())
     try:
         lines = mounts.read_text(errors="replace").splitlines()
     except OSError:
-        return found
+        return mount
     for line in lines:
         left, _, right = line.partition(" - ")
-        place, options = left.split()[4:6]
-        point = Path(place.encode().decode("unicode_escape"))  # a blank stands there as \040
+        target, options = left.split()[4:6]
+        point = Path(target.encode().decode("unicode_escape"))  # a blank is written as \040
         if real.is_relative_to(point) and len(point.parts) >= best:
             kind, _, more = right.split(maxsplit=2)
             best = len(point.parts)
-            found = Mount(kind, frozenset(options.split(",")) | frozenset(more.split(",")))
-    return found
+            mount = Mount(kind, frozenset(options.split(",")) | frozenset(more.split(",")))
+    return mount
 
 
-def start_touch(folder: Path, *, size: int = 4096, timeout_s: float | None = None) -> Question:
-    """Write to a folder as training would, in a process of its own."""
+def start_touch(
+    folder: Path, *, size: int = 4096, timeout_s: float | None = None
+) -> RunningCommand:
+    """Write to a folder as training does, in a process of its own."""
     argv = [
         sys.executable,
         "-P",
@@ -64,20 +66,20 @@ def start_touch(folder: Path, *, size: int = 4096, timeout_s: float | None = Non
         str(folder),
         str(size),
     ]
-    return Question(argv, timeout_s=ANSWER_S if timeout_s is None else timeout_s)
+    return RunningCommand(argv, timeout_s=ANSWER_S if timeout_s is None else timeout_s)
 
 
 def facts_of(answer: CommandResult) -> dict[str, Any]:
-    """What the program `touch` found; empty where it did not end as it should."""
+    """The result of storage_probe; empty where the program failed."""
     try:
-        facts = json.loads(answer.out) if answer.good else {}
+        facts = json.loads(answer.out) if answer.succeeded else {}
     except ValueError:
         return {}
     return facts if isinstance(facts, dict) else {}
 
 
 def writable(what: str, folder: Path, answer: CommandResult) -> Finding:
-    """Whether a file could be made there, and made to last."""
+    """Whether a file can be created and made durable in the folder."""
     facts = facts_of(answer)
     failed = facts.get("failed")
     if failed:
@@ -85,18 +87,20 @@ def writable(what: str, folder: Path, answer: CommandResult) -> Finding:
             what, f"{folder}: {failed['doing']}: {failed['words']}", _remedy(failed["errno"])
         )
     if answer.state == "hung":
-        hint = "the file server hangs or is out of reach: ask its keeper, and try `ls` there"
-        return fail(what, f"{folder}: a write had {answer.words}", hint)
+        hint = (
+            "the file server hangs or cannot be reached: ask its administrator, and try `ls` there"
+        )
+        return fail(what, f"{folder}: a write got {answer.failure}", hint)
     if not facts:
-        return fail(what, f"{folder}: {answer.words}", "see whether it can be written by hand")
+        return fail(what, f"{folder}: {answer.failure}", "check whether it can be written by hand")
     if not facts["exclusive"]:
-        hint = "put run folders on a POSIX file system: attempts could not fence each other here"
+        hint = "put run folders on a POSIX file system: attempts need exclusive creation of files"
         return fail(what, f"{folder}: a file was created exclusively twice", hint)
     return ok(what, f"{folder}: a file was written, synced, renamed and removed")
 
 
 def is_missing(answer: CommandResult) -> bool:
-    """Whether there is no such folder."""
+    """Whether the folder does not exist."""
     failed = facts_of(answer).get("failed") or {}
     return failed.get("errno") in {errno.ENOENT, errno.ENOTDIR}
 
@@ -105,18 +109,18 @@ def _remedy(code: int) -> str:
     if code in {errno.ENOSPC, errno.EDQUOT}:
         return "free some space (or files: `df -i`, `quota -s`), or use another folder"
     if code == errno.EROFS:
-        return "mounted read-only, often after an error of the disk: see `dmesg` and mount it anew"
+        return "mounted read-only, often after an error of the disk: see `dmesg` and mount it again"
     if code in {errno.ENOENT, errno.ENOTDIR}:
         return "mount the shared file system on this host, under the same path as elsewhere"
     if code in {errno.EACCES, errno.EPERM}:
-        return "see its permissions (`ls -ld`), or use another folder"
+        return "check its permissions (`ls -ld`), or use another folder"
     if code == errno.ESTALE:
-        return "mount it anew: the file server has lost this client"
+        return "mount it again: the file server has lost this client"
     return "check the storage"
 
 
 def free_space(what: str, folder: Path, *, warn_below: int, fail_below: int = 0) -> Finding:
-    """Room for checkpoints or scratch files. Call it only where a write has been answered."""
+    """Free space for checkpoints or scratch files. Call it only after a write has succeeded."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError as error:
@@ -126,13 +130,15 @@ def free_space(what: str, folder: Path, *, warn_below: int, fail_below: int = 0)
         return fail(what, fact, "free some space, or use another folder")
     if usage.free < warn_below:
         return warn(
-            what, fact, "free some space: a checkpoint takes 12 bytes a parameter, times keep"
+            what,
+            fact,
+            "free some space: a checkpoint takes 12 bytes per parameter, times checkpoint.keep",
         )
     return ok(what, fact)
 
 
 def clock_offset(what: str, answer: CommandResult, *, where: str) -> Finding | None:
-    """This host's clock against the stamps of a file system; None where no file was written."""
+    """The difference between this host's clock and file time stamps; None where no file was written."""
     facts = facts_of(answer)
     if "offset_s" not in facts:
         return None
@@ -140,34 +146,32 @@ def clock_offset(what: str, answer: CommandResult, *, where: str) -> Finding | N
     side = "ahead of" if offset > 0 else "behind"
     hint = (
         "set this host's clock (chrony or ntpd): heartbeats older than 60 s count as dead, "
-        "and their age is told by it"
+        "and their age is measured by it"
     )
-    fact = f"{abs(offset):.1f} s {side} the file stamps of {where}"
+    fact = f"{abs(offset):.1f} s {side} the file time stamps of {where}"
     if abs(offset) > SKEW_FAIL_S:
         return fail(what, fact, hint)
     if abs(offset) > SKEW_WARN_S:
         return warn(what, fact, hint)
-    return ok(what, f"agrees with the file stamps of {where}")
+    return ok(what, f"agrees with the file time stamps of {where}")
 
 
 def rate(what: str, folder: Path, answer: CommandResult, *, size: int) -> Finding | None:
-    """How quickly a checkpoint gets there; None where no file was written."""
+    """The speed of writing a checkpoint there; None where no file was written."""
     facts = facts_of(answer)
     if not facts.get("seconds") or facts.get("failed"):
         return None
     per_s = size / facts["seconds"]
-    wait = show_seconds(_LLAMA_1B_BYTES / per_s)
-    fact = f"{folder}: {show_bytes(per_s)}/s for {show_bytes(size)} of one process, fsync included"
+    duration = show_seconds(_LLAMA_1B_BYTES / per_s)
+    fact = f"{folder}: {show_bytes(per_s)}/s for {show_bytes(size)} by one process, fsync included"
     if per_s < _SLOW_BYTES_PER_S:
-        hint = (
-            f"a checkpoint of llama-1b would take {wait}: save less often, or use a faster folder"
-        )
+        hint = f"a checkpoint of llama-1b would take {duration}: save less often, or use a faster folder"
         return warn(what, fact, hint)
-    return ok(what, fact, f"a checkpoint of llama-1b: {wait}")
+    return ok(what, fact, f"a checkpoint of llama-1b: {duration}")
 
 
 def locks(what: str, folder: Path, answer: CommandResult, mount: Mount) -> Finding | None:
-    """Whether flock keeps two starts of a run apart; None where no file was written."""
+    """Whether flock excludes a second start of a run; None where no file was written."""
     facts = facts_of(answer)
     if "flock" not in facts:
         return None
@@ -177,23 +181,23 @@ def locks(what: str, folder: Path, answer: CommandResult, mount: Mount) -> Findi
         return fail(what, f"{folder}: flock: {facts['flock']}", hint)
     if local:
         hint = "start a run by hand from one host only, or mount it without this option"
-        fact = f"{folder}: flock holds on one host only ({', '.join(sorted(local))})"
+        fact = f"{folder}: flock works within one host only ({', '.join(sorted(local))})"
         return warn(what, fact, hint)
-    return ok(what, f"{folder}: flock keeps a second start out")
+    return ok(what, f"{folder}: flock excludes a second start")
 
 
 def kind(what: str, folder: Path, mount: Mount, *, several_nodes: bool) -> Finding:
-    """What lies under a run folder, and what that means."""
+    """The file system of a run folder, and its consequences."""
     fact = f"{folder}: {mount.kind}"
     if mount.kind.startswith("fuse") and any(name in mount.kind for name in _OBJECTS):
-        hint = "put run folders elsewhere: a bucket renames by copying, so a save is not whole or absent"
+        hint = "put run folders elsewhere: a bucket renames by copying, so a checkpoint can be partly visible"
         return warn(what, fact, hint)
     if mount.kind in {"tmpfs", "ramfs"}:
         return warn(
-            what, f"{fact}, in memory", "put run folders on a disk: this one is lost at a reboot"
+            what, f"{fact}, in memory", "put run folders on a disk: its content is lost at a reboot"
         )
     if several_nodes and not mount.shared:
-        hint = "run folders of several nodes must lie on a shared file system, under the same path"
+        hint = "run folders of several nodes must be on a shared file system, under the same path"
         return warn(what, f"{fact}, local to this host", hint)
     if mount.kind == "overlay":
         return warn(what, f"{fact}, lost with the container", "mount a folder of the host for runs")

@@ -1,7 +1,4 @@
-"""One thing looked at: what it is, how it is, what to do about it.
-
-`lmscale doctor`: everything looked at, as one table.
-"""
+"""The result of one check: its name, the fact, and what to do about it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,32 +9,32 @@ Level = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """A line of the table. A warning lets training start; a failure would end it."""
+    """One line of the table of `lmscale doctor`. Training can start with warnings, but not with a failure."""
 
     level: Level
     what: str  # short, e.g. "free space"
     fact: str  # with the values
-    hint: str = ""  # the next action; beside an ok: worth knowing
+    hint: str = ""  # the next action; with ok: additional information
 
     def __str__(self) -> str:
         return f"{self.what}: {self.fact}" + (f"; {self.hint}" if self.hint else "")
 
 
 def ok(what: str, fact: str, hint: str = "") -> Finding:
-    """All is well."""
+    """The check passed."""
     return Finding("ok", what, fact, hint)
 
 
 def warn(what: str, fact: str, hint: str) -> Finding:
-    """Worth a change, but training can start."""
+    """Something should be changed, but training can start."""
     return Finding("warn", what, fact, hint)
 
 
 def fail(what: str, fact: str, hint: str) -> Finding:
-    """Training would not start, or would end."""
+    """Training would not start, or would fail."""
     return Finding("fail", what, fact, hint)
 
 
 def failures(findings: Iterable[Finding]) -> list[Finding]:
-    """Those that forbid a start."""
-    return [one for one in findings if one.level == "fail"]
+    """The findings that forbid a start."""
+    return [finding for finding in findings if finding.level == "fail"]

@@ -1,4 +1,4 @@
-"""What must hold on a node before its ranks start: at most a second, no torch."""
+"""The check of a node before its ranks start. It takes at most a second and does not use torch."""
 
 import os
 from collections.abc import Mapping
@@ -12,67 +12,69 @@ from lmscale_launcher.doctor import host
 from lmscale_launcher.doctor.command_result import CommandResult
 from lmscale_launcher.doctor.findings import Finding, warn
 
-_ROOM_FOR_RUN = 2 << 30
-_ROOM_FOR_SCRATCH, _NO_SCRATCH = 1 << 30, 16 << 20
+_MIN_RUN_BYTES = 2 << 30
+_MIN_SCRATCH_BYTES, _NO_SCRATCH_BYTES = 1 << 30, 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class NodeCheck:
-    """One node, looked at."""
+    """The result of checking one node."""
 
     findings: list[Finding]
-    num_gpus: int  # that its driver lists, to be compared with its siblings'
+    num_gpus: int  # GPUs that the driver lists, to be compared with other nodes
 
 
 def check_node(folder: RunFolder | Path, *, ranks: int) -> list[Finding]:
-    """Look at this node with the eyes of a run that is about to start `ranks` ranks here.
+    """Check this node for a run that is about to start `ranks` ranks here.
 
-    A failure says that this node, not the run file, is at fault: the run should go on without it.
+    A failure means that this node is the cause, not the run file: the run should resume without it.
     """
     path = folder.path if isinstance(folder, RunFolder) else folder
-    return look_at_node(path, ranks=ranks).findings
+    return inspect_node(path, ranks=ranks).findings
 
 
-def look_at_node(run: Path, *, ranks: int) -> NodeCheck:
-    """The same, with what its siblings are compared by."""
+def inspect_node(run: Path, *, ranks: int) -> NodeCheck:
+    """Check this node; the result also has the number of its GPUs."""
     env = os.environ
     scratch = _scratch(env)
-    asked_run = storage.start_touch(run)
-    asked_scratch = storage.start_touch(scratch)
-    asked_gpus, asked_name = nvidia.start_query(), host.start_name_lookup()
-    driver = nvidia.read(asked_gpus.answer())
+    run_write = storage.start_touch(run)
+    scratch_write = storage.start_touch(scratch)
+    gpu_query, name_lookup = nvidia.start_query(), host.start_name_lookup()
+    driver = nvidia.read(gpu_query.result())
     several = env.get("LMSCALE_NODES", "1") != "1"
-    in_run = asked_run.answer()
-    found = [
-        storage.writable("run folder", run, in_run),
-        storage.clock_offset("clock", in_run, where=str(run)),
+    run_result = run_write.result()
+    findings = [
+        storage.writable("run folder", run, run_result),
+        storage.clock_offset("clock", run_result, where=str(run)),
         *nvidia.check(driver, env, ranks=ranks),
-        host.shared_memory(ranks, gpus=driver.count > 0 and nvidia.allotted(env) != 0),
+        host.shared_memory(ranks, gpus=driver.count > 0 and nvidia.assigned(env) != 0),
         host.cores(ranks),
         host.open_files(),
         host.locked_memory(),
-        host.host_name(asked_name.answer(), env, several=several),
+        host.host_name(name_lookup.result(), env, several=several),
     ]
-    if found[0] is not None and found[0].level == "ok":
-        found.append(storage.free_space("free space", run, warn_below=_ROOM_FOR_RUN))
-    found.append(_scratch_room(scratch, asked_scratch.answer()))
-    return NodeCheck([one for one in found if one is not None], driver.count)
+    if findings[0] is not None and findings[0].level == "ok":
+        findings.append(storage.free_space("free space", run, warn_below=_MIN_RUN_BYTES))
+    findings.append(_scratch_space(scratch, scratch_write.result()))
+    return NodeCheck([finding for finding in findings if finding is not None], driver.count)
 
 
 def _scratch(env: Mapping[str, str]) -> Path:
-    # tempfile would pass over a TMPDIR that cannot be written without a word, and hang with one that hangs.
+    # tempfile ignores a TMPDIR that cannot be written, and hangs with one that hangs.
     return Path(env.get("TMPDIR") or "/tmp")
 
 
-def _scratch_room(scratch: Path, answer: CommandResult) -> Finding:
+def _scratch_space(scratch: Path, answer: CommandResult) -> Finding:
     written = storage.writable("scratch", scratch, answer)
     if storage.is_missing(answer):
-        # Login nodes export theirs to every node; programs then fall back to /tmp.
+        # sbatch exports the TMPDIR of the login node to every node; programs then fall back to /tmp.
         return warn(
-            "scratch", f"TMPDIR={scratch} does not exist here", "unset it, or make the folder"
+            "scratch",
+            f"TMPDIR={scratch} does not exist on this node",
+            "unset it, or create the folder",
         )
     if written.level != "ok":
         return written
     return storage.free_space(
-        "scratch", scratch, warn_below=_ROOM_FOR_SCRATCH, fail_below=_NO_SCRATCH
+        "scratch", scratch, warn_below=_MIN_SCRATCH_BYTES, fail_below=_NO_SCRATCH_BYTES
     )

@@ -1,4 +1,4 @@
-"""What torch, gloo, deepspeed and MPI say of themselves, each asked in a process of its own."""
+"""Checks of torch, gloo, deepspeed and MPI, each in a process of its own (`lmscale probe PART`)."""
 
 import json
 import os
@@ -14,60 +14,60 @@ from lmscale.base.listener import RENDEZVOUS_FD, listen
 from lmscale.base.units import show_bytes
 from lmscale_launcher.command_line import lmscale_command
 from lmscale_launcher.doctor import gpu as nvidia
-from lmscale_launcher.doctor.command_result import CommandResult, Question, run_command
+from lmscale_launcher.doctor.command_result import CommandResult, RunningCommand, run_command
 from lmscale_launcher.doctor.findings import Finding, fail, ok, warn
 from lmscale_launcher.doctor.host import interface_problem
 
 ANSWER_S = 120.0  # importing torch from a cold file server takes a minute
 _OLDEST_TORCH = (2, 11)
-_REINSTALL = "see the whole error with"
+_SHOW_ERROR = "see the whole error with"
 
 
 class Probes:
-    """Three questions that are answered while the caller looks at other things."""
+    """Probes that run while the caller makes other checks."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
-        # Threads of four processes at once would only wait for each other.
+        # The threads of four processes at once would only wait for each other.
         self._env = {**scrubbed(env), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self._torch, self._deepspeed = self._start("torch"), self._start("deepspeed")
         with listen() as listener:
             self._gloo = [self._gloo_rank(rank, listener) for rank in (0, 1)]
 
     def torch(self) -> tuple[list[Finding], dict[str, Any]]:
-        """Version, CUDA, NCCL, bf16; and the raw facts for those that compare."""
-        facts, problem = _read(self._torch.answer(), "torch")
+        """Version, CUDA, NCCL and bf16; and the raw result of the probe for other checks."""
+        facts, problem = _read(self._torch.result(), "torch")
         if facts is None:
-            hint = f"{_REINSTALL}: {sys.executable} -c 'import torch'"
+            hint = f"{_SHOW_ERROR}: {sys.executable} -c 'import torch'"
             return [fail("torch", problem, hint)], {}
         return [*_version(facts), *_cuda(facts)], facts
 
     def gloo(self) -> list[Finding]:
-        """Whether two processes of this host meet under its name, and at which address."""
-        wanted = self._env.get("GLOO_SOCKET_IFNAME", "")
-        problem = interface_problem(wanted) if wanted else ""
-        answers = [question.answer() for question in self._gloo]
+        """Whether two processes of this host connect under its name, and at which address."""
+        interface = self._env.get("GLOO_SOCKET_IFNAME", "")
+        problem = interface_problem(interface) if interface else ""
+        answers = [command.result() for command in self._gloo]
         if problem:
             return [
                 fail("gloo", f"GLOO_SOCKET_IFNAME: {problem}", "set one interface, see `ip -br a`")
             ]
         facts, _ = _read(answers[0], "gloo")
         if facts is None or answers[1].code != 0:
-            words = no_meeting(answers[0] if facts is None else answers[1])
+            reason = connection_problem(answers[0] if facts is None else answers[1])
             name = socket.gethostname()
-            hint = f"see that {name} means an address of this host (`getent hosts {name}`), and its firewall"
-            return [fail("gloo", f"two processes do not meet at {name}: {words}", hint)]
-        at = ", ".join(facts["listens_on"]) or "an unknown address"
+            hint = f"check that {name} is an address of this host (`getent hosts {name}`), and its firewall"
+            return [fail("gloo", f"two processes cannot connect at {name}: {reason}", hint)]
+        addresses = ", ".join(facts["listens_on"]) or "an unknown address"
         if all(address.startswith(("127.", "::1")) for address in facts["listens_on"]):
-            hint = "several nodes would not meet: see the line of the host name"
-            return [ok("gloo", f"two processes met, at {at}: this host only", hint)]
-        return [ok("gloo", f"two processes met, at {at}")]
+            hint = "several nodes could not connect: see the line of the host name"
+            return [ok("gloo", f"two processes connected, at {addresses}: this host only", hint)]
+        return [ok("gloo", f"two processes connected, at {addresses}")]
 
     def deepspeed(self) -> list[Finding]:
         """Whether it can be imported, and which of its extensions could be built."""
-        facts, problem = _read(self._deepspeed.answer(), "deepspeed")
+        facts, problem = _read(self._deepspeed.result(), "deepspeed")
         if facts is None:
-            hint = "engine.kind fsdp and ddp do without; "
-            hint += f"{_REINSTALL}: {sys.executable} -c 'import deepspeed'"
+            hint = "engine.kind fsdp and ddp do not need it; "
+            hint += f"{_SHOW_ERROR}: {sys.executable} -c 'import deepspeed'"
             return [warn("deepspeed", problem, hint)]
         found = [ok("deepspeed", f"{facts['version']}, imports")]
         can = [*facts["built"], *facts["buildable"]]
@@ -81,17 +81,17 @@ class Probes:
             )
             found.append(ok("extensions", f"none can be built: no {', '.join(missing)}", hint))
         else:
-            hint = "" if can else "engine.kind=deepspeed works without"
+            hint = "" if can else "engine.kind=deepspeed works without extensions"
             found.append(ok("extensions", f"{listed}; not: {_names(facts['not'])}", hint))
         return found
 
-    def _start(self, part: str, *, inherits: int | None = None, **more: str) -> Question:
+    def _start(self, part: str, *, inherits: int | None = None, **more: str) -> RunningCommand:
         env = {**self._env, **more}
-        return Question(
+        return RunningCommand(
             lmscale_command("probe", part), timeout_s=ANSWER_S, env=env, inherits=inherits
         )
 
-    def _gloo_rank(self, rank: int, listener: socket.socket) -> Question:
+    def _gloo_rank(self, rank: int, listener: socket.socket) -> RunningCommand:
         return self._start(
             "gloo",
             inherits=listener.fileno() if rank == 0 else None,
@@ -103,14 +103,14 @@ class Probes:
         )
 
 
-def no_meeting(answer: CommandResult) -> str:
-    """Why ranks did not meet, without the advice of a training run."""
-    return answer.words.partition(". The cause is in")[0]
+def connection_problem(answer: CommandResult) -> str:
+    """Why ranks could not connect, without the advice for a training run."""
+    return answer.failure.partition(". The cause is in")[0]
 
 
 def gpus(driver: nvidia.Driver, facts: Mapping[str, Any], env: Mapping[str, str]) -> list[Finding]:
-    """Whether torch sees what the driver lists."""
-    if not facts or driver.count == 0 or nvidia.allotted(env) == 0:
+    """Whether torch finds the GPUs that the driver lists."""
+    if not facts or driver.count == 0 or nvidia.assigned(env) == 0:
         return []
     devices = facts.get("devices", [])
     if not devices:
@@ -121,16 +121,16 @@ def gpus(driver: nvidia.Driver, facts: Mapping[str, Any], env: Mapping[str, str]
         hint = f"install torch for an older CUDA, or a newer driver than {version}"
         return [fail("torch and GPUs", f"torch for CUDA {facts['cuda']} finds no GPU", hint)]
     found = [_device(index, device) for index, device in enumerate(devices)]
-    expected = nvidia.allotted(env) or driver.count
+    expected = nvidia.assigned(env) or driver.count
     if len(devices) != expected:
-        hint = "see CUDA_VISIBLE_DEVICES, and `nvidia-smi` for one that has failed"
-        fact = f"torch sees {len(devices)}, {expected} are expected"
+        hint = "see CUDA_VISIBLE_DEVICES, and `nvidia-smi` for a GPU that has failed"
+        fact = f"torch finds {len(devices)} GPUs, {expected} are expected"
         found.append(fail("torch and GPUs", fact, hint))
     return found
 
 
-def mpi(env: Mapping[str, str], *, wanted: bool) -> list[Finding]:
-    """Whether mpirun and mpi4py belong together: two ranks must see each other."""
+def mpi(env: Mapping[str, str], *, required: bool) -> list[Finding]:
+    """Whether mpirun and mpi4py use the same MPI: two ranks must find each other."""
     beside = Path(sys.executable).with_name("mpirun")
     program = shutil.which("mpirun", path=env.get("PATH")) or (
         str(beside) if beside.exists() else ""
@@ -138,8 +138,8 @@ def mpi(env: Mapping[str, str], *, wanted: bool) -> list[Finding]:
     alone, problem = _read(
         run_command(lmscale_command("probe", "mpi"), timeout_s=30, env=scrubbed(env)), "mpi4py"
     )
-    unless = "" if wanted else "only needed for mpirun; "
-    level = fail if wanted else ok
+    unless = "" if required else "only needed for mpirun; "
+    level = fail if required else ok
     if alone is None:
         return [level("mpi4py", problem, f"{unless}pip install mpi4py, beside an MPI library")]
     library = f"{alone['vendor']} {alone['version']}"
@@ -147,20 +147,20 @@ def mpi(env: Mapping[str, str], *, wanted: bool) -> list[Finding]:
     if not program:
         hint = f"{unless}put the mpirun of {library} on PATH"
         return [*found, level("mpirun", "not on PATH", hint)]
-    said = run_command([program, "--version"], timeout_s=10, env=scrubbed(env))
-    brand = _brand(said.out)
+    version = run_command([program, "--version"], timeout_s=10, env=scrubbed(env))
+    brand = _brand(version.out)
     if brand and brand != alone["vendor"]:
-        hint = "use the mpirun of mpi4py's library: under another each rank would be alone"
+        hint = "use the mpirun of mpi4py's library: with another one each rank would be alone"
         fact = f"{program} is {brand}'s, mpi4py was built for {library}"
-        return [*found, (fail if wanted else warn)("mpirun", fact, hint)]
-    return [*found, _two_ranks(program, brand, env, wanted=wanted)]
+        return [*found, (fail if required else warn)("mpirun", fact, hint)]
+    return [*found, _two_ranks(program, brand, env, required=required)]
 
 
-def _two_ranks(program: str, brand: str, env: Mapping[str, str], *, wanted: bool) -> Finding:
+def _two_ranks(program: str, brand: str, env: Mapping[str, str], *, required: bool) -> Finding:
     clean = scrubbed(env)
     options: list[str] = []
     if brand == "Open MPI":
-        options = ["--map-by", ":OVERSUBSCRIBE"]  # this host may have one core
+        options = ["--map-by", ":OVERSUBSCRIBE"]  # this host may have only one core
         if os.getuid() == 0:
             clean |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     answer = run_command(
@@ -169,20 +169,22 @@ def _two_ranks(program: str, brand: str, env: Mapping[str, str], *, wanted: bool
         env=clean,
     )
     sizes = [json.loads(line)["size"] for line in answer.out.splitlines() if line.startswith("{")]
-    if answer.good and sizes == [2, 2]:
-        return ok("mpirun", f"{program}: two ranks met")
-    bad = fail if wanted else warn
-    if answer.good:
-        hint = "mix no MPI libraries: build mpi4py with the mpirun on PATH, or take its own"
-        return bad("mpirun", f"{program}: two ranks, and each believes to be alone", hint)
-    return bad("mpirun", f"{program} -n 2: {answer.words}", "try it by hand, with the same words")
+    if answer.succeeded and sizes == [2, 2]:
+        return ok("mpirun", f"{program}: two ranks found each other")
+    bad = fail if required else warn
+    if answer.succeeded:
+        hint = (
+            "do not mix MPI libraries: build mpi4py with the mpirun on PATH, or use its own mpirun"
+        )
+        return bad("mpirun", f"{program}: two ranks start, but each is alone", hint)
+    return bad("mpirun", f"{program} -n 2: {answer.failure}", "try the same command by hand")
 
 
-def _brand(said: str) -> str:
-    """Whose mpirun it is, in the words of MPI.get_vendor."""
+def _brand(version: str) -> str:
+    """The vendor of an mpirun, with the names of MPI.get_vendor."""
     brands = (("Open MPI", "Open MPI"), ("OpenRTE", "Open MPI"), ("Intel", "Intel MPI"))
     for word, brand in (*brands, ("HYDRA", "MPICH"), ("MPICH", "MPICH")):
-        if word in said:
+        if word in version:
             return brand
     return ""
 
@@ -211,21 +213,21 @@ def _device(index: int, device: Mapping[str, Any]) -> Finding:
     what = f"cuda:{index}"
     if "error" in device or not device["works"]:
         hint = "see `nvidia-smi`; a wheel of torch may lack this GPU's architecture"
-        return fail(what, str(device.get("error", f"{device['name']} multiplies wrongly")), hint)
+        return fail(what, str(device.get("error", f"{device['name']} gives a wrong product")), hint)
     fact = f"{device['name']}, {show_bytes(device['memory'])}"
     if not device["bf16"]:
-        return warn(what, f"{fact}, no bf16", "set engine.precision=fp32: it emulates bf16, slowly")
+        return warn(what, f"{fact}, no bf16", "set engine.precision=fp32: bf16 is emulated, slowly")
     return ok(what, f"{fact}, bf16")
 
 
 def _read(answer: CommandResult, what: str) -> tuple[dict[str, Any] | None, str]:
     lines = answer.out.strip().splitlines()
-    if answer.good and lines:
+    if answer.succeeded and lines:
         facts: dict[str, Any] = json.loads(lines[-1])
         return facts, ""
     if answer.state == "hung":
-        return None, f"{what}: {answer.words}"
-    return None, answer.words
+        return None, f"{what}: {answer.failure}"
+    return None, answer.failure
 
 
 def _names(names: list[str]) -> str:

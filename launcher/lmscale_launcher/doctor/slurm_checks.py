@@ -1,9 +1,4 @@
-"""Ask another program, and never wait longer for it than agreed, whatever state it hangs in.
-
-`doctor --nodes N`: the check of a node, run on N nodes of a Slurm cluster in a job of its own.
-
-Slurm as a user of this host sees it: controller, partitions, accounting, requeue, and a job on trial.
-"""
+"""Checks of Slurm for the user of this host, and the check of N nodes in a job (`doctor --nodes N`)."""
 
 import json
 import os
@@ -28,11 +23,14 @@ from lmscale_launcher.slurm import query as commands
 from lmscale_launcher.slurm.partitions import SlurmPartition
 
 _QUEUE_S = 60  # how long to wait for idle nodes
-_ANSWER_S = 240.0
+_NODES_TIMEOUT_S = 240.0
+ANSWER_S = 15.0  # Slurm's commands give up after 9 to 10 s themselves
+_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+_CRED_EXPIRE_S = 120  # slurm.conf(5), AuthInfo
 
 
 def check_nodes(cluster: ClusterConfig, *, nodes: int, folder: Path) -> list[Finding]:
-    """Start one task a node, and tell what is wrong where. Takes idle nodes for about 10 s."""
+    """Run the check of a node on each of `nodes` idle nodes; takes about 10 s."""
     ranks = cluster.ranks_per_node or cluster.gpus_per_node or 1
     argv = [
         "srun",
@@ -43,13 +41,14 @@ def check_nodes(cluster: ClusterConfig, *, nodes: int, folder: Path) -> list[Fin
         "lmscale_launcher.doctor.node_probe",
     ]
     env = {**scrubbed(os.environ), **cluster.env}
-    answer = run_command([*argv, str(folder), str(ranks)], timeout_s=_ANSWER_S, env=env)
-    seen = [line for line in map(_line, answer.out.splitlines()) if line is not None]
-    found = [one for line in sorted(seen, key=lambda line: str(line["host"])) for one in _of(line)]
-    found += _siblings(seen)
-    if len(seen) < nodes:
-        found.append(_silent(answer, len(seen), nodes))
-    return found
+    answer = run_command([*argv, str(folder), str(ranks)], timeout_s=_NODES_TIMEOUT_S, env=env)
+    lines = [line for line in map(_line, answer.out.splitlines()) if line is not None]
+    lines.sort(key=lambda line: str(line["host"]))
+    findings = [finding for line in lines for finding in _node_findings(line)]
+    findings += _fewer_gpus(lines)
+    if len(lines) < nodes:
+        findings.append(_missing_nodes(answer, len(lines), nodes))
+    return findings
 
 
 def _options(cluster: ClusterConfig, nodes: int) -> list[str]:
@@ -62,8 +61,8 @@ def _options(cluster: ClusterConfig, nodes: int) -> list[str]:
     options = [f"--{name}={value}" for name, value in named.items() if value]
     if cluster.gpus_per_node and site.gpus != "none":
         kind = f"{site.gpu_type}:" if site.gpu_type else ""
-        asked = f"{kind}{cluster.gpus_per_node}"
-        options.append(f"--gres=gpu:{asked}" if site.gpus == "gres" else f"--gpus-per-node={asked}")
+        gpus = f"{kind}{cluster.gpus_per_node}"
+        options.append(f"--gres=gpu:{gpus}" if site.gpus == "gres" else f"--gpus-per-node={gpus}")
     if site.cpus_per_task:
         options.append(f"--cpus-per-task={site.cpus_per_task}")
     return [
@@ -80,54 +79,51 @@ def _line(text: str) -> dict[str, Any] | None:
     return body if isinstance(body, dict) and {"host", "findings"} <= body.keys() else None
 
 
-def _of(line: dict[str, Any]) -> list[Finding]:
-    """What is not well on a node; if all is, that."""
-    found = [Finding(**one) for one in line["findings"]]
+def _node_findings(line: dict[str, Any]) -> list[Finding]:
+    """The problems of a node, or one line if there are none."""
+    findings = [Finding(**finding) for finding in line["findings"]]
     host = line["host"]
-    bad = [Finding(f.level, f"{host}: {f.what}", f.fact, f.hint) for f in found if f.level != "ok"]
-    met = next((f"; gloo: {f.fact}" for f in found if f.what == "gloo"), "")
+    bad = [
+        Finding(f.level, f"{host}: {f.what}", f.fact, f.hint) for f in findings if f.level != "ok"
+    ]
+    gloo = next((f"; gloo: {f.fact}" for f in findings if f.what == "gloo"), "")
     gpus = f"{line['gpus']} GPU(s)" if line["gpus"] else "no GPU"
-    return bad or [ok(host, f"{gpus}, all well{met}")]
+    return bad or [ok(host, f"{gpus}, no problem{gloo}")]
 
 
-def _siblings(seen: list[dict[str, Any]]) -> list[Finding]:
-    most = max((line["gpus"] for line in seen), default=0)
+def _fewer_gpus(lines: list[dict[str, Any]]) -> list[Finding]:
+    maximum = max((line["gpus"] for line in lines), default=0)
     hint = "drain the node, see `dmesg | grep Xid`, restart it"
     return [
-        fail(f"{line['host']}: GPUs", f"{line['gpus']}, while its siblings have {most}", hint)
-        for line in seen
-        if line["gpus"] < most
+        fail(f"{line['host']}: GPUs", f"{line['gpus']} GPUs; other nodes have {maximum}", hint)
+        for line in lines
+        if line["gpus"] < maximum
     ]
 
 
-def _silent(answer: CommandResult, seen: int, nodes: int) -> Finding:
-    fact = f"{seen} of {nodes} have answered: srun: {answer.words}"
-    hint = "ask for fewer nodes (idle: `sinfo -t idle`); is lmscale at the same path on them?"
+def _missing_nodes(answer: CommandResult, answered: int, nodes: int) -> Finding:
+    fact = f"{answered} of {nodes} have answered: srun: {answer.failure}"
+    hint = "request fewer nodes (`sinfo -t idle` lists idle ones), and check that lmscale has the same path on them"
     return fail("nodes", fact, hint)
 
 
-ANSWER_S = 15.0  # Slurm's commands give up after 9 to 10 s themselves
-_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
-_CRED_EXPIRE_S = 120  # slurm.conf(5), AuthInfo
-
-
 def check(env: Mapping[str, str], cluster: ClusterConfig | None) -> list[Finding]:
-    """Everything of Slurm. With `cluster`, of kind slurm, also whether a job of it could ever run."""
+    """All checks of Slurm. With a `cluster` of kind slurm also whether a job of it could run."""
     bad = warn if cluster is None else fail
     missing = [name for name in _COMMANDS if shutil.which(name, path=env.get("PATH")) is None]
     if len(missing) == len(_COMMANDS) and cluster is None:
-        return [ok("slurm", "not on this host (no sbatch on PATH)")]
+        return [ok("slurm", "not available on this host (no sbatch on PATH)")]
     if missing:
         hint = "run this on a login node, `module load slurm`, or install slurm-client"
         return [bad("slurm", f"not on PATH: {', '.join(missing)}", hint)]
-    found = [_passed_over(env)]
+    found = [_ignored_variables(env)]
     try:
         found.append(_inside_job(env))
-        found += _answering(cluster)
+        found += _controller(cluster)
     except LmscaleError as error:
-        fact, hint = _told(error)
+        fact, hint = _fact_and_hint(error)
         found.append(bad("controller", fact, hint))
-    return [one for one in found if one is not None]
+    return [finding for finding in found if finding is not None]
 
 
 def settings(text: str) -> dict[str, str]:
@@ -136,83 +132,100 @@ def settings(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _answering(cluster: ClusterConfig | None) -> list[Finding]:
+def _controller(cluster: ClusterConfig | None) -> list[Finding]:
     begun = time.monotonic()
     config = commands.ask("scontrol", "show", "config", timeout_s=ANSWER_S)
     seconds = time.monotonic() - begun
     if config.code != 0:
-        hint = "`scontrol ping` says whether it is down; jobs that run go on without it"
+        hint = "`scontrol ping` shows whether it is down; running jobs continue without it"
         return [(fail if cluster else warn)("controller", config.words, hint)]
     values = settings(config.out)
     version = values.get("SLURM_VERSION", "?")
     fact = f"{values.get('ClusterName', '?')}, Slurm {version}, answered in {seconds:.1f} s"
     found = [ok("controller", fact)]
-    ours = commands.ask("sbatch", "--version", timeout_s=ANSWER_S).out.strip().rpartition(" ")[2]
-    if ours.split(".")[:2] != version.split(".")[:2]:
-        hint = "use the commands that the site installed; two releases apart work at most"
-        found.append(warn("versions", f"commands {ours}, controller {version}", hint))
+    installed = (
+        commands.ask("sbatch", "--version", timeout_s=ANSWER_S).out.strip().rpartition(" ")[2]
+    )
+    if installed.split(".")[:2] != version.split(".")[:2]:
+        hint = (
+            "use the commands that the site installed; Slurm supports a difference of two releases"
+        )
+        found.append(warn("versions", f"commands {installed}, controller {version}", hint))
     partitions = preflight.look()
-    found += [_partition(one) for one in partitions]
+    found += [_partition(partition) for partition in partitions]
     if not partitions:
-        found.append(warn("partitions", "none is shown to this user", "ask the site's keeper"))
+        found.append(
+            warn(
+                "partitions", "none is visible to this user", "ask the administrator of the cluster"
+            )
+        )
     found += [_accounting(values), _requeue(values, cluster)]
-    return found + (_on_trial(cluster) if cluster is not None else [])
+    return found + (_test_job(cluster) if cluster is not None else [])
 
 
-def _told(error: LmscaleError) -> tuple[str, str]:
-    """Fact and hint of an error of lmscale_launcher.slurm."""
+def _fact_and_hint(error: LmscaleError) -> tuple[str, str]:
+    """The fact and the hint of an error of lmscale_launcher.slurm."""
     if isinstance(error, ConfigError):
         return error.problems[0].fact, error.problems[0].hint
     fact, _, hint = str(error).partition("\n  hint: ")
     return fact, hint or "try again later"
 
 
-def _partition(one: SlurmPartition) -> Finding:
-    usable = sum(node.usable for node in one.nodes)
-    gpus = sorted({node.count_gpus() for node in one.nodes})
-    limit = show_seconds(one.max_time_s) if one.max_time_s is not None else "none"
-    fact = f"{len(one.nodes)} node(s)"
+def _partition(partition: SlurmPartition) -> Finding:
+    usable = sum(node.usable for node in partition.nodes)
+    gpus = sorted({node.count_gpus() for node in partition.nodes})
+    limit = show_seconds(partition.max_time_s) if partition.max_time_s is not None else "none"
+    fact = f"{len(partition.nodes)} node(s)"
     fact += (
-        f", {len(one.nodes) - usable} of them down or drained" if usable < len(one.nodes) else ""
+        f", {len(partition.nodes) - usable} of them down or drained"
+        if usable < len(partition.nodes)
+        else ""
     )
-    fact += f", {one.max_nodes} a job at most" if one.max_nodes is not None else ""
+    fact += f", {partition.max_nodes} per job at most" if partition.max_nodes is not None else ""
     fact += f", time limit {limit}"
-    fact += f", {' or '.join(map(str, gpus))} GPUs a node" if any(gpus) else ", no GPUs"
-    fact += ", the default" if one.default else ""
-    what = f"partition {one.name}"
-    if one.state != "UP":
-        hint = "jobs wait there until its keeper opens it"
-        return warn(what, f"{fact}; its state is {one.state}", hint)
+    fact += f", {' or '.join(map(str, gpus))} GPUs per node" if any(gpus) else ", no GPUs"
+    fact += ", the default" if partition.default else ""
+    what = f"partition {partition.name}"
+    if partition.state != "UP":
+        hint = "jobs wait there until the administrator opens it"
+        return warn(what, f"{fact}; its state is {partition.state}", hint)
     if not usable:
-        return warn(what, fact, "see why: sinfo -R")
+        return warn(what, fact, "`sinfo -R` shows the reason")
     return ok(what, fact)
 
 
 def _accounting(values: Mapping[str, str]) -> Finding:
     if values.get("AccountingStorageType", "").endswith("none"):
         keep = values.get("MinJobAge", "300 sec")
-        return ok("accounting", f"none, and not needed; ended jobs are forgotten after {keep}")
+        return ok(
+            "accounting",
+            f"none, which lmscale does not need; Slurm forgets ended jobs after {keep}",
+        )
     begun = time.monotonic()
     try:
         answer = commands.ask("sacct", "-n", "-X", "-S", "now-1minutes", timeout_s=ANSWER_S)
-        words = "" if answer.code == 0 else answer.words
+        problem = "" if answer.code == 0 else answer.words
     except LmscaleError as error:
-        words = _told(error)[0]
-    if not words:
+        problem = _fact_and_hint(error)[0]
+    if not problem:
         return ok("accounting", f"sacct answered in {time.monotonic() - begun:.1f} s")
-    hint = "lmscale works without; how a job ended is then known only from its run folder"
-    return warn("accounting", f"sacct: {words}", hint)
+    hint = "lmscale works without it; only the run folder shows then how a job ended"
+    return warn("accounting", f"sacct: {problem}", hint)
 
 
 def _requeue(values: Mapping[str, str], cluster: ClusterConfig | None) -> Finding:
     match = re.search(r"cred_expire=(\d+)", values.get("AuthInfo", ""))
     delay = (int(match[1]) if match else _CRED_EXPIRE_S) + 1
     if values.get("JobRequeue") == "0":
-        fact = "off by default (JobRequeue=0); lmscale asks for it with --requeue"
+        fact = "off by default (JobRequeue=0); lmscale requests it with --requeue"
         hint = "if the site refuses that, set cluster.slurm.requeue: false (follow-up jobs)"
         level = warn if cluster is None or cluster.slurm.requeue else ok
         return level("requeue", fact, hint)
-    hint = "a restart by the scheduler waits that long; one in place does not" if delay > 30 else ""
+    hint = (
+        "a restart by the scheduler waits that long; a restart in place does not"
+        if delay > 30
+        else ""
+    )
     return ok("requeue", f"allowed; a requeued job starts after {delay} s at least", hint)
 
 
@@ -222,24 +235,24 @@ def _inside_job(env: Mapping[str, str]) -> Finding | None:
         return None
     answer = commands.ask("squeue", "-h", "-j", job, "-o", "%T", timeout_s=ANSWER_S)
     if answer.code == 0 and answer.out.strip():
-        hint = "`lmscale submit` from here is fine: it drops this job's variables"
+        hint = "`lmscale submit` from here works: it removes the variables of this job"
         return ok("this shell", f"runs inside job {job}", hint)
     hint = "open a new shell, or unset them (a tmux session keeps those of its first job)"
     return warn("this shell", f"has SLURM_* variables of job {job}, which is not running", hint)
 
 
-def _passed_over(env: Mapping[str, str]) -> Finding | None:
+def _ignored_variables(env: Mapping[str, str]) -> Finding | None:
     names = sorted(name for name in env if name.startswith(("SBATCH_", "SRUN_", "SALLOC_")))
     if not names or "SLURM_JOB_ID" in env:
         return None
-    hint = "write what you need into cluster.slurm (partition, account, qos, sbatch: [...])"
+    hint = "set what you need in cluster.slurm (partition, account, qos, sbatch: [...])"
     return warn(
         "this shell", f"sets {', '.join(names)}; lmscale submit does not pass them on", hint
     )
 
 
-def _on_trial(cluster: ClusterConfig) -> list[Finding]:
-    """Let a job of this shape be judged as `submit` would, by us and by sbatch --test-only; nothing is queued."""
+def _test_job(cluster: ClusterConfig) -> list[Finding]:
+    """Check a job of this shape as `submit` does, also by sbatch --test-only; nothing is queued."""
     from lmscale_launcher.slurm.script import render
 
     with tempfile.TemporaryDirectory(prefix="lmscale-doctor-") as folder:
@@ -256,5 +269,8 @@ def _on_trial(cluster: ClusterConfig) -> list[Finding]:
             plan.script.write_text(render(plan))
             preflight.check(plan)
         except ConfigError as error:
-            return [fail(one.path or "a job", one.fact, one.hint) for one in error.problems]
+            return [
+                fail(problem.path or "a job", problem.fact, problem.hint)
+                for problem in error.problems
+            ]
     return [ok("a job", f"sbatch --test-only accepts one of {cluster.nodes} node(s)")]

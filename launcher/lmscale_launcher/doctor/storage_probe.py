@@ -1,7 +1,7 @@
-"""A program: what training does to a folder, once, in small. Prints what came of it as JSON.
+"""A program that does once, on a small file, what training does in a folder, and prints the result as JSON.
 
-A process of its own, because a file server that hangs would take its caller with it. Standard library only:
-it starts in 0.03 s.
+It is a process of its own, because a file server that hangs would block its caller. It uses the standard library
+only, so it starts in 0.03 s.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def touch(folder: Path, size: int) -> dict[str, Any]:
     try:
         with _step(facts, "creating a file"):
             if not folder.is_dir():
-                raise NotADirectoryError(20, "not a folder here")
+                raise NotADirectoryError(20, "not a folder on this host")
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             with _step(facts, "writing"):
@@ -40,16 +40,16 @@ def touch(folder: Path, size: int) -> dict[str, Any]:
             if published.stat().st_size != size:
                 raise OSError(0, "a rename over a file left the old content")
             made.mkdir()
-            os.rename(made, path)  # a checkpoint is a folder that gets its name last
+            os.rename(made, path)  # a checkpoint is a folder that is renamed when it is complete
             directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             os.fsync(directory)
             os.close(directory)
     except _Failed:
         pass
     finally:
-        for left in (path, published, made):
+        for leftover in (path, published, made):
             with contextlib.suppress(OSError):
-                left.rmdir() if left.is_dir() else left.unlink()
+                leftover.rmdir() if leftover.is_dir() else leftover.unlink()
     return facts
 
 
@@ -72,18 +72,18 @@ def _step(facts: dict[str, Any], doing: str) -> Iterator[None]:
 
 def _write(descriptor: int, size: int, facts: dict[str, Any]) -> None:
     begun, before = time.monotonic(), time.time()
-    left = size
-    while left > 0:
-        left -= os.write(descriptor, _BLOCK[: min(left, len(_BLOCK))])
+    remaining = size
+    while remaining > 0:
+        remaining -= os.write(descriptor, _BLOCK[: min(remaining, len(_BLOCK))])
     os.fsync(descriptor)
     facts["seconds"] = time.monotonic() - begun
-    # The server stamps the file; a stamp between the two looks at our clock says that they agree.
+    # The server sets the time stamp; the clocks agree if it is between the two readings of this host's clock.
     after, stamp = time.time(), os.fstat(descriptor).st_mtime
     facts["offset_s"] = max(stamp - after, 0.0) if stamp > before else stamp - before
 
 
 def _flock(path: Path) -> str:
-    """Empty where a second lock on the file is refused, as it must be; else what is wrong."""
+    """Empty where a second lock on the file is refused, as it must be; else the problem."""
     with open(path, "ab") as first, open(path, "ab") as second:
         try:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,7 +92,7 @@ def _flock(path: Path) -> str:
             return ""
         except OSError as error:
             return error.strerror or str(error)
-    return "two holders of one exclusive lock"
+    return "two exclusive locks were granted at once"
 
 
 def _exclusive(path: Path) -> bool:

@@ -123,7 +123,7 @@ def test_scratch_space_must_be_there(
     monkeypatch.setenv("TMPDIR", str(tmp_path / "of-the-login-node"))
     found = by_what(check_node(tmp_path, ranks=1), "scratch")
     assert found.level == "warn", "programs fall back to /tmp"
-    assert "does not exist here" in found.fact
+    assert "does not exist on this node" in found.fact
 
 
 @pytest.fixture
@@ -306,12 +306,12 @@ def test_a_driver_that_fails_is_told_from_a_machine_without_gpus(tmp_path: Path)
     (device / "class").write_text("0x030200\n")
     found = nvidia.read(answer, driver=nowhere, pci=pci)
     assert found.state == "failing"
-    assert "0000:17:00.0 is an NVIDIA GPU" in found.words
+    assert "0000:17:00.0 is an NVIDIA GPU" in found.problem
     assert nvidia.check(found, {}, ranks=1)[0].level == "fail"
 
 
 def test_gpus_that_nobody_can_drive_are_said(tmp_path: Path) -> None:
-    found = nvidia.Driver("none", words="no nvidia-smi and no driver")
+    found = nvidia.Driver("none", problem="no nvidia-smi and no driver")
     (only,) = nvidia.check(found, {"CUDA_VISIBLE_DEVICES": "0,1"}, ranks=2)
     assert only.level == "warn"
     assert "would train on CPUs" in only.fact

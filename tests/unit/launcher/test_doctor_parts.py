@@ -44,7 +44,7 @@ def test_a_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
     answer = run_command(["sh", "-c", f"sleep 47 & echo $! > {tmp_path}/pid; wait"], timeout_s=0.5)
     assert time.monotonic() - begun < 3
     assert answer.state == "hung"
-    assert "no answer within" in answer.words
+    assert "no answer within" in answer.failure
     child = int((tmp_path / "pid").read_text())
     deadline = time.monotonic() + 5
     while Path(f"/proc/{child}/cmdline").exists() and time.monotonic() < deadline:
@@ -58,11 +58,11 @@ def test_a_program_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None
 def test_a_failure_is_told_by_the_last_telling_line(tmp_path: Path) -> None:
     body = "echo first; echo 'the cause' >&2; echo ------ >&2; exit 3"
     assert (
-        run_command([str(script(tmp_path, "it", body))], timeout_s=5).words
+        run_command([str(script(tmp_path, "it", body))], timeout_s=5).failure
         == "the cause (exit code 3)"
     )
-    assert run_command(["no-such-program"], timeout_s=5).words == "not found"
-    assert run_command(["sh", "-c", "kill -11 $$"], timeout_s=5).words == "killed by signal 11"
+    assert run_command(["no-such-program"], timeout_s=5).failure == "not found"
+    assert run_command(["sh", "-c", "kill -11 $$"], timeout_s=5).failure == "killed by signal 11"
     broken = tmp_path / "broken"
     broken.write_text("#!/no/such/interpreter\n")
     broken.chmod(0o755)
@@ -178,7 +178,7 @@ def test_a_site_without_requeue_and_accounting(
     }  # fmt: skip
     assert "SBATCH_ACCOUNT" in found["this shell"].fact
     assert "cluster.slurm.requeue: false" in found["requeue"].hint
-    assert "4 node(s), time limit 1h00m, 4 GPUs a node, the default" in found["partition main"].fact
+    assert "4 node(s), time limit 1h00m, 4 GPUs per node, the default" in found["partition main"].fact
 
 
 def test_the_delay_of_a_requeue_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,6 +298,6 @@ def test_an_mpirun_of_another_library_is_said(
 ) -> None:
     script(tmp_path, "mpirun", "echo 'HYDRA build details:'; echo 'Version: 4.2.0'")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = probes.mpi(os.environ, wanted=True)
+    found = probes.mpi(os.environ, required=True)
     assert [one.level for one in found] == ["ok", "fail"]
     assert "MPICH's, mpi4py was built for Open MPI" in found[1].fact
