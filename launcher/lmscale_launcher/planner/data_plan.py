@@ -1,44 +1,37 @@
-"""What a plan knows of the corpus, or assumes where there is none yet.
+"""The training corpus of a plan, what each node reads of it, and the rows of `lmscale plan --data`."""
 
-`lmscale plan --data`: which sample each rank reads where.
-"""
-
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lmscale.base.errors import ConfigError, Problem
+from lmscale.base.errors import ConfigError, DataError, Problem
+from lmscale.config.identity import total_steps
 from lmscale.config.schema import RunConfig
-from lmscale_launcher.planner.planned_resume import PlannedResume
-from lmscale_launcher.planner.topology import PlannedTopology
+from lmscale_launcher.planner.planned_resume import PlannedResume, resume_point
+from lmscale_launcher.planner.topology import PlannedTopology, planned_topology
 
 if TYPE_CHECKING:  # it loads numpy
     from lmscale.corpus.manifest import Manifest
-import re
-from collections.abc import Iterator
 
-from lmscale.base.errors import DataError
-from lmscale.config.identity import total_steps
-from lmscale_launcher.planner.planned_resume import standing
-from lmscale_launcher.planner.topology import placed
-
-ASSUMED_VOCAB = 32_000  # Llama's; a model's size should be known before a corpus is prepared
+ASSUMED_VOCAB = 32_000  # that of Llama; the size of a model can be planned before a corpus is prepared
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusFacts:
-    """The training corpus in numbers; None where it does not exist."""
+    """Sizes of the training corpus; None where it does not exist."""
 
     path: str
     samples: int | None
     tokens: int | None
-    vocab_size: int  # that the model is built for
+    vocab_size: int  # with which the model is built
     vocab_from: Literal["corpus", "model.vocab_size", "data.tokenizer", "assumed"]
-    manifest: "Manifest | None" = None  # that of a million shards takes seconds: it is read once
+    manifest: "Manifest | None" = None  # read only once: that of a million shards takes seconds
 
 
 def corpus_facts(cfg: RunConfig) -> CorpusFacts:
-    """Numbers of the manifest. Raises ConfigError where it cannot fill a step, DataError where it is damaged."""
+    """Sizes from the manifest. Raises ConfigError where the corpus cannot fill a step, DataError for damage."""
     path = cfg.data.corpora[0].path
     if not Path(path).exists():
         return CorpusFacts(path, None, None, *_vocabulary(cfg))
@@ -70,17 +63,17 @@ def _vocabulary(
 def node_facts(
     cfg: RunConfig,
     corpus: CorpusFacts,
-    place: PlannedTopology,
-    stands: PlannedResume,
+    topology: PlannedTopology,
+    resume: PlannedResume,
     *,
     steps: int,
 ) -> dict[str, Any] | None:
-    """What nodes read in the steps to come, at most to the end of the epoch; None: no corpus, or no step.
+    """What the nodes read in the remaining steps, at most to the end of the epoch.
 
-    Numbers are [fewest, most] of any node.
+    None without a corpus or without steps. Numbers are [minimum, maximum] over the nodes.
     """
     manifest, seq_len = corpus.manifest, cfg.train.seq_len
-    if manifest is None or steps <= stands.step:
+    if manifest is None or steps <= resume.step:
         return None
     from lmscale.corpus.order import Order
     from lmscale.corpus.shares import BatchSplit, ChunkLayout, node_shares
@@ -88,74 +81,74 @@ def node_facts(
     order = Order(
         manifest.num_samples(seq_len),
         manifest.samples_per_chunk(seq_len),
-        stands.streams,
+        resume.streams,
         window_chunks=cfg.data.shuffle_window_chunks,
         seed=cfg.train.seed,
     )
     split = BatchSplit(
-        cfg.train.global_batch_size, place.nodes, place.ranks_per_node, place.mesh.tp
+        cfg.train.global_batch_size, topology.nodes, topology.ranks_per_node, topology.mesh.tp
     )
-    found = node_shares(
+    shares = node_shares(
         order,
         ChunkLayout.of(manifest),
         split,
-        steps=steps - stands.step,
-        position=stands.position,
+        steps=steps - resume.step,
+        position=resume.position,
     )
     ranges = {
         name: [int(values.min()), int(values.max())]
         for name, values in (
-            ("samples", found.samples),
-            ("chunks", found.chunks),
-            ("shards", found.shards),
-            ("bytes", found.bytes),
+            ("samples", shares.samples),
+            ("chunks", shares.chunks),
+            ("shards", shares.shards),
+            ("bytes", shares.bytes),
         )
     }
     return {
-        "steps": found.steps,
+        "steps": shares.steps,
         **ranges,
         "of_shards": len(manifest.shards),
-        "shared_chunks": found.shared_chunks,
-        "idle_nodes": len(found.idle),
-        "streams_stay": found.streams_stay,
-        "exact": found.exact,
+        "shared_chunks": shares.shared_chunks,
+        "idle_nodes": len(shares.idle),
+        "streams_stay": shares.streams_stay,
+        "exact": shares.exact,
     }
 
 
 def data_rows(cfg: RunConfig, steps: str | None, env: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """One row a sample of the steps A:B (both included, from 1; all steps without)."""
+    """One row per sample of the steps A:B (both included, from 1; all steps without). Raises ConfigError."""
     from lmscale.corpus.manifest import corpus_folder
     from lmscale.corpus.order import Order
     from lmscale.corpus.reader import CorpusReader
     from lmscale.corpus.schedule import plan_rows
 
-    place, stands = placed(cfg, env), standing(cfg)
+    topology, resume = planned_topology(cfg, env), resume_point(cfg)
     reader = CorpusReader(
         corpus_folder(Path(cfg.data.corpora[0].path)), seq_len=cfg.train.seq_len, memory_bytes=0
     )
     if reader.num_samples == 0:
-        raise DataError(f"{reader.path} holds no sample of {cfg.train.seq_len} tokens")
+        raise DataError(f"{reader.path} contains no sample of {cfg.train.seq_len} tokens")
     order = Order(
         reader.num_samples,
         reader.samples_per_chunk,
-        stands.streams,
+        resume.streams,
         window_chunks=cfg.data.shuffle_window_chunks,
         seed=cfg.train.seed,
     )
-    last = total_steps(cfg, lambda: reader.num_samples, step=stands.step, position=stands.position)
-    found = plan_rows(
+    last = total_steps(cfg, lambda: reader.num_samples, step=resume.step, position=resume.position)
+    rows = plan_rows(
         reader,
         order,
         steps=_steps(steps, last),
-        phases=stands.phases,
-        dp_size=place.mesh.dp,
-        tp_size=place.mesh.tp,
+        phases=resume.phases,
+        dp_size=topology.mesh.dp,
+        tp_size=topology.mesh.tp,
     )
-    return (dict(row) for row in found)
+    return (dict(row) for row in rows)
 
 
-def row_in_words(row: dict[str, Any]) -> str:
-    """A row for people."""
+def row_text(row: dict[str, Any]) -> str:
+    """A row as text for people."""
     return (
         f"{row['position']:>10}  epoch {row['epoch']}  sample {row['sample']:>8}  "
         f"rank {row['rank']:>4}  {row['shard']} at {row['offset']}, {row['bytes']} bytes"

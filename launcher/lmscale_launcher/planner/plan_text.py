@@ -1,4 +1,4 @@
-"""A plan for people: lines of at most 80 columns."""
+"""A plan as text for people: lines of at most 80 columns."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -21,8 +21,8 @@ _PARTS = {
 }
 
 
-def in_words(plan: Mapping[str, Any]) -> Iterator[str]:
-    """The facts, a topic a paragraph, then the memory of a rank as a table, then warnings."""
+def plan_lines(plan: Mapping[str, Any]) -> Iterator[str]:
+    """One paragraph per topic, then the memory of a rank as a table, then the warnings."""
     for topic, text in _topics(plan):
         yield from _paragraph(topic, text)
     yield ""
@@ -30,15 +30,15 @@ def in_words(plan: Mapping[str, Any]) -> Iterator[str]:
     if plan["warnings"]:
         yield ""
         yield f"{len(plan['warnings'])} warning{'s' if len(plan['warnings']) > 1 else ''}"
-    for one in plan["warnings"]:
+    for warning in plan["warnings"]:
         yield from wrap(
-            f"{one['key']}: {one['fact']}",
+            f"{warning['key']}: {warning['fact']}",
             _COLUMNS,
             initial_indent="  - ",
             subsequent_indent="    ",
         )
         yield from wrap(
-            f"hint: {one['hint']}", _COLUMNS, initial_indent="    ", subsequent_indent="    "
+            f"hint: {warning['hint']}", _COLUMNS, initial_indent="    ", subsequent_indent="    "
         )
 
 
@@ -53,10 +53,10 @@ def _topics(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "corpus", _corpus(plan)
     yield "length", _length(plan)
     samples, tokens = plan["global_batch_samples"], plan["global_batch_tokens"]
-    yield "global batch", f"{samples:,} samples, {tokens:,} tokens a step"
+    yield "global batch", f"{samples:,} samples, {tokens:,} tokens per step"
     yield "ranks", _ranks(plan)
     yield "mesh", _mesh(plan)
-    yield "a step", _step(plan)
+    yield "per step", _step(plan)
     if plan["node_reads"] is not None:
         yield "reading", _reading(plan["node_reads"], plan["cluster"]["nodes"])
     yield "checkpoints", _checkpoints(plan["checkpoints"])
@@ -65,7 +65,7 @@ def _topics(plan: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _run_folder(plan: Mapping[str, Any]) -> str:
     if not plan["stands_at"]:
         return _short(plan["run_dir"])
-    return f"{_short(plan['run_dir'])}, which stands at step {plan['stands_at']:,}"
+    return f"{_short(plan['run_dir'])}, at step {plan['stands_at']:,}"
 
 
 def _model(plan: Mapping[str, Any]) -> str:
@@ -83,30 +83,30 @@ def _vocabulary(plan: Mapping[str, Any]) -> str:
         case "assumed":
             return "assumed; set model.vocab_size to plan another"
         case "corpus":
-            return "the corpus'"
+            return "of the corpus"
     return str(plan["vocab_from"])
 
 
 def _corpus(plan: Mapping[str, Any]) -> str:
     path = _short(plan["corpus"])
     if plan["corpus_samples"] is None:
-        return f"{path} is not here; make it with: lmscale prepare {path} INPUT..."
+        return f"{path} does not exist; make it with: lmscale prepare {path} INPUT..."
     return f"{path}: {plan['corpus_samples']:,} samples, {show_count(plan['corpus_tokens'])} tokens"
 
 
 def _length(plan: Mapping[str, Any]) -> str:
     if plan["steps"] is None:
-        return f"{plan['epochs']:g} epochs; how many steps that is, the corpus will tell"
+        return f"{plan['epochs']:g} epochs; the number of steps follows from the corpus"
     steps = f"{plan['steps']:,} steps, {show_count(plan['tokens'])} tokens"
     return steps if plan["epochs"] is None else f"{steps}, {plan['epochs']:.2f} epochs"
 
 
 def _ranks(plan: Mapping[str, Any]) -> str:
     cluster = plan["cluster"]
-    nodes, fewest = cluster["nodes"], cluster["min_nodes"]
-    count = _several(nodes, "node") if nodes == fewest else f"{fewest} to {nodes} nodes"
+    nodes, min_nodes = cluster["nodes"], cluster["min_nodes"]
+    count = _several(nodes, "node") if nodes == min_nodes else f"{min_nodes} to {nodes} nodes"
     device = "GPU" if cluster["device"] == "cuda" else "CPU"
-    launch = f"; one task a {cluster['launch']}" if cluster["launch"] else ""
+    launch = f"; one task per {cluster['launch']}" if cluster["launch"] else ""
     return (
         f"{plan['ranks']:,} {device} rank{'s' if plan['ranks'] > 1 else ''}: {cluster['kind']}, "
         f"{count} x {cluster['ranks_per_node']}{launch}"
@@ -152,8 +152,8 @@ def _reading(reads: Mapping[str, Any], nodes: int) -> str:
 
 
 def _span(values: list[int], show: Any = "{:,}".format) -> str:
-    fewest, most = map(show, values)
-    return str(most) if fewest == most else f"{fewest} to {most}"
+    minimum, maximum = map(show, values)
+    return str(maximum) if minimum == maximum else f"{minimum} to {maximum}"
 
 
 def _checkpoints(saves: Mapping[str, Any]) -> str:
@@ -171,24 +171,24 @@ def _checkpoints(saves: Mapping[str, Any]) -> str:
 
 def _memory(plan: Mapping[str, Any]) -> Iterator[str]:
     memory, total = plan["memory"], plan["memory"]["total"]
-    yield "memory of a rank, about (activations +-30 %)"
-    for name, words in _PARTS.items():
-        yield f"  {words:<12}{show_bytes(memory[name]):>10}  {memory[name] / total:>4.0%}  {_note(name, plan)}".rstrip()
+    yield "memory per rank, about (activations +-30 %)"
+    for name, label in _PARTS.items():
+        yield f"  {label:<12}{show_bytes(memory[name]):>10}  {memory[name] / total:>4.0%}  {_note(name, plan)}".rstrip()
     room = memory["room"]
     gpu = plan["cluster"]["device"] == "cuda"
     if room:
-        known = f"of {show_bytes(room)}, {'the GPU' if gpu else 'its share of this host'}"
+        available = f"of {show_bytes(room)}, {'the GPU' if gpu else 'its share of this host'}"
     else:
-        known = (
-            f"{'a GPU' if gpu else 'a host'} that is not known here; fill at most {USABLE_FRAC:.0%}"
+        available = (
+            f"{'a GPU' if gpu else 'a host'} of unknown size; use at most {USABLE_FRAC:.0%}"
         )
-    yield f"  {'sum':<12}{show_bytes(total):>10}        {known}"
+    yield f"  {'sum':<12}{show_bytes(total):>10}        {available}"
     if host := memory["host"]:
         node = plan["cluster"]["ranks_per_node"] * host
-        yield f"  {'on the host':<12}{show_bytes(host):>10}        {show_bytes(node)} a node"
-    if (at_least := plan["memory_at_min_nodes"]) is not None:
+        yield f"  {'on the host':<12}{show_bytes(host):>10}        {show_bytes(node)} per node"
+    if (bytes_at_min_nodes := plan["memory_at_min_nodes"]) is not None:
         nodes = _several(plan["cluster"]["min_nodes"], "node")
-        yield f"  {'sum':<12}{show_bytes(at_least):>10}        with {nodes}, the fewest allowed"
+        yield f"  {'sum':<12}{show_bytes(bytes_at_min_nodes):>10}        with {nodes}, the minimum"
 
 
 def _note(name: str, plan: Mapping[str, Any]) -> str:
@@ -201,20 +201,20 @@ def _note(name: str, plan: Mapping[str, Any]) -> str:
             again = "" if recompute == "none" else f", recomputing {recompute}"
             return f"of {_several(plan['micro_batch'], 'sample')}{again}"
         case "loss":
-            return "logits of a chunk, gradient of the head"
+            return "logits of one chunk, gradient of the head"
         case "working":
             return ENGINE_KINDS[kind].working_memory
     return ""
 
 
 def _short(path: str) -> str:
-    """As a user would type it here."""
-    here = Path.cwd()
-    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+    """The path relative to the current folder where it is inside."""
+    folder = Path.cwd()
+    return str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
 
 
-def _several(count: int, one: str, more: str = "") -> str:
-    return f"{count:,} {one if count == 1 else more or one + 's'}"
+def _several(count: int, singular: str, plural: str = "") -> str:
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
 
 
 def _paragraph(topic: str, text: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Where a run stands and how it came there, from its newest checkpoint: what a plan goes on from."""
+"""The checkpoint from which the next start of a run resumes: its step, position and batch sizes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ _KEY = "train.global_batch_size"
 
 @dataclass(frozen=True, slots=True)
 class PlannedResume:
-    """The state that the next start goes on with."""
+    """The state from which the next start resumes; step 0 for a new run."""
 
-    streams: int  # of the order: a run keeps those of its first start
+    streams: int  # of the sample order: a run keeps the number of its first start
     step: int = 0
     position: int = 0  # samples consumed
-    first_batch: int = 0  # global batch of step 1
-    changes: tuple[tuple[int, int, int], ...] = ()  # (step, position, global batch from there on)
+    first_batch: int = 0  # global batch size of step 1
+    changes: tuple[tuple[int, int, int], ...] = ()  # (step, position, global batch size from there)
 
     @property
     def phases(self) -> "tuple[Phase, ...]":
-        """The batches of the run, past and to come."""
+        """The global batch sizes of the whole run, past and future."""
         from lmscale.corpus.schedule import Phase
 
         first = Phase(self.first_batch)
@@ -38,8 +38,8 @@ class PlannedResume:
         return (first, *later)
 
 
-def standing(cfg: RunConfig) -> PlannedResume:
-    """Where the next start begins. Raises ConfigError for a batch that `lmscale train` would refuse."""
+def resume_point(cfg: RunConfig) -> PlannedResume:
+    """The resume point of the next start. Raises ConfigError for a batch size that `lmscale train` refuses."""
     batch = cfg.train.global_batch_size
     if (path := _source(cfg)) is None:
         return PlannedResume(cfg.data.streams or batch, first_batch=batch)
@@ -56,28 +56,28 @@ def standing(cfg: RunConfig) -> PlannedResume:
             problem = identity_problem(_KEY, now=batch, before=before, checkpoint=str(path))
             raise ConfigError([problem])
         later.append((step, position, batch))
-    kept = identity.get("data.streams")
-    streams = kept if isinstance(kept, int) else cfg.data.streams or first
+    first_streams = identity.get("data.streams")
+    streams = first_streams if isinstance(first_streams, int) else cfg.data.streams or first
     return PlannedResume(streams, step, position, first, tuple(later))
 
 
 def _source(cfg: RunConfig) -> Path | None:
-    """The checkpoint that a start would go on from; of another run where train.resume names it."""
-    found = newest_valid(RunFolder(Path(cfg.train.run_dir)))
-    if found is not None:
-        return found.path
+    """The checkpoint from which a start would resume; of another run where train.resume names one."""
+    newest = newest_valid(RunFolder(Path(cfg.train.run_dir)))
+    if newest is not None:
+        return newest.path
     if cfg.train.resume in ("auto", "never"):
         return None
     path = Path(cfg.train.resume)
     if not path.is_dir():
-        fact = f"{path} is no checkpoint, and neither auto nor never"
+        fact = f"{path} is not a checkpoint, and neither auto nor never"
         hint = "name a folder RUN/checkpoints/step-*, or leave the key out"
         raise ConfigError([Problem("train.resume", fact, hint)])
     return path
 
 
 def _journaled(journal: Sequence[Mapping[str, Any]]) -> list[tuple[int, int, int, int]]:
-    """(step, position, batch from there on, batch before) of each change of the global batch."""
+    """(step, position, new size, old size) of each change of the global batch size."""
     return [
         (int(entry["step"]), int(entry["position"]), int(entry["now"]), int(entry["before"]))
         for entry in journal

@@ -1,4 +1,4 @@
-"""What will hurt though it is allowed, each found by a pure function: (key, fact, next action)."""
+"""Settings that are allowed but costly or risky: one pure function per warning (key, fact, next action)."""
 
 from collections.abc import Iterator
 
@@ -8,20 +8,20 @@ from lmscale.config import rules as checks
 from lmscale.config.schema import CheckpointConfig, RunConfig
 from lmscale_launcher.planner.memory_estimate import Memory
 
-# Of a rank's memory; the rest is for CUDA, NCCL and the allocator's gaps. Not measured here.
+# Of the memory of a rank; the rest is for CUDA, NCCL and fragmentation of the allocator. Not measured.
 USABLE_FRAC = 0.9
-# Bytes a rank hands to an all-gather, below which latency and not bandwidth decides. A rule of thumb.
+# Bytes per rank of an all-gather, below which latency limits it instead of bandwidth. A rule of thumb.
 _SMALL_GATHER = 1 << 19
 _MANY_NODES = 4
-# Of one node: 50M parameters and their moments, 0.6 GB, were saved by two processes in 0.7 to 1.1 s; taken low, so
-# that the warning comes early.
+# Of one node: 50M parameters and their moments, 0.6 GB, were saved by two processes in 0.7 to 1.1 s; a low value, so
+# that the warning is early.
 _SAVE_BYTES_PER_S = 5e8
 _MUCH_WASTE = 0.1
-_WORTH_A_WORD = 0.05  # of a rank's memory
+_MIN_SAVING = 0.05  # of a rank's memory
 
 
 def tp_spans_nodes(tp: int, ranks_per_node: int) -> Iterator[Problem]:
-    """Tensor-parallel ranks talk several times a layer: over the network that decides the speed."""
+    """Tensor-parallel ranks communicate several times per layer: between nodes this limits the speed."""
     if tp > ranks_per_node:
         fact = f"{tp} ranks share each layer, but a node has {ranks_per_node}: they span nodes"
         yield Problem("parallel.tp", fact, f"use at most {ranks_per_node}")
@@ -31,25 +31,25 @@ def tp_spans_nodes(tp: int, ranks_per_node: int) -> Iterator[Problem]:
 
 
 def unknown_ranks(ranks_per_node: int) -> Iterator[Problem]:
-    """Slurm's nodes cannot be looked at from here, and `lmscale submit` does not guess."""
+    """The nodes of a cluster cannot be checked from this host, and `lmscale submit` does not guess."""
     fact = f"unknown for slurm's nodes; this plan assumes {ranks_per_node}, and submit will refuse"
     hint = "set one of cluster.ranks_per_node and cluster.gpus_per_node"
     yield Problem("cluster.ranks_per_node", fact, hint)
 
 
-def unfit_nodes(cfg: RunConfig, ranks_per_node: int) -> Iterator[Problem]:
+def refused_node_counts(cfg: RunConfig, ranks_per_node: int) -> Iterator[Problem]:
     """Numbers of nodes between min_nodes and nodes with which a start would be refused."""
-    fewest = cfg.cluster.min_nodes or cfg.cluster.nodes
-    found = {
+    min_nodes = cfg.cluster.min_nodes or cfg.cluster.nodes
+    refused = {
         nodes: problem
-        for nodes in range(fewest, cfg.cluster.nodes)
+        for nodes in range(min_nodes, cfg.cluster.nodes)
         for problem in checks.world_problems(cfg, world_size=nodes * ranks_per_node)
     }
-    if found:
-        first = min(found)
-        more = f" (and with {len(found) - 1} other numbers of nodes)" if len(found) > 1 else ""
-        fact = f"with {first} nodes{more} a start is refused: {found[first].fact}"
-        yield Problem("cluster.min_nodes", fact, found[first].hint)
+    if refused:
+        first = min(refused)
+        more = f" (and with {len(refused) - 1} other numbers of nodes)" if len(refused) > 1 else ""
+        fact = f"with {first} nodes{more} a start is refused: {refused[first].fact}"
+        yield Problem("cluster.min_nodes", fact, refused[first].hint)
 
 
 def fillers(wasted_frac: float, *, micro_batch: int) -> Iterator[Problem]:
@@ -60,49 +60,49 @@ def fillers(wasted_frac: float, *, micro_batch: int) -> Iterator[Problem]:
         yield Problem("train.micro_batch_size", fact, hint)
 
 
-def starving_nodes(nodes: int, *, idle: int, streams_stay: bool) -> Iterator[Problem]:
-    """Nodes that read nothing; streams that wander, so that every node reads most chunks."""
+def uneven_reading(nodes: int, *, idle: int, streams_stay: bool) -> Iterator[Problem]:
+    """Nodes that read nothing, or streams that change nodes, so that every node reads most chunks."""
     if idle:
         fact = f"{idle} of {nodes} nodes read nothing"
         yield Problem("cluster.nodes", fact, "use fewer nodes, or a larger train.global_batch_size")
     elif nodes > 1 and not streams_stay:
-        fact = "streams go from node to node, so most chunks are read by several of them"
+        fact = "streams change from node to node, so most chunks are read by several of them"
         hint = "let the nodes divide train.global_batch_size, and data.streams divide it or be a multiple"
         yield Problem("cluster.nodes", fact, hint)
 
 
 def small_shards(block_bytes: int, *, shard: int, nodes: int) -> Iterator[Problem]:
-    """FSDP gathers each block over all shard ranks: tiny pieces over a network are all latency."""
+    """FSDP gathers each block over all shard ranks: with tiny pieces the latency of the network dominates."""
     piece = block_bytes // shard
     if nodes >= _MANY_NODES and piece < _SMALL_GATHER:
         fact = f"{shard} ranks on {nodes} nodes gather each block in pieces of {show_bytes(piece)}"
         hint = (
-            "latency will decide the speed: use fewer nodes, or engine.kind=ddp if a rank holds it"
+            "latency will limit the speed: use fewer nodes, or engine.kind=ddp if it fits on one rank"
         )
         yield Problem("parallel.dp_shard", fact, hint)
 
 
 def too_much_memory(
-    need: Memory, room: int | None, cfg: RunConfig, *, nodes: int
+    need: Memory, available: int | None, cfg: RunConfig, *, nodes: int
 ) -> Iterator[Problem]:
-    """More than a rank finds, with what would need less."""
-    if room is None or need.total <= USABLE_FRAC * room:
+    """More memory than a rank has, with settings that need less."""
+    if available is None or need.total <= USABLE_FRAC * available:
         return
     fact = (
         f"on {nodes} node{'s' if nodes > 1 else ''} a rank needs about {show_bytes(need.total)}, more than "
-        f"{100 * USABLE_FRAC:.0f} % of the {show_bytes(room)} it finds"
+        f"{100 * USABLE_FRAC:.0f} % of the {show_bytes(available)} that it has"
     )
-    yield Problem("memory", fact, "; or ".join(_levers(need, cfg)))
+    yield Problem("memory", fact, "; or ".join(_smaller_settings(need, cfg)))
 
 
 def costly_fewer_nodes(
-    total: int, at_least: int | None, *, min_nodes: int, room: int | None
+    total: int, bytes_at_min_nodes: int | None, *, min_nodes: int, available: int | None
 ) -> Iterator[Problem]:
-    """A restart on fewer nodes that would run out of memory: fewer ranks have larger parts of the state."""
-    if at_least is None or at_least <= (2 * total if room is None else USABLE_FRAC * room):
+    """A restart on fewer nodes that would run out of memory: each rank has a larger part of the state then."""
+    if bytes_at_min_nodes is None or bytes_at_min_nodes <= (2 * total if available is None else USABLE_FRAC * available):
         return
     fact = (
-        f"with {min_nodes} a rank needs about {show_bytes(at_least)} instead of {show_bytes(total)}: "
+        f"with {min_nodes} a rank needs about {show_bytes(bytes_at_min_nodes)} instead of {show_bytes(total)}: "
         "fewer ranks share the state"
     )
     hint = "raise it, or plan for that number: engine.activation_checkpointing and engine.offload need less"
@@ -110,7 +110,7 @@ def costly_fewer_nodes(
 
 
 def too_small_a_budget(recompute: str, *, smallest: float) -> Iterator[Problem]:
-    """Less than the inputs of the blocks, which full recomputation keeps too: the start is refused."""
+    """A budget below the inputs of the blocks, which full recomputation keeps, too: the start is refused."""
     kind, _, share = recompute.partition(":")
     if kind == "budget" and float(share) < smallest:
         fact = f"{recompute}, but full recomputation keeps {smallest:.1%} of the activations"
@@ -118,23 +118,23 @@ def too_small_a_budget(recompute: str, *, smallest: float) -> Iterator[Problem]:
 
 
 def too_much_on_the_host(
-    need: Memory, room: int | None, *, ranks_per_node: int
+    need: Memory, available: int | None, *, ranks_per_node: int
 ) -> Iterator[Problem]:
-    """What was offloaded must fit beside everything else of the node."""
-    if room is None or need.host <= USABLE_FRAC * room:
+    """More offloaded state than the memory of the host has."""
+    if available is None or need.host <= USABLE_FRAC * available:
         return
     node = ranks_per_node * need.host
     fact = (
-        f"{show_bytes(need.host)} of each rank move to the host, {show_bytes(node)} of a node, which has "
-        f"{show_bytes(ranks_per_node * room)}"
+        f"{show_bytes(need.host)} per rank are moved to the host, {show_bytes(node)} per node, which has "
+        f"{show_bytes(ranks_per_node * available)}"
     )
     yield Problem("engine.offload", fact, "use more ranks on more nodes, or offload less")
 
 
 def tokens_on_every_rank(cfg: RunConfig, total: int, *, saved: int) -> Iterator[Problem]:
-    """Without sequence parallelism every tp rank norms, and keeps, all tokens."""
+    """Without sequence parallelism every tp rank normalizes, and keeps, all tokens."""
     parallel = cfg.parallel
-    if parallel.tp == 1 or parallel.sequence_parallel or saved < _WORTH_A_WORD * total:
+    if parallel.tp == 1 or parallel.sequence_parallel or saved < _MIN_SAVING * total:
         return
     fact = (
         f"false: between the layers each of {parallel.tp} tp ranks keeps all tokens, "
@@ -147,8 +147,8 @@ def tokens_on_every_rank(cfg: RunConfig, total: int, *, saved: int) -> Iterator[
     yield Problem("parallel.sequence_parallel", fact, hint)
 
 
-def _levers(need: Memory, cfg: RunConfig) -> Iterator[str]:
-    """Settings that need less, those of the largest part first. The same losses come out of each."""
+def _smaller_settings(need: Memory, cfg: RunConfig) -> Iterator[str]:
+    """Settings that need less memory, for the largest part first. None of them changes the losses."""
     train, engine = cfg.train, cfg.engine
     transient = need.activations + need.loss
     if transient > 0.1 * need.total:
@@ -173,23 +173,23 @@ def _levers(need: Memory, cfg: RunConfig) -> Iterator[str]:
 
 
 def rare_checkpoints(
-    cadence: CheckpointConfig, *, seconds_a_step: float | None, time_limit: int | None
+    cadence: CheckpointConfig, *, seconds_per_step: float | None, time_limit: int | None
 ) -> Iterator[Problem]:
-    """A checkpoint that would be due after the job has ended."""
+    """Checkpoints that would be due only after the job has ended."""
     intervals = []
     if cadence.every_minutes is not None:
         intervals.append(60 * cadence.every_minutes)
-    if cadence.every_steps is not None and seconds_a_step is not None:
-        intervals.append(cadence.every_steps * seconds_a_step)
+    if cadence.every_steps is not None and seconds_per_step is not None:
+        intervals.append(cadence.every_steps * seconds_per_step)
     hint = "set checkpoint.every_minutes, e.g. 20"
     if cadence.every_steps is None and cadence.every_minutes is None:
-        fact = "null, as every_steps: a node that fails takes all steps since the start with it"
+        fact = "null, as every_steps: the failure of a node loses all steps since the start"
         yield Problem("checkpoint.every_minutes", fact, hint)
     elif time_limit is not None and intervals and min(intervals) > time_limit:
         fact = (
             f"one is due every {show_seconds(min(intervals))}, but a job lasts "
-            f"{show_seconds(time_limit)}: only the one asked for before the limit would stand, and where "
-            "that fails a whole job is lost"
+            f"{show_seconds(time_limit)}: only the save requested before the limit would be made, and where "
+            "it fails the whole job is lost"
         )
         yield Problem("checkpoint", fact, hint)
 
