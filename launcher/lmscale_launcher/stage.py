@@ -1,9 +1,9 @@
-"""Before the ranks of a node start: copy the chunks that they read next to the node's own disk.
+"""Staging: copy the chunks that the ranks of a node will read to the disk of the node, before the ranks start.
 
     lmscale stage RUN.yaml [a.b=c ...] --node 0 --nodes 2 --ranks-per-node 8
 
-Ends with 0 also where the cache could not be filled: it only saves time. 78, 65 and 75 mean what they mean
-for a rank, and 85 that a signal asked it to end; what is staged by then stays and is not staged again.
+The exit code is 0 also where the cache could not be filled: it only saves time. 78, 65 and 75 mean the same as for
+a rank, and 85 that a signal has ended the staging; chunks that are staged by then are kept.
 """
 
 import logging
@@ -27,7 +27,7 @@ from lmscale.config.identity import total_steps
 from lmscale.config.run_file import load
 from lmscale.config.schema import RunConfig
 from lmscale_launcher.command_line import lmscale_command
-from lmscale_launcher.planner.planned_resume import standing
+from lmscale_launcher.planner.planned_resume import resume_point
 
 if TYPE_CHECKING:  # it loads numpy
     from lmscale.corpus.staging import StagingResult
@@ -41,7 +41,7 @@ _PATIENCE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class StagingTarget:
-    """Which node this is."""
+    """The node whose cache is filled."""
 
     node: int
     nodes: int
@@ -56,7 +56,7 @@ def command(
     ranks_per_node: int,
     overrides: Sequence[str] = (),
 ) -> list[str] | None:
-    """What a supervisor runs before the ranks of this node; None where the run has no cache.
+    """The command that a supervisor runs before the ranks of this node; None where the run has no cache.
 
     `config` and `overrides` as for `lmscale train`. Raises ConfigError as they do.
     """
@@ -81,7 +81,7 @@ def stage(cfg: RunConfig, place: StagingTarget, stop: threading.Event) -> ExitCo
         log.warning("stage: %s cannot be used (%s): the corpus is read instead", cfg.data.cache_dir,
                     error)  # fmt: skip
     if stop.is_set():
-        log.info("stage: ended on request")
+        log.info("stage: stopped on request")
         return ExitCode.SAVED
     return ExitCode.DONE
 
@@ -103,25 +103,25 @@ def _stage(cfg: RunConfig, place: StagingTarget, cache_dir: Path, stop: threadin
     from lmscale.corpus.schedule import BatchSplit, chunks_ahead
     from lmscale.corpus.staging import Stager
 
-    stands = standing(cfg)
+    resume = resume_point(cfg)
     corpus, manifest = load_part(Path(cfg.data.corpora[0].path))
     samples = manifest.num_samples(cfg.train.seq_len)
-    last = total_steps(cfg, lambda: samples, step=stands.step, position=stands.position)
-    steps = min(last, cfg.train.stop_at or last) - stands.step
+    last = total_steps(cfg, lambda: samples, step=resume.step, position=resume.position)
+    steps = min(last, cfg.train.stop_at or last) - resume.step
     if samples == 0 or steps <= 0:
-        return  # the ranks will say it
+        return  # the ranks report the error
     k = manifest.samples_per_chunk(cfg.train.seq_len)
     order = Order(
         samples,
         k,
-        stands.streams,
+        resume.streams,
         window_chunks=cfg.data.shuffle_window_chunks,
         seed=cfg.train.seed,
     )
     split = BatchSplit(
         cfg.train.global_batch_size, place.nodes, place.ranks_per_node, cfg.parallel.tp
     )
-    blocks = chunks_ahead(order, split, node=place.node, position=stands.position, steps=steps)
+    blocks = chunks_ahead(order, split, node=place.node, position=resume.position, steps=steps)
     with cache_lock(cache_dir, stop, say=lambda text: log.info("stage: %s", text)) as mine:
         if not mine:
             return
@@ -130,21 +130,21 @@ def _stage(cfg: RunConfig, place: StagingTarget, cache_dir: Path, stop: threadin
         with _Line(sys.stderr) as line:
             done = stager.stage(blocks, max_chunks=-(-samples // k), stop=stop, progress=line.show)
     if not stop.is_set():
-        log.info("stage: %s", _in_words(done, cache_dir, time.monotonic() - begun))
+        log.info("stage: %s", _summary(done, cache_dir, time.monotonic() - begun))
 
 
-def _in_words(done: "StagingResult", cache_dir: Path, seconds: float) -> str:
+def _summary(done: "StagingResult", cache_dir: Path, seconds: float) -> str:
     rate = f" ({show_bytes(done.copied_bytes / seconds)}/s)" if seconds > 0.1 else ""
     text = (
         f"{done.copied} chunks, {show_bytes(done.copied_bytes)}, copied to {cache_dir} in "
-        f"{show_seconds(seconds)}{rate}; {done.there} were there"
+        f"{show_seconds(seconds)}{rate}; {done.there} were there already"
     )
     if done.evicted:
         text += f"; {done.evicted} that are not needed next were removed"
     if done.stopped_by:
         return f"{text}. No more: {done.stopped_by}; the rest is read from the corpus"
     if not done.all_fit:
-        return f"{text}. That is all there is room for; the rest is read from the corpus"
+        return f"{text}. The cache is full; the rest is read from the corpus"
     return f"{text}. This node needs no other chunk for the rest of this start"
 
 
@@ -185,13 +185,13 @@ class _Line:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
+def _stop_on_signals() -> Iterator[threading.Event]:
     stop = threading.Event()
 
     def end(*_: object) -> None:
         if not stop.is_set():
             stop.set()
-            # Nothing is lost by it, and a read of a dead file system may never come back.
+            # No data is lost by exiting, and a read from a dead file system may never return.
             hard = threading.Timer(_PATIENCE_S, os._exit, (ExitCode.SAVED,))
             hard.daemon = True
             hard.start()
@@ -206,7 +206,7 @@ def _asked_to_stop() -> Iterator[threading.Event]:
 
 def stage_verb(source: str, overrides: Sequence[str], target: StagingTarget) -> int:
     """Fill the cache of one node, unless a signal ends it earlier. Returns the exit code."""
-    with _asked_to_stop() as stop:
+    with _stop_on_signals() as stop:
         logs.configure(World())
         try:
             return stage(load(source, overrides), target, stop)

@@ -15,7 +15,9 @@ from lmscale_launcher.planner.topology import PlannedTopology, planned_topology
 if TYPE_CHECKING:  # it loads numpy
     from lmscale.corpus.manifest import Manifest
 
-ASSUMED_VOCAB = 32_000  # that of Llama; the size of a model can be planned before a corpus is prepared
+ASSUMED_VOCAB = (
+    32_000  # that of Llama; the size of a model can be planned before a corpus is prepared
+)
 
 
 @dataclass(frozen=True, slots=True)

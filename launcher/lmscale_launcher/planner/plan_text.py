@@ -179,9 +179,7 @@ def _memory(plan: Mapping[str, Any]) -> Iterator[str]:
     if room:
         available = f"of {show_bytes(room)}, {'the GPU' if gpu else 'its share of this host'}"
     else:
-        available = (
-            f"{'a GPU' if gpu else 'a host'} of unknown size; use at most {USABLE_FRAC:.0%}"
-        )
+        available = f"{'a GPU' if gpu else 'a host'} of unknown size; use at most {USABLE_FRAC:.0%}"
     yield f"  {'sum':<12}{show_bytes(total):>10}        {available}"
     if host := memory["host"]:
         node = plan["cluster"]["ranks_per_node"] * host

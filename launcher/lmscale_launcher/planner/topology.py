@@ -70,7 +70,9 @@ def mesh_of(cfg: RunConfig, ranks: int) -> MeshSizes:
     return MeshSizes(cfg.parallel.dp_replicate, checks.shard_size(cfg, world_size=ranks), tp)
 
 
-def available_bytes(topology: PlannedTopology, env: Mapping[str, str], cfg: RunConfig) -> int | None:
+def available_bytes(
+    topology: PlannedTopology, env: Mapping[str, str], cfg: RunConfig
+) -> int | None:
     """Bytes available to one rank: of this host's smallest GPU, or its share of this host's memory.
 
     None where the ranks will be on other machines, or where the size is unknown.

@@ -76,9 +76,7 @@ def small_shards(block_bytes: int, *, shard: int, nodes: int) -> Iterator[Proble
     piece = block_bytes // shard
     if nodes >= _MANY_NODES and piece < _SMALL_GATHER:
         fact = f"{shard} ranks on {nodes} nodes gather each block in pieces of {show_bytes(piece)}"
-        hint = (
-            "latency will limit the speed: use fewer nodes, or engine.kind=ddp if it fits on one rank"
-        )
+        hint = "latency will limit the speed: use fewer nodes, or engine.kind=ddp if it fits on one rank"
         yield Problem("parallel.dp_shard", fact, hint)
 
 
@@ -99,7 +97,9 @@ def costly_fewer_nodes(
     total: int, bytes_at_min_nodes: int | None, *, min_nodes: int, available: int | None
 ) -> Iterator[Problem]:
     """A restart on fewer nodes that would run out of memory: each rank has a larger part of the state then."""
-    if bytes_at_min_nodes is None or bytes_at_min_nodes <= (2 * total if available is None else USABLE_FRAC * available):
+    if bytes_at_min_nodes is None or bytes_at_min_nodes <= (
+        2 * total if available is None else USABLE_FRAC * available
+    ):
         return
     fact = (
         f"with {min_nodes} a rank needs about {show_bytes(bytes_at_min_nodes)} instead of {show_bytes(total)}: "

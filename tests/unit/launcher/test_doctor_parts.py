@@ -178,7 +178,9 @@ def test_a_site_without_requeue_and_accounting(
     }  # fmt: skip
     assert "SBATCH_ACCOUNT" in found["this shell"].fact
     assert "cluster.slurm.requeue: false" in found["requeue"].hint
-    assert "4 node(s), time limit 1h00m, 4 GPUs per node, the default" in found["partition main"].fact
+    assert (
+        "4 node(s), time limit 1h00m, 4 GPUs per node, the default" in found["partition main"].fact
+    )
 
 
 def test_the_delay_of_a_requeue_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import pytest
 from lmscale.base.errors import ConfigError, DataError
 from lmscale.config.run_file import load
 from lmscale_launcher.planner.data_plan import data_rows
-from lmscale_launcher.planner.facts import facts
-from lmscale_launcher.planner.plan_text import in_words
+from lmscale_launcher.planner.facts import build_plan
+from lmscale_launcher.planner.plan_text import plan_lines
 
 ROOT = Path(__file__).parents[3]
 SMALL = [
@@ -47,7 +47,7 @@ def lmscale(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def plan(corpus: Path, *overrides: str) -> dict[str, Any]:
     cfg = load("smoke", [f"data.corpora={corpus}", *SMALL, *overrides], cwd=corpus.parent)
-    return facts(cfg, {"CUDA_VISIBLE_DEVICES": ""})
+    return build_plan(cfg, {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def test_what_nodes_read_is_in_the_plan(corpus: Path) -> None:
@@ -57,7 +57,7 @@ def test_what_nodes_read_is_in_the_plan(corpus: Path) -> None:
     assert reads["of_shards"] > 4
     assert 0 < reads["shards"][0] <= reads["shards"][1] <= reads["of_shards"]
     assert (found["vocab_from"], found["epochs"]) == ("corpus", 320 / found["corpus_samples"])
-    said = "\n".join(in_words(found))
+    said = "\n".join(plan_lines(found))
     assert f"of {reads['of_shards']} shards" in said
     assert "read by several nodes" in said
     assert not found["warnings"]

@@ -11,8 +11,8 @@ from lmscale.base.errors import ConfigError
 from lmscale.config.run_file import load
 from lmscale_launcher.planner import topology as places
 from lmscale_launcher.planner.data_plan import ASSUMED_VOCAB
-from lmscale_launcher.planner.facts import facts
-from lmscale_launcher.planner.plan_text import as_json, in_words
+from lmscale_launcher.planner.facts import build_plan
+from lmscale_launcher.planner.plan_text import as_json, plan_lines
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 SLURM = ["cluster.kind=slurm", "cluster.nodes=64"]
@@ -28,11 +28,11 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plan(*overrides: str, env: dict[str, str] = NO_GPU) -> dict[str, Any]:
-    return facts(load("smoke", list(overrides)), env)
+    return build_plan(load("smoke", list(overrides)), env)
 
 
 def words(found: dict[str, Any]) -> str:
-    lines = list(in_words(found))
+    lines = list(plan_lines(found))
     assert all(len(line) <= 80 for line in lines), max(lines, key=len)
     assert all(line == line.rstrip() for line in lines)
     return "\n".join(lines)
@@ -137,7 +137,7 @@ def test_ranks_that_cannot_share_the_batch_are_refused() -> None:
         plan("cluster.ranks_per_node=16")
 
 
-def test_the_room_of_a_gpu_is_what_its_driver_says(
+def test_the_available_bytes_a_gpu_is_what_its_driver_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tool = tmp_path / "nvidia-smi"

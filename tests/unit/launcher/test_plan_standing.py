@@ -10,7 +10,7 @@ from lmscale.config.run_file import load
 from lmscale.config.schema import RunConfig
 from lmscale.corpus.schedule import Phase, step_start
 from lmscale.run_folder.checkpoints import write_manifest
-from lmscale_launcher.planner.planned_resume import standing
+from lmscale_launcher.planner.planned_resume import resume_point
 
 ALLOW = "train.allow_change=[train.global_batch_size]"
 
@@ -34,10 +34,10 @@ def checkpoint(path: Path, step: int, batch: int, *journal: dict[str, Any], posi
 
 
 def test_a_new_run_stands_at_its_start(tmp_path: Path) -> None:
-    found = standing(config(tmp_path))
+    found = resume_point(config(tmp_path))
     assert (found.streams, found.step, found.position) == (8, 0, 0)
     assert found.phases == (Phase(8),)
-    assert standing(config(tmp_path, "data.streams=4")).streams == 4
+    assert resume_point(config(tmp_path, "data.streams=4")).streams == 4
 
 
 def test_the_journal_is_the_past_and_the_run_file_what_is_to_come(tmp_path: Path) -> None:
@@ -47,10 +47,10 @@ def test_the_journal_is_the_past_and_the_run_file_what_is_to_come(tmp_path: Path
         change(25, 240, 16, 8),
     )
     checkpoint(tmp_path / "run/checkpoints/step-00000030-a1", 30, 8, *entries, position=280)
-    same = standing(config(tmp_path))
+    same = resume_point(config(tmp_path))
     assert same.phases == (Phase(8), Phase(16, 20, 160), Phase(8, 25, 240))
     assert (same.step, same.position, same.streams) == (30, 280, 8)
-    other = standing(config(tmp_path, "train.global_batch_size=32", ALLOW))
+    other = resume_point(config(tmp_path, "train.global_batch_size=32", ALLOW))
     assert other.phases == (*same.phases, Phase(32, 30, 280))
     assert [step_start(step, other.phases) for step in (1, 20, 21, 25, 26, 30, 31, 32)] == [
         (0, 8), (152, 8), (160, 16), (224, 16), (240, 8), (272, 8), (280, 32), (312, 32),
@@ -60,7 +60,7 @@ def test_the_journal_is_the_past_and_the_run_file_what_is_to_come(tmp_path: Path
 def test_two_changes_at_one_step_count_once(tmp_path: Path) -> None:
     entries = change(20, 160, 8, 16), change(20, 160, 16, 4)
     checkpoint(tmp_path / "run/checkpoints/step-00000020-a1", 20, 4, *entries, position=160)
-    phases = standing(config(tmp_path, "train.global_batch_size=4")).phases
+    phases = resume_point(config(tmp_path, "train.global_batch_size=4")).phases
     assert step_start(20, phases) == (152, 8)
     assert step_start(21, phases) == (160, 4)
 
@@ -68,12 +68,14 @@ def test_two_changes_at_one_step_count_once(tmp_path: Path) -> None:
 def test_a_batch_that_train_would_refuse_is_refused(tmp_path: Path) -> None:
     checkpoint(tmp_path / "run/checkpoints/step-00000020-a1", 20, 8, position=160)
     with pytest.raises(ConfigError, match=r"16, but .*trained with 8"):
-        standing(config(tmp_path, "train.global_batch_size=16"))
+        resume_point(config(tmp_path, "train.global_batch_size=16"))
 
 
 def test_another_runs_checkpoint_is_where_a_new_folder_begins(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "other/checkpoints/step-00000020-a1", 20, 8, position=160)
-    found = standing(config(tmp_path, f"train.resume={path}", "train.global_batch_size=16", ALLOW))
+    found = resume_point(
+        config(tmp_path, f"train.resume={path}", "train.global_batch_size=16", ALLOW)
+    )
     assert (found.step, found.phases) == (20, (Phase(8), Phase(16, 20, 160)))
     with pytest.raises(ConfigError, match=r"train\.resume"):
-        standing(config(tmp_path, f"train.resume={tmp_path / 'nothing'}"))
+        resume_point(config(tmp_path, f"train.resume={tmp_path / 'nothing'}"))

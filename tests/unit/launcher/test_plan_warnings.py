@@ -37,11 +37,11 @@ def test_tensor_parallel_groups_stay_inside_a_node() -> None:
 
 def test_every_number_of_nodes_must_fit_the_batch() -> None:
     fits = config("cluster.nodes=4", "cluster.min_nodes=1", "train.global_batch_size=8")
-    assert not list(warnings.unfit_nodes(fits, 2))
+    assert not list(warnings.refused_node_counts(fits, 2))
     fixed = config(
         "cluster.nodes=4", "cluster.min_nodes=1", "train.global_batch_size=8", "parallel.dp_shard=8"
     )
-    said = only(warnings.unfit_nodes(fixed, 2))
+    said = only(warnings.refused_node_counts(fixed, 2))
     assert "with 1 nodes (and with 2 other numbers" in said
     assert "shard 8" in said
 
@@ -56,12 +56,12 @@ def test_fillers_cost() -> None:
 
 
 def test_nodes_that_read_nothing_or_everything() -> None:
-    assert not list(warnings.starving_nodes(4, idle=0, streams_stay=True))
-    assert not list(warnings.starving_nodes(1, idle=0, streams_stay=False))
+    assert not list(warnings.uneven_reading(4, idle=0, streams_stay=True))
+    assert not list(warnings.uneven_reading(1, idle=0, streams_stay=False))
     assert "2 of 4 nodes read nothing" in only(
-        warnings.starving_nodes(4, idle=2, streams_stay=True)
+        warnings.uneven_reading(4, idle=2, streams_stay=True)
     )
-    assert "several of them" in only(warnings.starving_nodes(4, idle=0, streams_stay=False))
+    assert "several of them" in only(warnings.uneven_reading(4, idle=0, streams_stay=False))
 
 
 def test_small_shards_over_a_network() -> None:
@@ -138,7 +138,7 @@ def test_tokens_that_every_tensor_parallel_rank_keeps() -> None:
 
 def test_fewer_nodes_that_need_far_more_memory() -> None:
     def found(room: int | None, at_least: int | None) -> list[Problem]:
-        return list(warnings.costly_fewer_nodes(20 * GIB, at_least, min_nodes=2, room=room))
+        return list(warnings.costly_fewer_nodes(20 * GIB, at_least, min_nodes=2, available=room))
 
     assert not found(None, None)
     assert not found(None, 40 * GIB)
@@ -151,7 +151,7 @@ def test_checkpoints_that_come_after_the_end() -> None:
     def found(seconds_a_step: float | None, limit: int | None, **keys: object) -> list[Problem]:
         return list(
             warnings.rare_checkpoints(
-                CheckpointConfig(**keys), seconds_a_step=seconds_a_step, time_limit=limit
+                CheckpointConfig(**keys), seconds_per_step=seconds_a_step, time_limit=limit
             )
         )
 
