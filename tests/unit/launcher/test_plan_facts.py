@@ -72,7 +72,7 @@ def test_a_slurm_job_is_planned_on_a_laptop(monkeypatch: pytest.MonkeyPatch) -> 
     assert found["checkpoints"]["bytes"] == 68_976_648_192 * 12
     assert json.loads(as_json(found)) == found
     said = words(found)
-    assert "512 GPU ranks: slurm, 64 nodes x 8; one task a node" in said
+    assert "512 GPU ranks: slurm, 64 nodes x 8; one task per node" in said
     assert not found["warnings"]
 
 
@@ -95,7 +95,7 @@ def test_fewer_nodes_may_need_far_more_memory() -> None:
     found = plan(*SLURM, *LARGE, "cluster.gpus_per_node=8", "cluster.min_nodes=1")
     assert found["memory_at_min_nodes"] > 2 * found["memory"]["total"]
     assert [one["key"] for one in found["warnings"]] == ["cluster.min_nodes"]
-    assert "1 node, the fewest allowed" in words(found)
+    assert "1 node, the minimum" in words(found)
     half = plan(*SLURM, *LARGE, "cluster.gpus_per_node=8", "cluster.min_nodes=32")
     assert half["memory_at_min_nodes"] < 1.2 * half["memory"]["total"]
     assert not half["warnings"]

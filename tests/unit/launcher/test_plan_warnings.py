@@ -118,7 +118,7 @@ def test_what_is_offloaded_must_fit_the_host() -> None:
     need = memory(host=40 * GIB)
     assert not list(warnings.too_much_on_the_host(need, None, ranks_per_node=8))
     assert not list(warnings.too_much_on_the_host(need, 50 * GIB, ranks_per_node=8))
-    assert "320 GiB of a node" in only(
+    assert "320 GiB per node" in only(
         warnings.too_much_on_the_host(need, 32 * GIB, ranks_per_node=8)
     )
 
