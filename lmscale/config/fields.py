@@ -1,8 +1,8 @@
-"""How one key of a run file is declared: its kind, words, limits, and the texts it accepts.
+"""How a key of a run file is declared: its kind, description, limits, and the texts that it accepts.
 
 Every key is either *identity* (what is being trained: a resume that differs is refused) or
 *placement* (where and how it runs: free to change). Kind and description travel in the field, so
-that checks, fingerprints, the editor schema and error messages read one source.
+that checks, fingerprints, the editor schema, the reference and error messages have the same source.
 """
 
 import re
@@ -57,7 +57,7 @@ def key_of(name: str, field: FieldInfo) -> str:
 
 
 def shown(value: object) -> str:
-    """A decoded value as a user would call it."""
+    """A decoded value in plain English, for messages."""
     match value:
         case None:
             return "nothing (null)"
@@ -100,7 +100,7 @@ def _steps_or_share(value: object) -> object:
 def _size_or_auto(value: object) -> object:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
-    raise _cannot_read(value, 'write a number of ranks from 1, or "auto" for the ranks left over')
+    raise _cannot_read(value, 'write a number of ranks from 1, or "auto" for all remaining ranks')
 
 
 def _activation_checkpointing(value: object) -> object:
@@ -156,7 +156,7 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_paths)]
 FloatPair = Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
 as_corpora = BeforeValidator(_corpora)
 
-# What the editor may accept beyond the type that the program ends up with.
+# What editors accept in addition to the type of the validated value.
 NUMBER_OR_TEXT: dict[str, Any] = {"type": ["integer", "string"]}
 NUMBER_TEXT_OR_NULL: dict[str, Any] = {"anyOf": [{"type": ["integer", "string"]}, {"type": "null"}]}
 LIST_OR_TEXT: dict[str, Any] = {"type": ["array", "string"]}

@@ -1,7 +1,4 @@
-"""How long a run is, from the run file and, for epochs, the size of its corpus.
-
-What may change when a run goes on and what may not: two kinds of keys, and fingerprints.
-"""
+"""Identity and placement: what a resume must keep and what it may change. The length of a run in steps."""
 
 import hashlib
 import json
@@ -19,8 +16,8 @@ def total_steps(
 ) -> int:
     """Optimizer steps of the whole run, rounded up to whole steps.
 
-    `num_samples`: of the training corpus, asked for epochs only. `step` and `position` (samples
-    consumed): where the run stands; they count where train.global_batch_size has changed on the way.
+    `num_samples`: of the training corpus, called for epochs only. `step` and `position` (samples
+    consumed): the progress of the run; they matter where train.global_batch_size has changed before.
     """
     if cfg.train.steps is not None:
         return cfg.train.steps
@@ -35,17 +32,17 @@ def total_steps(
 
 def kinds() -> dict[str, Kind]:
     """Every key of a run file, dotted, with its kind."""
-    found: dict[str, Kind] = {}
+    kind_by_key: dict[str, Kind] = {}
     for section, declared in RunConfig.model_fields.items():
         model = declared.annotation
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
         for name, field in model.model_fields.items():
-            found[f"{section}.{key_of(name, field)}"] = kind_of(field)
-    return found
+            kind_by_key[f"{section}.{key_of(name, field)}"] = kind_of(field)
+    return kind_by_key
 
 
-# They decide which sample stands at which position: another value would repeat and lose samples.
+# They decide the sample at each position: another value would repeat and lose samples.
 ORDER_KEYS = frozenset(
     {
         "train.seq_len",
@@ -65,10 +62,10 @@ def identity(
     """The identity keys and their values, flat.
 
     `corpora` are the corpora's fingerprints in the order of data.corpora, `tokenizer` the
-    tokenizer's; `streams` is data.streams with its default resolved. Where the files lie is
-    placement; what they hold is not.
+    tokenizer's; `streams` is data.streams with its default resolved. The paths of the files are placement, their
+    contents identity.
     """
-    assert len(corpora) == len(cfg.data.corpora), "one fingerprint a corpus"
+    assert len(corpora) == len(cfg.data.corpora), "one fingerprint per corpus"
     weights = [corpus.weight for corpus in cfg.data.corpora]
     resolved = {
         "data.corpora": [list(pair) for pair in zip(corpora, weights, strict=True)],
@@ -79,7 +76,7 @@ def identity(
 
 
 def placement(cfg: RunConfig) -> dict[str, Any]:
-    """The keys that every start may choose anew, flat; with the paths of corpora and tokenizer."""
+    """The placement keys and their values, flat, with the paths of corpora and tokenizer."""
     paths = {
         "data.corpora": [corpus.path for corpus in cfg.data.corpora],
         "data.tokenizer": cfg.data.tokenizer,
@@ -89,7 +86,7 @@ def placement(cfg: RunConfig) -> dict[str, Any]:
 
 def _select(cfg: RunConfig, kind: Kind) -> dict[str, Any]:
     tree = cfg.model_dump(mode="json", by_alias=True)
-    wanted = (dotted.split(".") for dotted, its in kinds().items() if its == kind)
+    wanted = (dotted.split(".") for dotted, key_kind in kinds().items() if key_kind == kind)
     return {f"{section}.{key}": tree[section][key] for section, key in wanted}
 
 

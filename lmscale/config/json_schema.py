@@ -1,6 +1,6 @@
-"""The run file as a JSON schema, for editors: completion, descriptions and red lines while typing.
+"""The run file as a JSON schema, for editors: completion, descriptions and validation while typing.
 
-configs/schema.json is its output; `python -m lmscale.config.json_schema` prints it anew.
+configs/schema.json is its output; `python -m lmscale.config.json_schema > configs/schema.json` renews it.
 """
 
 import json
@@ -11,10 +11,10 @@ from lmscale.config.schema import SECTIONS, RunConfig
 
 
 def json_schema() -> dict[str, Any]:
-    """Draft 2020-12. A section may also be the name of a file, and none but four must be there."""
+    """Draft 2020-12. A section may also be the name of a file; four sections are required."""
     schema = RunConfig.model_json_schema(by_alias=True)
-    for holder in (schema, *schema["$defs"].values()):
-        for declared in holder["properties"].values():
+    for definition in (schema, *schema["$defs"].values()):
+        for declared in definition["properties"].values():
             declared.pop("title", None)  # the key in other letters
     corpora = schema["$defs"]["DataConfig"]["properties"]["corpora"]
     corpora["items"] = {"anyOf": [corpora["items"], {"type": "string"}]}

@@ -1,14 +1,9 @@
-"""Settings that have a name but no implementation yet, each with the nearest one that works.
+"""What no single key can show: conflicts between keys, and settings that are not implemented.
 
-Combinations that work and were not proven are proven.py's.
-
-A line leaves this file in the same change that makes its setting work.
-
-Conflicts between the keys of engine and parallel: what an engine, a model and a mesh cannot do together.
-
-What they can do, and whether it has been proven right, proven.py knows.
-
-What single keys cannot say: conflicts between keys. Pure, and without a world where possible.
+`problems` needs no number of ranks, `world_problems` does. Each check is listed in CHECKS with all keys that
+it reads, so that it is left out where one of them is wrong already. A setting with a name but without an
+implementation is refused with one that works; its line is deleted in the change that implements it. Whether a
+possible combination has been tested is the subject of proven.py. Pure, without torch.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -24,7 +19,7 @@ from lmscale.modelspec.spec import VOCAB_MULTIPLE
 
 
 def refusals(cfg: RunConfig) -> Iterator[Problem]:
-    """Refuse here, on the user's machine, rather than in a queue or on a cluster."""
+    """Settings without an implementation: refused on the user's machine instead of in a queue or on a cluster."""
     yield from _data(cfg)
     yield from _rest(cfg)
 
@@ -78,9 +73,9 @@ def _cluster(cfg: RunConfig) -> Iterator[Problem]:
 
 Check = Callable[[RunConfig], Iterator[Problem]]
 
-# fp16 starts at a scale of 2^16 and halves it at each overflow: that many steps in a row, and a few in reserve.
+# fp16 starts at a scale of 2^16 and halves it at each overflow: up to 16 consecutive steps, and a reserve.
 _FP16_SKIPS = 20
-# What engine.zero_stage is when nobody writes it.
+# The value of engine.zero_stage in a run file without the key.
 _UNUSED_STAGE = EngineConfig.model_fields["zero_stage"].default
 
 
@@ -100,7 +95,7 @@ def _split_over_tp(cfg: RunConfig) -> Iterator[Problem]:
         shown = f"{name} {size}" if name.startswith("model.") else name
         fact = f"{tp} does not divide {shown}"
         if name == "model.num_kv_heads" and size < tp:
-            fact = f"{tp} ranks cannot share model.num_kv_heads {size}: each needs a kv head of its own"
+            fact = f"{tp} ranks cannot share model.num_kv_heads {size}: each rank needs at least one kv head"
         yield Problem("parallel.tp", fact, hint if most > 1 else "use 1: this model does not split")
 
 
@@ -212,8 +207,8 @@ ENGINE_CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
 def problems(cfg: RunConfig, *, broken: Collection[str] = ()) -> Iterator[Problem]:
     """Conflicts that any number of ranks would have.
 
-    `broken` names keys whose values stand in for unreadable ones; checks that read them are left
-    out, so that all true problems of a file can be reported together.
+    `broken` names keys whose values replace unreadable ones. Checks that read them are left out, so that
+    all true problems of a file can be reported together.
     """
     for keys, check in CHECKS:
         if not any(_overlap(key, bad) for key in keys for bad in broken):
@@ -250,7 +245,7 @@ def _mesh(cfg: RunConfig, data_ranks: int) -> Iterator[Problem]:
             fact = f"{replicate} does not divide {data_ranks} data-parallel ranks"
             yield Problem("parallel.dp_replicate", fact, "choose a divisor of them")
     elif replicate * shard != data_ranks:
-        fact = f"replicate {replicate} x shard {shard} is not {data_ranks}, the ranks of a tp slice"
+        fact = f"replicate {replicate} x shard {shard} is not {data_ranks}, the number of data-parallel ranks"
         yield Problem("parallel.dp_shard", fact, "write auto, or start that many ranks")
 
 
@@ -261,13 +256,13 @@ def shard_size(cfg: RunConfig, *, world_size: int) -> int:
     return world_size // (cfg.parallel.tp * cfg.parallel.dp_replicate)
 
 
-def _one_length(cfg: RunConfig) -> Iterator[Problem]:
+def _single_length(cfg: RunConfig) -> Iterator[Problem]:
     given = [k for k in ("steps", "tokens", "epochs") if getattr(cfg.train, k) is not None]
     if not given:
         hint = 'add one of train.steps, train.tokens (e.g. "20B") or train.epochs'
         yield Problem("train.steps", "the length of the run is missing", hint)
     elif len(given) > 1:
-        fact = f"{' and '.join(given)} both say how long the run is"
+        fact = f"{' and '.join(given)} both define the length of the run"
         hint = f"keep one; set the other to null, e.g. train.{given[-1]}=null"
         yield Problem(f"train.{given[0]}", fact, hint)
 
@@ -279,20 +274,20 @@ def _heads(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "model.num_kv_heads", fact, "query heads share kv heads evenly: use a divisor"
         )
-    # A head_dim that is given (Qwen3) need not be width / heads.
+    # A head_dim that is given (Qwen3) need not be hidden_size / num_heads.
     if model.hidden_size % model.num_heads and "head_dim" not in model.model_fields_set:
         fact = f"{model.num_heads} does not divide model.hidden_size {model.hidden_size}"
         yield Problem("model.num_heads", fact, "use a divisor, or set model.head_dim")
     if model.positions == "rotary" and model.head_dim % 2:
-        fact = f"{model.head_dim} is odd, and rotary positions turn pairs"
+        fact = f"{model.head_dim} is odd, and rotary positions rotate pairs of elements"
         yield Problem("model.head_dim", fact, "use an even head_dim or other positions")
 
 
 def _positions(cfg: RunConfig) -> Iterator[Problem]:
-    room = cfg.model.max_positions
-    if room is not None and room < cfg.train.seq_len:
-        fact = f"{room} positions are fewer than train.seq_len {cfg.train.seq_len}"
-        yield Problem("model.max_positions", fact, f"raise it, or set train.seq_len <= {room}")
+    limit = cfg.model.max_positions
+    if limit is not None and limit < cfg.train.seq_len:
+        fact = f"{limit} positions are fewer than train.seq_len {cfg.train.seq_len}"
+        yield Problem("model.max_positions", fact, f"raise it, or set train.seq_len <= {limit}")
 
 
 def _schedule(cfg: RunConfig) -> Iterator[Problem]:
@@ -329,7 +324,7 @@ def _weights(cfg: RunConfig) -> Iterator[Problem]:
 
 def _cache(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.data.cache_bytes is not None and cfg.data.cache_dir is None:
-        fact = f"{cfg.data.cache_bytes} bytes of a cache, but data.cache_dir names none"
+        fact = f"{cfg.data.cache_bytes} bytes of a cache, but data.cache_dir is not set"
         hint = (
             "set data.cache_dir to a folder on each node's own disk, or leave data.cache_bytes out"
         )
@@ -373,23 +368,21 @@ def _allow_change(cfg: RunConfig) -> Iterator[Problem]:
     known = kinds()
     for key in cfg.train.allow_change:
         if known.get(key) == "placement":
-            fact = f"{key} is free to change anyway"
+            fact = f"{key} is a placement key, which may change without permission"
             yield Problem("train.allow_change", fact, f"take {key} out of the list")
         elif key in ORDER_KEYS:
-            fact = (
-                f"{key} decides which sample comes when: changing it would lose and repeat samples"
-            )
+            fact = f"{key} decides the order of the samples: another value would lose and repeat samples"
             yield Problem("train.allow_change", fact, "start another run (train.run_dir)")
         elif key not in known:
             close = get_close_matches(key, known, n=1)
             spelling = f"did you mean {close[0]!r}?" if close else "write keys as in train.steps"
             hint = advice_for(key.split(".")) or spelling
-            yield Problem("train.allow_change", f"no key is called {key!r}", hint)
+            yield Problem("train.allow_change", f"there is no key {key!r}", hint)
 
 
 # Each check with all the keys that it reads.
 CHECKS: tuple[tuple[tuple[str, ...], Check], ...] = (
-    (("train.steps", "train.tokens", "train.epochs"), _one_length),
+    (("train.steps", "train.tokens", "train.epochs"), _single_length),
     (
         (
             "model.num_heads",

@@ -1,10 +1,7 @@
-"""Where run files, the files of single sections and the templates of clusters are found.
+"""From a run file to a RunConfig and back: find, decode, override, validate, check and resolve.
 
-A run file on its way to a RunConfig: a tree of plain values that knows where each came from.
-
-From a run file to a RunConfig and back: find, decode, override, validate, check, resolve.
-
-Imports neither numpy nor torch: a wrong config is reported in a fraction of a second.
+`Draft` collects the tree of values with the file and line of every key, and all problems. Imports neither
+numpy nor torch: a wrong run file is reported in a fraction of a second.
 """
 
 import os
@@ -17,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lmscale.base.errors import ConfigError, Problem
-from lmscale.config import rules as checks
+from lmscale.config import rules
 from lmscale.config.earlier_keys import is_stored, translate_config, translate_path
 from lmscale.config.schema import SECTIONS, RunConfig
 from lmscale.config.validation_messages import fields_of, in_words, renamed, section_at
@@ -52,7 +49,7 @@ def find_section(section: str, text: str, *, beside: Path, last: Sequence[Path])
 
 
 def names(folder: Path) -> list[str]:
-    """What may be given by name from a folder of configs/."""
+    """The names of the files in a folder of configs/."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
@@ -88,7 +85,7 @@ class Draft:
         if isinstance(value, dict):
             self.tree = value
         elif value is not None:
-            fact = f"{self._name(self.run_file)} holds no mapping of sections"
+            fact = f"{self._name(self.run_file)} is not a mapping of sections"
             self.problems.append(Problem("", fact))
             self._break(())
 
@@ -120,34 +117,34 @@ class Draft:
             self._settle(section)
 
     def is_broken(self, path: KeyPath) -> bool:
-        """Whether the value at `path`, or what holds it, has been reported already."""
+        """Whether the value at `path`, or a section that contains it, has been reported already."""
         return any(_texts(path[:end]) in self.broken for end in range(1, len(path) + 1))
 
     def origin(self, path: KeyPath) -> str:
-        """Where the value at `path`, or what holds it, was written."""
+        """File and line, or override, of the value at `path` or of the section that contains it."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.origins:
                 return self.origins[path[:end]]
         return ""
 
     def _set(self, path: KeyPath, value: Any, *, origin: str) -> None:
-        holder: Any = self.tree
+        container: Any = self.tree
         for depth, part in enumerate(path[:-1]):
-            if isinstance(holder, dict) and holder.get(str(part)) is None:
-                holder[str(part)] = {}
-            index = _index(holder, part)
-            if index is None or not isinstance(holder[index], (dict, list)):
+            if isinstance(container, dict) and container.get(str(part)) is None:
+                container[str(part)] = {}
+            index = _index(container, part)
+            if index is None or not isinstance(container[index], (dict, list)):
                 here = dotted(path[: depth + 1])
-                fact = f"holds no keys that {origin!r} could change"
+                fact = f"has no keys that {origin!r} could change"
                 self.problems.append(Problem(here, fact, f"set {here} as a whole"))
                 return
-            holder = holder[index]
-        index = path[-1] if isinstance(holder, dict) else _index(holder, path[-1])
+            container = container[index]
+        index = path[-1] if isinstance(container, dict) else _index(container, path[-1])
         if index is None:
-            fact = f"the list has {len(holder)} entries, from 0"
+            fact = f"the list has {len(container)} entries, from 0"
             self.problems.append(Problem(dotted(path), fact, f"set {dotted(path[:-1])} as a whole"))
             return
-        holder[index] = value
+        container[index] = value
         self.origins = {at: o for at, o in self.origins.items() if at[: len(path)] != path}
         self.origins[path] = origin
 
@@ -161,35 +158,35 @@ class Draft:
         if not isinstance(value, str):
             return
         self.tree[section] = {}
-        place = self.origin((section,))
-        passed_over = []
+        location = self.origin((section,))
+        skipped = []
         for path in find_section(section, value, beside=self.run_file.parent, last=last):
             decoded = self._decode(path, (section,))
             if isinstance(decoded, dict) and set(decoded) & set(SECTIONS):
-                passed_over.append(path)  # a run file of that name, e.g. this one
+                skipped.append(path)  # a run file of that name, e.g. this one
                 continue
             if decoded is None or isinstance(decoded, dict):
                 self.tree[section] = decoded or {}
             else:
-                fact = f"{self._name(path)} holds no mapping of keys"
+                fact = f"{self._name(path)} is not a mapping of keys"
                 self.problems.append(Problem(section, fact))
                 self._break((section,))
             return
-        self._missing(section, value, place=place, passed_over=passed_over)
+        self._missing(section, value, location=location, skipped=skipped)
 
-    def _missing(
-        self, section: str, value: str, *, place: str, passed_over: Sequence[Path]
-    ) -> None:
-        known = names(section_folder(section))
-        close = get_close_matches(value, known, n=1)
+    def _missing(self, section: str, value: str, *, location: str, skipped: Sequence[Path]) -> None:
+        choices = names(section_folder(section))
+        close = get_close_matches(value, choices, n=1)
         if close:
             hint = f"did you mean {close[0]!r}?"
-        elif passed_over:
-            hint = f"{self._name(passed_over[0])} holds whole sections, not the keys of one"
+        elif skipped:
+            hint = f"{self._name(skipped[0])} contains whole sections, not the keys of one section"
         else:
-            hint = f"known names: {', '.join(known)}" if known else "write the keys here instead"
+            hint = (
+                f"known names: {', '.join(choices)}" if choices else "write the keys here instead"
+            )
         where = f"beside {self._name(self.run_file)} or in configs/"
-        fact = f"found no file {value!r} {where} ({place})"
+        fact = f"found no file {value!r} {where} ({location})"
         self.problems.append(Problem(section, fact, hint))
         self._break((section,))
 
@@ -228,11 +225,11 @@ def _texts(path: KeyPath) -> tuple[str, ...]:
     return tuple(str(part) for part in path)
 
 
-def _index(holder: Any, part: str | int) -> Any:
-    """The key or the list index that `part` means in `holder`, or None."""
-    if isinstance(holder, dict):
-        return part if part in holder else None
-    if isinstance(holder, list) and str(part).isdecimal() and int(part) < len(holder):
+def _index(container: Any, part: str | int) -> Any:
+    """The key or the list index that `part` means in `container`, or None."""
+    if isinstance(container, dict):
+        return part if part in container else None
+    if isinstance(container, list) and str(part).isdecimal() and int(part) < len(container):
         return int(part)
     return None
 
@@ -242,7 +239,7 @@ def load(
 ) -> RunConfig:
     """Read a run file, apply overrides `a.b=c` (later ones win), check it all, resolve its paths.
 
-    `source` is a path or a name in configs/runs. Raises ConfigError with every problem there is.
+    `source` is a path or a name in configs/runs. Raises ConfigError with all problems.
     Loading the dumped result gives the same value from any folder.
     """
     cwd = Path.cwd() if cwd is None else cwd.absolute()
@@ -256,7 +253,7 @@ def load(
     draft.settle()
     cfg, broken = _validate(draft)
     if cfg is not None:
-        draft.problems += checks.problems(cfg, broken=broken)
+        draft.problems += rules.problems(cfg, broken=broken)
     if draft.problems or cfg is None:
         raise ConfigError(dict.fromkeys(draft.problems))
     return _resolve(cfg, stem=run_file.stem, cwd=cwd)
@@ -268,22 +265,22 @@ def dump(cfg: RunConfig) -> str:
 
 
 def _no_run(source: str | Path, cwd: Path) -> Problem:
-    from difflib import get_close_matches
-
     if (cwd / source).is_dir():
         inside = cwd / source / "config.yaml"
         hint = f"did you mean {Path(source) / 'config.yaml'}?" if inside.is_file() else ""
         return Problem("", f"{source} is a folder, not a run file", hint)
-    known = names(configs_dir() / "runs")
-    close = get_close_matches(Path(source).stem, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"names in configs/runs: {', '.join(known)}"
+    run_names = names(configs_dir() / "runs")
+    close = get_close_matches(Path(source).stem, run_names, n=1)
+    hint = (
+        f"did you mean {close[0]!r}?" if close else f"names in configs/runs: {', '.join(run_names)}"
+    )
     return Problem("", f"no run file {str(source)!r}, as a path or in configs/runs", hint)
 
 
 def _validate(draft: Draft) -> tuple[RunConfig | None, set[str]]:
-    """The config; or, after problems, one where examples and defaults stand in for broken values.
+    """The config; after problems, one in which examples and defaults replace broken values.
 
-    The set names the sections (`model`) and keys (`model.hidden_size`) that no check should look at.
+    The set names the sections (`model`) and keys (`model.hidden_size`) that no check may use.
     """
     broken = {dotted(path[:2]) for path in draft.broken}
     try:
@@ -301,14 +298,16 @@ def _validate(draft: Draft) -> tuple[RunConfig | None, set[str]]:
             draft.problems += in_words(entry, origin=draft.origin)
         broken.add(dotted(path[:2]))
     broken |= other_names
-    tree = _stand_in(draft.tree, broken)
+    tree = _with_replacements(draft.tree, broken)
     try:
         return RunConfig.model_validate(tree), broken
-    except ValidationError:  # the stand-ins do not cover it: report without cross-field checks
+    except (
+        ValidationError
+    ):  # the replacements are not sufficient: report without cross-field checks
         return None, broken
 
 
-def _stand_in(tree: dict[str, Any], broken: set[str]) -> dict[str, Any]:
+def _with_replacements(tree: dict[str, Any], broken: set[str]) -> dict[str, Any]:
     """The tree without broken keys, and with examples for required ones."""
     kept: dict[str, Any] = {}
     for section, _ in fields_of(RunConfig):

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from lmscale import __version__
 from lmscale.base.errors import ConfigError, UsageError
 from lmscale.base.units import show_bytes, show_count
+from lmscale.checks.resume import finished_step
 from lmscale.cli import entry
 from lmscale.cli.app import app
 from lmscale.config.identity import identity
@@ -28,8 +29,8 @@ from lmscale.run_folder.paths import RunFolder
 from lmscale.train.stop_request import StopRequest
 from lmscale_launcher.jobs.run_facts import find_run_folder
 from lmscale_launcher.jobs.stop import stop
-from lmscale_launcher.train import finished, world_of
 from lmscale_launcher.train import train as supervise_run
+from lmscale_launcher.train import world_of
 from lmscale_launcher.verify import kind_of, verify
 
 ROOT = Path(__file__).parents[3]
@@ -172,7 +173,7 @@ def test_a_size_of_no_cache_is_refused(folder: Path) -> None:
     refused = lmscale("plan", "run.yaml", "data.cache_bytes=5GiB", cwd=folder)
     assert refused.returncode == 78
     assert "data.cache_bytes" in refused.stderr
-    assert "data.cache_dir names none" in refused.stderr
+    assert "data.cache_dir is not set" in refused.stderr
     planned = ("plan", "run.yaml", "data.cache_bytes=5GiB", "data.cache_dir=cache")
     assert "nothing fills it" not in lmscale(*planned, cwd=folder).stdout
     assert "nothing fills it" in lmscale(*planned, "cluster.kind=mpi", cwd=folder).stdout
@@ -343,11 +344,11 @@ def test_a_finished_run_says_so_and_another_identity_is_left_to_the_ranks(folder
     assert done.returncode == 0, done.stderr
     assert "finished" in done.stderr
     assert not run.events.exists()
-    assert finished(load("run.yaml", ["train.steps=41"], cwd=folder), run) is None
-    assert finished(load("run.yaml", ["optim.lr=1"], cwd=folder), run) is None
-    assert finished(load("run.yaml", ["train.resume=never"], cwd=folder), run) is None
+    assert finished_step(load("run.yaml", ["train.steps=41"], cwd=folder), run) is None
+    assert finished_step(load("run.yaml", ["optim.lr=1"], cwd=folder), run) is None
+    assert finished_step(load("run.yaml", ["train.resume=never"], cwd=folder), run) is None
     allowed = ["train.steps=30", "train.allow_change=[train.steps]"]
-    assert finished(load("run.yaml", allowed, cwd=folder), run) == 40
+    assert finished_step(load("run.yaml", allowed, cwd=folder), run) == 40
 
 
 def test_plan_counts_what_the_file_says(folder: Path, corpus: Path) -> None:

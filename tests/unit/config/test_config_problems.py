@@ -188,7 +188,7 @@ def test_any_value_loads_or_is_refused_without_jargon(run: Path, values: dict[An
     ("overrides", "path", "words"),
     [
         (["train.steps=null"], "train.steps", "missing"),
-        (["train.epochs=1"], "train.steps", "steps and epochs both say"),
+        (["train.epochs=1"], "train.steps", "steps and epochs both define"),
         (["model.num_kv_heads=3"], "model.num_kv_heads", "3 does not divide model.num_heads 4"),
         (["model.hidden_size=66"], "model.num_heads", "4 does not divide model.hidden_size 66"),
         (["model.head_dim=15"], "model.head_dim", "is odd"),
@@ -216,8 +216,12 @@ def test_any_value_loads_or_is_refused_without_jargon(run: Path, values: dict[An
         ),
         (["data.corpora=[{path: x, weight: 0}]"], "data.corpora", "weight above 0"),
         (["cluster.min_nodes=2"], "cluster.min_nodes", "above cluster.nodes 1"),
-        (["train.allow_change=[optim.lrr]"], "train.allow_change", "no key is called 'optim.lrr'"),
-        (["train.allow_change=[engine.kind]"], "train.allow_change", "free to change anyway"),
+        (["train.allow_change=[optim.lrr]"], "train.allow_change", "there is no key 'optim.lrr'"),
+        (
+            ["train.allow_change=[engine.kind]"],
+            "train.allow_change",
+            "may change without permission",
+        ),
         (["train.allow_change=[train.seq_len]"], "train.allow_change", "lose and repeat samples"),
         (["parallel.tp=8"], "parallel.tp", "8 does not divide model.num_heads 4"),
         (
