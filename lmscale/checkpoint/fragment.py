@@ -105,7 +105,7 @@ class Fragment(torch.Tensor):
             begin = box.begin - start
             view = flat.detach()[begin : begin + math.prod(box.sizes)].view(box.sizes)
             fragment._boxes[tuple(offsets)] = view
-        if not math.prod(whole):  # an empty tensor exists too, so somebody must mention it
+        if not math.prod(whole):  # empty tensors need one write item too
             fragment._boxes[(0,) * len(whole)] = flat.detach().view(whole)
         fragment._writes = writes
         return fragment

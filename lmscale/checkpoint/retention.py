@@ -1,4 +1,4 @@
-"""Delete what a run no longer needs. Rank 0 only; fenced; an interrupted deletion leaves no ruin."""
+"""Delete what a run no longer needs. Rank 0 only; fenced; an interrupted deletion leaves nothing that looks damaged."""
 
 import logging
 import shutil
@@ -15,8 +15,9 @@ logger = logging.getLogger(__name__)
 def retain(folder: RunFolder, keep: int, attempt: int) -> list[Path]:
     """Keep the `keep` newest valid checkpoints (one at least); returns the folders deleted.
 
-    Damaged and overtaken ones neither count nor go: they are evidence, and `lmscale verify` names them.
-    Unfinished folders (.tmp) of older attempts go. Storage errors are logged: the run goes on.
+    Damaged and overtaken ones are neither counted nor deleted: they are evidence, and `lmscale
+    verify` names them. Unfinished folders (.tmp) of older attempts are deleted. Storage errors are
+    logged and do not end the run.
     """
     try:
         valid = [found.path for found in listing(folder) if found.valid]
@@ -35,7 +36,7 @@ def retain(folder: RunFolder, keep: int, attempt: int) -> list[Path]:
             deleted.append(path)
             shutil.rmtree(doomed)
         except OSError as error:
-            logger.warning("deleting %s: %s; it stays for now", path, error)
+            logger.warning("deleting %s: %s; it remains for now", path, error)
     for leftover in _unfinished(folder, attempt):
         check_not_overtaken(folder, attempt)
         shutil.rmtree(leftover, ignore_errors=True)

@@ -123,7 +123,7 @@ def plan(tensors: Mapping[str, torch.Tensor], ranks: _DistWrapper) -> RankPlan:
 
 
 def copy(planned: RankPlan) -> dict[TensorBox, torch.Tensor]:
-    """The tensors of this rank's boxes. They are views: whoever calls must not train until `write` is done."""
+    """The tensors of this rank's boxes: views, so no step may be trained until `write` has returned."""
     tensors = {}
     for item in planned.plan.items:
         data = item.tensor_data

@@ -1,6 +1,6 @@
 """Attempts fence each other: of all that is published in a folder, one history is valid.
 
-An attempt claims a number before it loads (`claim`), and says from which step it goes on once the
+An attempt claims a number before it loads (`claim`), and records the step that it resumes from once the
 load has succeeded (`settle`). Whatever an older, still running attempt publishes afterwards beyond
 that step is invalid (`Fence.valid`), however late it arrives: no clock, lease or lock is trusted.
 """
@@ -50,36 +50,38 @@ _NAME = re.compile(r"([1-9]\d*)\.json")
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class AttemptRecord:
     """One attempts/k.json."""
 
     number: int
     from_step: int | None = None  # None: claimed, fences nothing
-    source: str | None = None  # checkpoint of another run that it went on from
+    source: str | None = None  # checkpoint of another run that it resumed from
     finished: int | None = None  # the step at which it completed the run
     placement: Mapping[str, Any] = field(default_factory=dict)  # world, mesh, engine
 
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """The rule that decides which checkpoints count, over the attempts as they stood when read."""
+    """The rule that decides which checkpoints count, over the attempts at the time of reading."""
 
-    attempts: Mapping[int, Attempt]
+    attempts: Mapping[int, AttemptRecord]
 
     def valid(self, step: int, attempt: int, *, ignoring: int | None = None) -> bool:
-        """Whether no newer attempt went on from an earlier step than this checkpoint's."""
+        """Whether no newer attempt resumed from an earlier step than this checkpoint's."""
         return self.fenced_by(step, attempt, ignoring=ignoring) is None
 
-    def fenced_by(self, step: int, attempt: int, *, ignoring: int | None = None) -> Attempt | None:
+    def fenced_by(
+        self, step: int, attempt: int, *, ignoring: int | None = None
+    ) -> AttemptRecord | None:
         """The attempt that makes the checkpoint invalid. `ignoring` leaves one attempt out."""
         for number, newer in self.attempts.items():
-            has_a_say = number > attempt and number != ignoring and newer.from_step is not None
-            if has_a_say and step > (newer.from_step or 0):
+            settled = number > attempt and number != ignoring and newer.from_step is not None
+            if settled and step > (newer.from_step or 0):
                 return newer
         return None
 
     def reached(self) -> int:
-        """The highest step an attempt went on from here: a checkpoint of it existed."""
+        """The highest step that an attempt of this run resumed from: its checkpoint existed."""
         own = (a.from_step or 0 for a in self.attempts.values() if a.source is None)
         return max(own, default=0)
 
@@ -99,31 +101,31 @@ def claim(folder: RunFolder, placement: Mapping[str, Any]) -> int:
         while True:
             number = newest(folder) + 1
             with suppress(FileExistsError):  # another claimant took it: try the next
-                claimed = Attempt(number, placement=placement)
+                claimed = AttemptRecord(number, placement=placement)
                 create_exclusively(_path(folder, number), _encode(claimed))
                 return number
 
 
 def settle(folder: RunFolder, k: int, from_step: int | None, *, source: str | None = None) -> None:
-    """Say from which step attempt k goes on (0: from the start), or with None take it back.
+    """Record the step that attempt k resumes from (0: from the start); None takes the record back.
 
     `source` names another run's checkpoint (`train.resume: PATH`): its step is not of this folder.
     """
     if from_step is not None:
         check_not_overtaken(folder, k)
     old = read_attempt(folder, k)
-    _rewrite(folder, Attempt(k, from_step, source, None, old.placement))
+    _rewrite(folder, AttemptRecord(k, from_step, source, None, old.placement))
 
 
 def mark_finished(folder: RunFolder, k: int, step: int) -> None:
     """Record that attempt k completed the run at this step (its checkpoint is published)."""
     check_not_overtaken(folder, k)
     old = read_attempt(folder, k)
-    _rewrite(folder, Attempt(k, old.from_step, old.source, step, old.placement))
+    _rewrite(folder, AttemptRecord(k, old.from_step, old.source, step, old.placement))
 
 
 def finished_at(folder: RunFolder) -> int | None:
-    """The step at which the run was completed, unless a newer attempt has gone on since."""
+    """The step at which the run was completed, unless a newer attempt has resumed it since."""
     number = newest(folder)
     return read_attempt(folder, number).finished if number else None
 
@@ -134,7 +136,7 @@ def check_not_overtaken(folder: RunFolder, k: int) -> None:
     if number > k:
         raise Overtaken(
             f"{folder.path}: attempt {number} has taken over from attempt {k}, which ends here "
-            "without writing anything more; watch the newer one"
+            "without writing anything more; follow the newer one"
         )
 
 
@@ -143,23 +145,23 @@ def fence(folder: RunFolder) -> Fence:
     return Fence(MappingProxyType({k: read_attempt(folder, k) for k in sorted(_numbers(folder))}))
 
 
-def read_attempt(folder: RunFolder, k: int) -> Attempt:
+def read_attempt(folder: RunFolder, k: int) -> AttemptRecord:
     """Read one attempt. A claim torn by a crash counts as one that never settled.
 
-    That is safe: only settling gives an attempt a say, and settling is a rename of a synced file.
+    That is safe: only a settled attempt fences anything, and settling is a rename of a synced file.
     """
     path = _path(folder, k)
     with storage_errors(f"reading {path}"):
         try:
             data = read_regular(path, _MAX_BYTES)
             if not data.endswith(b"}\n"):
-                return Attempt(k)
+                return AttemptRecord(k)
             raw = decode(AttemptFile, data, where=path, hint=_RESTORE)
             if raw["attempt"] != k:
                 raise RecordError(f"{path}: it is the file of attempt {raw['attempt']}; {_RESTORE}")
         except (RecordError, UnsuitableFile) as error:
             raise CheckpointError(str(error)) from error
-    return Attempt(k, raw["from"], raw["source"], raw["finished"], raw["placement"])
+    return AttemptRecord(k, raw["from"], raw["source"], raw["finished"], raw["placement"])
 
 
 def _numbers(folder: RunFolder) -> list[int]:
@@ -173,13 +175,13 @@ def _numbers(folder: RunFolder) -> list[int]:
     return [int(match[1]) for match in map(_NAME.fullmatch, names) if match]
 
 
-def _rewrite(folder: RunFolder, attempt: Attempt) -> None:
+def _rewrite(folder: RunFolder, attempt: AttemptRecord) -> None:
     path = _path(folder, attempt.number)
     with storage_errors(f"writing {path}"):
         atomic_write(path, _encode(attempt))
 
 
-def _encode(attempt: Attempt) -> bytes:
+def _encode(attempt: AttemptRecord) -> bytes:
     body = {
         "attempt": attempt.number,
         "from": attempt.from_step,

@@ -1,4 +1,4 @@
-"""RUN/bad-nodes: hosts that whoever starts the run next leaves out. One file a host; its text says why."""
+"""RUN/bad-nodes: hosts that the next start of the run excludes. One file per host; its text is the reason."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class BadNode:
 
 
 def read_bad_nodes(folder: RunFolder) -> list[BadNode]:
-    """By host name. Files may come and go meanwhile, and one that cannot be read still names its host."""
+    """The bad nodes, by host name. A file may vanish meanwhile; an unreadable one still names its host."""
     found = []
-    for path in sorted(folder.bad_nodes.glob("[!.]*")):  # .nfs0001 is no file of ours
+    for path in sorted(folder.bad_nodes.glob("[!.]*")):  # .nfs0001 is a file of NFS
         try:
             written_ns = path.stat().st_mtime_ns
             why = next(iter(path.read_text(errors="replace").strip().splitlines()), _NO_REASON)
@@ -36,7 +36,7 @@ def read_bad_nodes(folder: RunFolder) -> list[BadNode]:
 
 
 def write_bad_nodes(folder: RunFolder, reasons: Mapping[str, str]) -> None:
-    """Add hosts. Raises what storage_errors makes of a disk that is full or refuses."""
+    """Add hosts. Raises RetryableError (full disk) or ConfigError (permissions)."""
     for host, why in reasons.items():
         path = folder.bad_nodes / host.replace("/", "_")
         with storage_errors(f"writing {path}"):

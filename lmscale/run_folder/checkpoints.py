@@ -26,7 +26,7 @@ FORMAT = 1
 BLOCK_BYTES = 4 << 20
 _MAX_BYTES = 1 << 30  # a checkpoint of 100 TB with 100,000 parts has 500 MB
 _FIELDS = ("format", "step", "attempt", "files")
-# Storage leaves these behind by itself (NFS silly renames, ext4): not worth a word.
+# File systems leave these behind by themselves (NFS silly renames, ext4); they are not reported.
 _FOREIGN = (".nfs", "lost+found")
 
 
@@ -91,11 +91,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         if type(body.get("format")) is int and body["format"] > FORMAT:
             # Not damage: falling back to an older checkpoint would throw sound work away.
             raise ConfigError(
-                f"{path} has format {body['format']}, this lmscale knows {FORMAT}; update it"
+                f"{path} has format {body['format']}, this lmscale supports {FORMAT}; update lmscale"
             )
         return dict(convert(CheckpointManifest, body, where=path, hint=_NEXT))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path} is missing: no whole checkpoint; {_NEXT}") from error
+        raise CheckpointError(
+            f"{path} is missing, so the checkpoint is not complete; {_NEXT}"
+        ) from error
     except OSError as error:
         raise storage_error(f"reading {path}", error) from error
     except (RecordError, UnsuitableFile) as error:
@@ -122,7 +124,7 @@ def describe_file(path: Path, *, block_bytes: int = BLOCK_BYTES) -> dict[str, An
 def damage(
     directory: Path, *, deep: bool = False, progress: Callable[[int], None] | None = None
 ) -> list[str]:
-    """What is proven wrong with a checkpoint, a sentence each; empty when nothing is.
+    """The proven damage of a checkpoint, one sentence each; empty if there is none.
 
     Cheap by default: manifest, names and sizes. `deep` reads every byte and calls `progress` with
     the number of bytes since the last call. Raises RetryableError when the storage cannot be read.
@@ -135,7 +137,7 @@ def damage(
     named = parse_checkpoint_name(directory.name)
     if named is not None and named != (body["step"], body["attempt"]):
         own = checkpoint_name(body["step"], body["attempt"])
-        problems.append(f"{directory}: its manifest says {own}; rename it back")
+        problems.append(f"{directory}: its manifest names {own}; rename it back")
     for name, entry in body["files"].items():
         # The digest is no signature: a name must not lead out of the folder.
         if name != Path(name).name:
@@ -215,7 +217,7 @@ def _read_full(descriptor: int, size: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointEntry:
-    """One published checkpoint folder and what is known against it."""
+    """One published checkpoint folder, and why it does not count, if so."""
 
     step: int
     attempt: int
@@ -225,7 +227,7 @@ class CheckpointEntry:
 
     @property
     def valid(self) -> bool:
-        """Whether the run may go on from it."""
+        """Whether the run may resume from it."""
         return not self.fenced and not self.damaged
 
     @property
@@ -239,8 +241,8 @@ def listing(
 ) -> list[CheckpointEntry]:
     """All published checkpoints, highest step first, each judged by the fence and its manifest.
 
-    `deep` reads every byte. `ignoring` leaves out one attempt's say: how that attempt itself sees
-    whether it went on from the newest. Not-yet-published folders (.tmp) are not listed.
+    `deep` reads every byte. `ignoring` leaves out one attempt: so that attempt itself checks whether
+    it resumed from the newest checkpoint. Not-yet-published folders (.tmp) are not listed.
     """
     rule = fence(folder)
     found = []
@@ -258,7 +260,7 @@ def listing(
 
 
 def newest_valid(folder: RunFolder, *, damaged: Collection[Path] = ()) -> CheckpointEntry | None:
-    """The checkpoint to go on from; None for a run that has never saved one.
+    """The checkpoint to resume from; None for a run that has never saved one.
 
     `damaged`: folders that a load has proven damaged, which the cheap check here cannot see. Raises
     CheckpointError rather than let a run that had checkpoints start from step 0 again.
@@ -275,7 +277,7 @@ def newest_valid(folder: RunFolder, *, damaged: Collection[Path] = ()) -> Checkp
         )
     if reached := fence(folder).reached():
         raise CheckpointError(
-            f"{folder.checkpoints}: the run went on from step {reached} before, but none of its "
+            f"{folder.checkpoints}: the run resumed from step {reached} before, but none of its "
             "checkpoints is left; restore one, or start in another train.run_dir"
         )
     return None
@@ -284,10 +286,10 @@ def newest_valid(folder: RunFolder, *, damaged: Collection[Path] = ()) -> Checkp
 def reason_to_reload(
     folder: RunFolder, attempt: int, *, loaded: Path | None, damaged: Collection[Path] = ()
 ) -> str:
-    """What attempt k, having settled, must check once more; empty when it may go on.
+    """Why attempt k, having settled, must load again; empty if it may continue.
 
     An older attempt may have published, or deleted, between this one's listing and its settling.
-    Then this one settles None and loads anew. `loaded`: None when it started from step 0.
+    Then this one settles None and loads again. `loaded`: None when it started from step 0.
     """
     candidates = [
         one
@@ -305,7 +307,7 @@ def reason_to_reload(
 
 def _fenced(rule: Fence, step: int, attempt: int, *, ignoring: int | None) -> str:
     by = rule.fenced_by(step, attempt, ignoring=ignoring)
-    return f"overtaken: attempt {by.number} went on from step {by.from_step}" if by else ""
+    return f"overtaken: attempt {by.number} resumed from step {by.from_step}" if by else ""
 
 
 def _unnamed(path: Path) -> CheckpointEntry:

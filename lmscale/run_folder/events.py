@@ -1,7 +1,4 @@
-"""What happened to a run, one file a start, and the heartbeat that says it is still happening.
-
-How often a run was started again without getting anywhere.
-"""
+"""Events of a run in one file per start, and the heartbeat, which is that file's modification time."""
 
 import logging
 import os
@@ -47,8 +44,9 @@ class EventLog:
     """Appends to events/START.jsonl; node 0's supervisor and rank 0 write into the same file.
 
     As a context manager it also beats every 10 s from a daemon thread, which does not keep the
-    process alive. Kinds in use: start, attempt, save, fall-back, damage, skip, loss_scale, drift, stop, restart,
-    exit; and, with the host concerned as `node` beside the writer's own `host`: died, stuck, lost_node, bad_node.
+    process alive. Kinds in use: start, environment, attempt, save, save_failed, sample, damage,
+    loss_scale, drift, stop, restart, exit; and, with the host concerned as `node` beside the writer's
+    own `host`: died, stuck, lost_node, bad_node.
     """
 
     def __init__(self, folder: RunFolder, start: str) -> None:
@@ -69,7 +67,7 @@ class EventLog:
             self._file.append(event)
 
     def beat(self) -> None:
-        """Say that the run is alive: sets the file's modification time."""
+        """Show that the run is alive: sets the file's modification time."""
         self._file.touch()
 
     def close(self) -> None:
@@ -135,8 +133,8 @@ def start_name(env: Mapping[str, str]) -> str:
 def starts_since_progress(events: Iterable[Event]) -> int:
     """Restarts since the newest checkpoint moved: what `cluster.max_restarts` limits.
 
-    Counted over all starts, whoever made them (supervisor, scheduler, JobSet). The first start and a
-    start that a person asked for (by hand, or `fresh`: the first one of a submission) are no
+    Counted over the starts of all launchers (supervisor, scheduler, JobSet). The first start and a
+    start that a person requested (by hand, or `fresh`: the first one of a submission) are not
     restarts and begin a new count. A save is progress when its step is
     beyond every one before it: a run that falls back and saves the same steps again must end too.
     """

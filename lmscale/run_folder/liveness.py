@@ -1,12 +1,8 @@
-"""Is somebody training in this folder right now?
-
-One start at a time in a run folder: who begins, and who is refused.
-"""
+"""Is a start of the run alive, and may another one begin? One start at a time in a run folder."""
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +15,12 @@ from lmscale.run_folder.events import Event, EventLog
 from lmscale.run_folder.paths import RunFolder
 
 STALE_S = 60.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class LiveRun:
-    """The start that holds the folder."""
+    """The start that is alive in the folder."""
 
     start: str
     host: str  # for people: without the pid namespace
@@ -37,7 +34,7 @@ def live(folder: RunFolder) -> LiveRun | None:
     """The running start with the newest heartbeat, or None.
 
     Running: the heartbeat is younger than 60 s, no exit was written, and on this host the pid is
-    alive too (a killed one need not be waited for). On another host only time can tell.
+    alive too (there is no wait for a killed one). On another host only the heartbeat counts.
     """
     found = []
     for path in folder.events.glob("*.jsonl") if folder.events.is_dir() else []:
@@ -71,12 +68,7 @@ def _running(folder: RunFolder, path: Path, age_s: float) -> LiveRun | None:
     return None
 
 
-# What file systems without locks say, as Lustre does unless it is mounted with -o flock: the fence of the
-# attempts holds there too.
-_log = logging.getLogger(__name__)
-
-
-def begin(
+def begin_start(
     folder: RunFolder,
     start: str,
     *,
@@ -85,17 +77,22 @@ def begin(
     nodes: Sequence[str] = (),
     fresh: bool = False,
 ) -> EventLog:
-    """Write the start into the folder's events, and from then on be seen as running in it.
+    """Write the start into the events of the folder; from then on it counts as alive.
 
-    By hand only where nobody else is: raises ConfigError naming host, pid and attempt. Look and
+    By hand only if no other start is alive: raises ConfigError naming host, pid and attempt. Look and
     write happen under one lock, so of two simultaneous starts on a host exactly one wins. Between
     hosts the attempts' fence decides. A scheduler's restart takes over at once. For the record: the
     `ranks` that this start makes, on which `nodes`, and whether it is the first of a submission
-    that a person has made (`fresh`: the budget counts anew).
+    that a person has made (`fresh`: the restart budget begins a new count).
     """
     if by_hand:
         wait_for_silence(folder)
-    with _lock(folder):
+    path = folder.events / ".lock"
+    with storage_errors(f"locking {path}"):
+        lock = lock_folder(
+            path
+        )  # without flock a warning: the fence of the attempts holds there too
+    with lock:
         if by_hand:
             if (other := live(folder)) is not None:
                 raise refusal(folder, other)
@@ -107,21 +104,21 @@ def begin(
 
 
 def refusal(folder: RunFolder, other: LiveRun) -> ConfigError:
-    """What to tell a user who starts a run that is running."""
+    """The error for a start of a run that is alive."""
     attempt = f"attempt {other.attempt}" if other.attempt else "before its first attempt"
     problem = Problem(
         "train.run_dir",
         f"{folder.path} is being trained by pid {other.pid} on {other.host} ({attempt}, "
-        f"last heard of {other.age_s:.0f} s ago)",
+        f"last heartbeat {other.age_s:.0f} s ago)",
         f"wait for it, end it with `lmscale stop {folder.path}`, or choose another train.run_dir",
     )
     return ConfigError([problem])
 
 
 def wait_for_silence(folder: RunFolder, *, poll_s: float = 1.0) -> None:
-    """Raise ConfigError where somebody is training in the folder.
+    """Raise ConfigError if another start is alive in the folder.
 
-    A start on another host may be dead: its heartbeat tells within 60 s. One that beats is alive.
+    A start on another host may be dead: its heartbeat shows that within 60 s.
     """
     other = live(folder)
     if other is None:
@@ -138,12 +135,3 @@ def wait_for_silence(folder: RunFolder, *, poll_s: float = 1.0) -> None:
             raise refusal(folder, other)
         heard_s = other.age_s
         time.sleep(poll_s)
-
-
-@contextmanager
-def _lock(folder: RunFolder) -> Iterator[None]:
-    path = folder.events / ".lock"
-    with storage_errors(f"locking {path}"):
-        lock = lock_folder(path)
-    with lock:
-        yield

@@ -1,4 +1,4 @@
-"""Where everything of a run stands, by name."""
+"""The paths in a run folder."""
 
 import re
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a step."""
+        """One JSON object per step."""
         return self.path / "metrics.jsonl"
 
     @property
     def eval(self) -> Path:
-        """One JSON object a step, corpus and metric."""
+        """One JSON object per step, corpus and metric."""
         return self.path / "eval.jsonl"
 
     @property
@@ -60,7 +60,7 @@ class RunFolder:
 
     @property
     def bad_nodes(self) -> Path:
-        """One file a node that failed its check, or whose copies of the weights drifted; its name is the host's."""
+        """One file per node that failed its check, or whose copies of the weights drifted, named after the host."""
         return self.path / "bad-nodes"
 
     @property
@@ -75,12 +75,12 @@ class RunFolder:
 
     @property
     def stop(self) -> Path:
-        """While this file is there, nothing starts the run again by itself."""
+        """While this file exists, nothing starts the run again by itself."""
         return self.path / "stop"
 
     @property
     def status(self) -> Path:
-        """State, step and reason, replaced every 10 s while the run is alive (run_folder/status.py)."""
+        """State, step and reason, replaced every 10 s while the run is alive (run_folder/status_file.py)."""
         return self.path / "status.json"
 
     def trace(self, rank: int) -> Path:

@@ -1,8 +1,8 @@
-"""Where a rank stands, told to its supervisor without a word: a few bytes of memory that both can see.
+"""Progress of a rank, shared with its supervisor through memory that both map.
 
-The supervisor makes two nameless files in memory for each rank (memfd: nothing in /dev/shm, nothing left behind)
-and the rank inherits them: into one it writes its step and phase, into the other its stack when it
-gets SIGQUIT. A tick is one pwrite, about a microsecond.
+The supervisor makes two unnamed files in memory per rank (memfd: nothing in /dev/shm, nothing left
+behind) and the rank inherits them: into one it writes its step and phase, into the other its stack on
+SIGQUIT. A tick is one pwrite, about a microsecond.
 """
 
 import faulthandler
@@ -28,13 +28,13 @@ _STACK_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class ProgressReading:
-    """What a rank has said last."""
+    """The last report of a rank."""
 
-    count: int = 0  # of all it has said: whoever moves, counts
+    count: int = 0  # of ticks; any change means progress
     step: int = 0  # at work on this one
     phase: Phase = "start"
     warm: bool = False  # its first step is done
-    longest_s: float = 0.0  # between two words while it was stepping
+    longest_s: float = 0.0  # between two ticks while it was stepping
 
     @property
     def steps_done(self) -> int | None:
@@ -45,7 +45,7 @@ class ProgressReading:
 
 
 class RankProgress:
-    """The rank's side. Without a supervisor that listens, saying something costs nothing."""
+    """The rank's side. Without a supervisor a tick costs next to nothing."""
 
     def __init__(self, descriptor: int | None = None) -> None:
         self._descriptor = descriptor
@@ -65,18 +65,18 @@ class RankProgress:
 
     @classmethod
     def inherited(cls, env: Mapping[str, str]) -> Self:
-        """By what the supervisor has put into the environment; from now on SIGQUIT writes the stack."""
+        """From the descriptors that the environment names; from now on SIGQUIT writes the stack."""
         stack = _inherited(env, STACK_FD)
         if stack is not None:
             faulthandler.register(signal.SIGQUIT, file=stack, all_threads=True, chain=False)
         return cls(_inherited(env, PULSE_FD))
 
     def tick(self, phase: Phase, step: int | None = None) -> None:
-        """Something has been done, and the rank is now in this phase of this step."""
+        """Report progress: the rank is now in this phase of this step."""
         last, now = self._last, time.monotonic()
         gap_s, self._at = now - self._at, now
         stepped = last.phase in STEPPING
-        # The first step compiles, allocates and connects: it says nothing about the others.
+        # The first step compiles, allocates and connects: its time says nothing about the others.
         longest_s = max(last.longest_s, gap_s) if stepped and last.warm else last.longest_s
         warm = last.warm or (last.phase == "step" and (phase != "step" or step != last.step))
         step = last.step if step is None else step
@@ -88,7 +88,7 @@ class RankProgress:
 
 
 def new_descriptors() -> dict[str, int]:
-    """The supervisor's side: one descriptor a variable, to be inherited. Empty where the kernel has no memfd."""
+    """The supervisor's side: one descriptor per variable, to be inherited. Empty where the kernel has no memfd."""
     try:
         return {name: os.memfd_create(label) for name, label in _NAMES.items()}
     except (AttributeError, OSError):
@@ -96,7 +96,7 @@ def new_descriptors() -> dict[str, int]:
 
 
 def read_beat(descriptor: int) -> ProgressReading:
-    """What the rank has said last. A read beside a write could be torn, so it counts when it repeats."""
+    """The last report of the rank. A read beside a write could be torn, so it counts when it repeats."""
     data = b""
     for _ in range(4):
         before, data = data, os.pread(descriptor, _LAYOUT.size, 0)
@@ -119,7 +119,7 @@ def _packed(beat: ProgressReading) -> bytes:
 
 
 def _inherited(env: Mapping[str, str], name: str) -> int | None:
-    """A descriptor that is what its variable says. In a child of a rank the number may be another file's."""
+    """The descriptor that the variable names; in a child of a rank it may be another file's: then None."""
     text = env.get(name, "")
     if not text.isdecimal():
         return None

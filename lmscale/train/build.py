@@ -1,16 +1,16 @@
-"""The parts of one rank that follow from the run file: model, data, validation, books, trace.
+"""From the run file to a trained model: builds the parts of one rank and runs the loop to its end.
 
-Builds one rank's parts, floor by floor, and runs the loop to its end.
+Order: corpora, process group and mesh, model, engine, attempt (claim and load), callbacks, loop.
 """
 
 import contextlib
 import logging
-import os
 from pathlib import Path
 
 import torch
 
 from lmscale.base.errors import ConfigError, ExitCode, Problem
+from lmscale.base.fs import atomic_write, storage_errors
 from lmscale.base.world import World
 from lmscale.checks.resume import check_identity
 from lmscale.config.identity import total_steps
@@ -30,19 +30,17 @@ from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
 from lmscale.run_folder.rank_progress import RankProgress
 from lmscale.train.callbacks import Callbacks, Recorder, cut_after, open_callbacks
-from lmscale.train.checkpointing import Saver
-from lmscale.train.context import RunContext
-from lmscale.train.corpora import Corpora, build_order, open_corpora
+from lmscale.train.checkpointing import CheckpointSaver
 from lmscale.train.environment import environment, layout, peak_of
 from lmscale.train.evaluation import Validation
-from lmscale.train.finish import farewell, finish
+from lmscale.train.finish import finish, summarize
 from lmscale.train.layer_stats import LayerStats, LossScaleRecorder
 from lmscale.train.loop import Trace, TrainLoop
 from lmscale.train.out_of_memory import explained, is_out_of_memory
 from lmscale.train.profile import profile_of
 from lmscale.train.replicas import Replicas
 from lmscale.train.restore import (
-    AttemptStart,
+    AttemptClaim,
     ResumePoint,
     TrainState,
     checkpoint_body,
@@ -52,7 +50,11 @@ from lmscale.train.restore import (
     resumed_state,
     run_identity,
 )
+from lmscale.train.run_context import RunContext
+from lmscale.train.run_corpora import Corpora, build_order, open_corpora
 from lmscale.train.stop_request import StopRequest
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -60,6 +62,149 @@ _DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
+
+
+def train(
+    cfg: RunConfig,
+    world: World,
+    stop: StopRequest,
+    *,
+    folder: RunFolder,
+    events: EventLog | None,
+    progress: RankProgress,
+) -> ExitCode:
+    """Open the corpora, join the process group, train. Raises LmscaleError with the next action."""
+    corpora = open_corpora(cfg, world_size=world.size)
+    device = choose_device(world)
+    # Refuses kernels whose sums depend on timing; the CPU kernels in use are deterministic anyway.
+    torch.use_deterministic_algorithms(cfg.train.deterministic)
+    with distributed(world, device=device):
+        progress.tick("load")
+        mesh = make_mesh(cfg.parallel, world, device.type)
+        rank = RunContext(cfg, mesh, device, folder, events, progress)
+        try:
+            return _train(rank, corpora, stop)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise explained(cfg, error) from error
+            raise
+
+
+def _train(rank: RunContext, corpora: Corpora, stop: StopRequest) -> ExitCode:
+    cfg = rank.cfg
+    resume_point = rank.on_root(lambda: choose(rank))
+    state = resumed_state(resume_point, cfg)
+    current_identity = run_identity(cfg, corpora, streams=state.streams)
+    if resume_point is not None:
+        check_identity(cfg, resume_point.body, current_identity)
+        if resume_point.step >= (steps := _total_steps(cfg, corpora, state)):
+            return _already_finished(rank, resume_point, steps)
+    rank.on_root(lambda: write_config(rank.folder, cfg))
+    _log_masked_rows(rank)
+    model = model_of(cfg, corpora.manifest.tokenizer.vocab_size)
+    parameters = num_parameters(model).total
+    engine = build_engine(cfg, model, rank.mesh, rank.device)
+    attempt = AttemptClaim(rank)
+    resume_point = attempt.claim_and_load(
+        engine, resume_point, placement=placement_facts(rank), current_identity=current_identity
+    )
+    state = resumed_state(resume_point, cfg)
+    note_changes(state, resume_point, current_identity)
+    steps = _total_steps(cfg, corpora, state)
+    _report_start(rank, attempt, resume_point, total_steps=steps)
+    resumed_step = (
+        resume_point.step if resume_point is not None and not resume_point.foreign else None
+    )
+    saver = CheckpointSaver(
+        rank,
+        engine,
+        attempt=attempt.number,
+        body=checkpoint_body(rank, current_identity, state),
+        newest_step=resumed_step,
+    )
+    with contextlib.ExitStack() as stack:
+        # Truncate the line files right after this check, so that a suspended older attempt cannot
+        # truncate those of a newer one.
+        rank.on_root(lambda: check_not_overtaken(rank.folder, attempt.number))
+        callbacks = stack.enter_context(
+            open_callbacks(rank, total_steps=steps, from_step=state.step)
+        )
+        loop = TrainLoop(
+            rank=rank,
+            engine=engine,
+            loader=loader_of(rank, corpora, state, mesh_share=True),
+            state=state,
+            total_steps=steps,
+            recorder=recorder_of(rank, corpora, callbacks, parameters=parameters),
+            layers=LayerStats(rank, engine, callbacks.layers),
+            scale=LossScaleRecorder(rank, engine),
+            replicas=Replicas(rank, engine),
+            validation=validation_of(rank, corpora),
+            saver=saver,
+            stop=stop,
+            callbacks=callbacks,
+            trace=trace_of(
+                rank, corpora, state, attempt=attempt.number, callbacks=callbacks, stack=stack
+            ),
+            profile=stack.enter_context(profile_of(rank)),
+        )
+        return _run_to_end(loop, corpora, counted=loader_of(rank, corpora, state, mesh_share=False))
+
+
+def _run_to_end(loop: TrainLoop, corpora: Corpora, *, counted: Loader) -> ExitCode:
+    code = loop.fit()
+    if loop.state.step >= loop.total_steps:
+        code = finish(loop, corpora, counted=counted)
+    summarize(loop, code)
+    # All ranks leave together: mpirun kills the others within 0.3 s of the first exit code other than 0.
+    loop.rank.on_root(lambda: None)
+    return code
+
+
+def _total_steps(cfg: RunConfig, corpora: Corpora, state: TrainState) -> int:
+    samples = corpora.train.num_samples
+    return total_steps(cfg, lambda: samples, step=state.step, position=state.position)
+
+
+def _already_finished(rank: RunContext, resume_point: ResumePoint, steps: int) -> ExitCode:
+    """The checkpoint is of the last step: this run is finished; of another run it is an error."""
+    if resume_point.foreign:
+        fact = f"{resume_point.path} is of step {resume_point.step}, the last of this run's {steps}"
+        hint = "raise train.steps with train.allow_change='[train.steps]'"
+        raise ConfigError([Problem("train.resume", fact, hint)])
+    log.info(
+        "finished: %s has reached step %d of %d. Its report: %s. To train on, raise train.steps with "
+        "train.allow_change='[train.steps]'", rank.folder.path, resume_point.step, steps, rank.folder.report,
+    )  # fmt: skip
+    return ExitCode.DONE
+
+
+def _report_start(
+    rank: RunContext, attempt: AttemptClaim, resume_point: ResumePoint | None, *, total_steps: int
+) -> None:
+    step = resume_point.step if resume_point else 0
+    if resume_point:
+        log.info(
+            "resuming from step %d (%s) as attempt %d", step, resume_point.path.name, attempt.number
+        )
+    rank.write_event("attempt", attempt=attempt.number, from_step=step, total_steps=total_steps)
+
+
+def _log_masked_rows(rank: RunContext) -> None:
+    train, mesh = rank.cfg.train, rank.mesh
+    wasted = wasted_frac(train.global_batch_size, mesh.dp_size, train.micro_batch_size)
+    if wasted:
+        log.info(
+            "%.1f %% of the rows computed are masked: train.global_batch_size=%d on %d ranks in micro-batches of %d",
+            100 * wasted, train.global_batch_size, mesh.dp_size, train.micro_batch_size,
+        )  # fmt: skip
+
+
+def write_config(folder: RunFolder, cfg: RunConfig) -> None:
+    """Write the resolved run file atomically."""
+    with storage_errors(f"writing {folder.config}"):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        atomic_write(folder.config, dump(cfg).encode())
 
 
 def model_of(cfg: RunConfig, vocab_size: int) -> LanguageModel:
@@ -73,7 +218,7 @@ def model_of(cfg: RunConfig, vocab_size: int) -> LanguageModel:
 
 
 def loader_of(rank: RunContext, corpora: Corpora, state: TrainState, *, mesh_share: bool) -> Loader:
-    """This rank's share of each step; without mesh_share whole steps, to count what the run was trained on."""
+    """This rank's part of each step; without mesh_share whole steps, to count the training samples."""
     cfg, mesh = rank.cfg, rank.mesh
     dp_rank, dp_size = (mesh.dp_rank, mesh.dp_size) if mesh_share else (0, 1)
     return Loader(
@@ -86,7 +231,7 @@ def loader_of(rank: RunContext, corpora: Corpora, state: TrainState, *, mesh_sha
 
 
 def validation_of(rank: RunContext, corpora: Corpora) -> Validation:
-    """What scores the held-out corpora."""
+    """Scores the held-out corpora."""
     cfg = rank.cfg
     return Validation(
         corpora.held_out,
@@ -98,9 +243,9 @@ def validation_of(rank: RunContext, corpora: Corpora) -> Validation:
 
 
 def recorder_of(
-    rank: RunContext, corpora: Corpora, ears: Callbacks, *, parameters: int
+    rank: RunContext, corpora: Corpora, callbacks: Callbacks, *, parameters: int
 ) -> Recorder:
-    """The books of metrics.jsonl; what the run runs on goes to the events, too. All ranks at the same time."""
+    """Writer of metrics.jsonl; also writes the environment event. All ranks call it at the same time."""
     cfg, mesh = rank.cfg, rank.mesh
     peak = peak_of(rank.device, _DTYPES[cfg.engine.precision])
     spec = decoder_spec(
@@ -122,7 +267,7 @@ def recorder_of(
         return tokens_per_s * full / (peak.flops_per_s * mesh.world.size)
 
     return Recorder(
-        ears.recorded,
+        callbacks.recorded,
         seq_len=cfg.train.seq_len,
         max_nonfinite_steps=cfg.optim.max_nonfinite_steps,
         mfu_at=mfu_at,
@@ -135,19 +280,19 @@ def trace_of(
     state: TrainState,
     *,
     attempt: int,
-    ears: Callbacks,
+    callbacks: Callbacks,
     stack: contextlib.ExitStack,
 ) -> Trace | None:
-    """Where this rank writes its samples, with data.trace; of a tp group only the first rank has one."""
+    """The trace file of this rank (data.trace); in a tp group only the first rank has one."""
     if not rank.cfg.data.trace or rank.mesh.tp_rank != 0:
         return None
     mine = rank.folder.trace(rank.mesh.world.rank)
-    if rank.is_root:  # files of ranks that wrote in an earlier attempt and do not in this one
+    if rank.is_root:  # truncate also the files of ranks that wrote only in an earlier attempt
         writers = range(0, rank.mesh.world.size, rank.mesh.tp_size)
         for number in set(_ranks_traced(mine.parent)).difference(writers):
             cut_after(rank.folder.trace(number), state.step).close()
     file = stack.enter_context(cut_after(mine, state.step))
-    ears.files.append(file)
+    callbacks.files.append(file)
     order = build_order(rank.cfg, corpora.train, streams=state.streams)
     return Trace(file, attempt, order, corpora.train.dtype)
 
@@ -155,139 +300,3 @@ def trace_of(
 def _ranks_traced(folder: Path) -> list[int]:
     names = (path.name for path in folder.glob("rank-*.jsonl"))
     return [int(name.removeprefix("rank-").removesuffix(".jsonl")) for name in names]
-
-
-log = logging.getLogger(__name__)
-
-
-def train(
-    cfg: RunConfig,
-    world: World,
-    stop: StopRequest,
-    *,
-    folder: RunFolder,
-    events: EventLog | None,
-    progress: RankProgress,
-) -> ExitCode:
-    """Open the corpora, meet the other ranks, train. Raises LmscaleError with what to do."""
-    corpora = open_corpora(cfg, world_size=world.size)
-    device = choose_device(world)
-    # Refuses kernels whose sums depend on timing; the CPU kernels used here are deterministic anyway.
-    torch.use_deterministic_algorithms(cfg.train.deterministic)
-    with distributed(world, device=device):
-        progress.tick("load")
-        mesh = make_mesh(cfg.parallel, world, device.type)
-        rank = RunContext(cfg, mesh, device, folder, events, progress)
-        try:
-            return _train(rank, corpora, stop)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise explained(cfg, error) from error
-            raise
-
-
-def _train(rank: RunContext, corpora: Corpora, stop: StopRequest) -> ExitCode:
-    cfg = rank.cfg
-    source = rank.on_root(lambda: choose(rank))
-    state = resumed_state(source, cfg)
-    same = run_identity(cfg, corpora, streams=state.streams)
-    if source is not None:
-        check_identity(cfg, source.body, same)
-        if source.step >= (steps := _total_steps(cfg, corpora, state)):
-            return _nothing_left(rank, source, steps)
-    rank.on_root(lambda: write_config(rank.folder, cfg))
-    _say_waste(rank)
-    model = model_of(cfg, corpora.manifest.tokenizer.vocab_size)
-    parameters = num_parameters(model).total
-    engine = build_engine(cfg, model, rank.mesh, rank.device)
-    attempt = AttemptStart(rank)
-    source = attempt.begin(engine, source, placement=placement_facts(rank), same=same)
-    state = resumed_state(source, cfg)
-    note_changes(state, source, same)
-    steps = _total_steps(cfg, corpora, state)
-    _say_begin(rank, attempt, source, total_steps=steps)
-    own_step = source.step if source is not None and not source.foreign else None
-    saver = Saver(
-        rank,
-        engine,
-        attempt=attempt.number,
-        body=checkpoint_body(rank, same, state),
-        newest_step=own_step,
-    )
-    with contextlib.ExitStack() as stack:
-        # Lines are cut as close to this look as can be: a start that was asleep must not cut its heir's.
-        rank.on_root(lambda: check_not_overtaken(rank.folder, attempt.number))
-        ears = stack.enter_context(open_callbacks(rank, total_steps=steps, from_step=state.step))
-        loop = TrainLoop(
-            rank=rank,
-            engine=engine,
-            loader=loader_of(rank, corpora, state, mesh_share=True),
-            state=state,
-            total_steps=steps,
-            recorder=recorder_of(rank, corpora, ears, parameters=parameters),
-            layers=LayerStats(rank, engine, ears.layers),
-            scale=LossScaleRecorder(rank, engine),
-            replicas=Replicas(rank, engine),
-            validation=validation_of(rank, corpora),
-            saver=saver,
-            stop=stop,
-            ears=ears,
-            trace=trace_of(rank, corpora, state, attempt=attempt.number, ears=ears, stack=stack),
-            profile=stack.enter_context(profile_of(rank)),
-        )
-        return _to_the_end(loop, corpora, counted=loader_of(rank, corpora, state, mesh_share=False))
-
-
-def _to_the_end(loop: TrainLoop, corpora: Corpora, *, counted: Loader) -> ExitCode:
-    code = loop.fit()
-    if loop.state.step >= loop.total_steps:
-        code = finish(loop, corpora, counted=counted)
-    farewell(loop, code)
-    # Together: mpirun kills within 0.3 s whoever is left when one rank has ended with another code than 0.
-    loop.rank.on_root(lambda: None)
-    return code
-
-
-def _total_steps(cfg: RunConfig, corpora: Corpora, state: TrainState) -> int:
-    samples = corpora.train.num_samples
-    return total_steps(cfg, lambda: samples, step=state.step, position=state.position)
-
-
-def _nothing_left(rank: RunContext, source: ResumePoint, steps: int) -> ExitCode:
-    """A checkpoint of the last step: of this run, then it is finished; of another, then it is a mistake."""
-    if source.foreign:
-        fact = f"{source.path} stands at step {source.step}, the last of this run's {steps}"
-        hint = "raise train.steps with train.allow_change='[train.steps]'"
-        raise ConfigError([Problem("train.resume", fact, hint)])
-    log.info(
-        "finished: %s stands at step %d of %d. Its report: %s. To train on, raise train.steps with "
-        "train.allow_change='[train.steps]'", rank.folder.path, source.step, steps, rank.folder.report,
-    )  # fmt: skip
-    return ExitCode.DONE
-
-
-def _say_begin(
-    rank: RunContext, attempt: AttemptStart, source: ResumePoint | None, *, total_steps: int
-) -> None:
-    step = source.step if source else 0
-    if source:
-        log.info("going on from step %d (%s) as attempt %d", step, source.path.name, attempt.number)
-    rank.write_event("attempt", attempt=attempt.number, from_step=step, total_steps=total_steps)
-
-
-def _say_waste(rank: RunContext) -> None:
-    train, mesh = rank.cfg.train, rank.mesh
-    wasted = wasted_frac(train.global_batch_size, mesh.dp_size, train.micro_batch_size)
-    if wasted:
-        log.info(
-            "%.1f %% of the rows computed are masked: train.global_batch_size=%d on %d ranks in micro-batches of %d",
-            100 * wasted, train.global_batch_size, mesh.dp_size, train.micro_batch_size,
-        )  # fmt: skip
-
-
-def write_config(folder: RunFolder, cfg: RunConfig) -> None:
-    """The resolved run file, written whole or not at all."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    scratch = folder.config.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(dump(cfg), encoding="utf-8")
-    scratch.replace(folder.config)

@@ -1,8 +1,7 @@
-"""One line a step in metrics.jsonl, written one step late so that the loop never waits for the device.
+"""Callbacks for step, validation and checkpoint events (rank 0 only): line files, TensorBoard, progress.
 
-TensorBoard: the lines of metrics.jsonl, eval.jsonl and layers.jsonl as scalars.
-
-Who hears of a step or a validation on rank 0: the line files, TensorBoard, the progress line.
+metrics.jsonl has one line per step. It is written one step late, so that the loop never waits for the
+device.
 """
 
 import logging
@@ -25,8 +24,8 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import field
 
 from lmscale.base.records import LineFile
-from lmscale.train.context import RunContext
 from lmscale.train.progress_line import ProgressLine
+from lmscale.train.run_context import RunContext
 
 Line = dict[str, Any]
 
@@ -41,20 +40,20 @@ class _Pending:
 
 
 class Recorder:
-    """Turns step results into lines and passes each to the listeners (files, TensorBoard, progress).
+    """Turns step results into lines and passes each to the callbacks (files, TensorBoard, progress).
 
-    Runs on every rank, for every rank must see a skipped step; only rank 0 has listeners.
+    Runs on every rank, because every rank counts skipped steps; only rank 0 has callbacks.
     """
 
     def __init__(
         self,
-        listeners: Sequence[Callable[[Line], object]],
+        callbacks: Sequence[Callable[[Line], object]],
         *,
         seq_len: int,
         max_nonfinite_steps: int,
         mfu_at: Callable[[float], float | None],
     ) -> None:
-        self._listeners = listeners
+        self._callbacks = callbacks
         self._seq_len = seq_len
         self._max_nonfinite_steps = max_nonfinite_steps
         self._mfu_at = mfu_at
@@ -81,7 +80,7 @@ class Recorder:
         self._since = now
 
     def flush(self) -> None:
-        """Write the line that is still owed. Raises Diverged after more than max_nonfinite_steps skips in a row."""
+        """Write the pending line. Raises Diverged after more than max_nonfinite_steps skips in a row."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -90,14 +89,15 @@ class Recorder:
         self.skipped = 0 if applied else self.skipped + 1
         line = self._line(pending)
         self._before = pending.position
-        for listener in self._listeners:
-            listener(line)
+        for callback in self._callbacks:
+            callback(line)
         if self.skipped > self._max_nonfinite_steps:
             raise Diverged(
                 f"step {pending.step}: gradient norm {pending.result.grad_norm.item()} and loss "
                 f"{pending.result.loss.item()} are not finite ({self.skipped} in a row, optim.max_nonfinite_steps is "
                 f"{self._max_nonfinite_steps}); the update was not applied. Lower optim.lr, lengthen "
-                "optim.warmup_steps or set optim.max_grad_norm, then start again: it goes on from the newest checkpoint"
+                "optim.warmup_steps or set optim.max_grad_norm, then start again: the run resumes from the "
+                "newest checkpoint"
             )
 
     def _line(self, pending: _Pending) -> Line:
@@ -133,9 +133,9 @@ _TRAIN_TAGS = {
 class TensorBoard:
     """Writes scalars of rank 0 to the run's tensorboard/ folder.
 
-    An attempt that goes on from step s first tells TensorBoard to forget what earlier files say of
-    steps after s: those steps are computed again, and the curves would zigzag otherwise. A chart is
-    not worth a run: where writing fails (a full disk), this says so once and writes no more.
+    An attempt that resumes from step s first purges what earlier files contain about steps after s:
+    those steps are computed again, and the curves would zigzag otherwise. A failed write (a full disk)
+    is logged once and ends the charts, not the run.
     """
 
     def __init__(self, folder: Path, *, from_step: int) -> None:
@@ -199,7 +199,7 @@ class TensorBoard:
         except OSError as error:
             self._writer = None
             _log.warning(
-                "%s: %s; TensorBoard gets nothing more of this attempt (metrics.jsonl has it all)",
+                "%s: %s; no more TensorBoard data is written in this attempt (metrics.jsonl is complete)",
                 self._folder,
                 error,
             )
@@ -210,44 +210,44 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Callbacks:
-    """Called in order; `files` are what a checkpoint waits for."""
+    """Functions called in order; `files` are synced before a checkpoint is published."""
 
     recorded: list[Callable[[Line], object]] = field(default_factory=list)
     evaluated: list[Callable[[Line], object]] = field(default_factory=list)
     layers: list[Callable[[Line], object]] = field(default_factory=list)  # log.layer_stats
     saved: list[Callable[[int], None]] = field(
         default_factory=list
-    )  # the step of a checkpoint that stands
+    )  # called with the step of a published checkpoint
     files: list[LineFile] = field(default_factory=list)
-    progress: ProgressLine | None = None  # closed before the words about how it ended
+    progress: ProgressLine | None = None  # closed before the closing log lines
 
 
 @contextmanager
 def open_callbacks(rank: RunContext, *, total_steps: int, from_step: int) -> Iterator[Callbacks]:
-    """The listeners of this rank: none but on rank 0. Open them once the attempt has settled."""
-    ears = Callbacks()
+    """The callbacks of this rank; empty except on rank 0. Call it after the attempt has settled."""
+    callbacks = Callbacks()
     with ExitStack() as stack:
         if rank.is_root:
             metrics = stack.enter_context(cut_after(rank.folder.metrics, from_step))
             scores = stack.enter_context(cut_after(rank.folder.eval, from_step))
-            ears.files += [metrics, scores]
-            ears.recorded.append(metrics.append)
-            ears.evaluated.append(scores.append)
-            _open_layers(rank, ears, stack, from_step=from_step)
+            callbacks.files += [metrics, scores]
+            callbacks.recorded.append(metrics.append)
+            callbacks.evaluated.append(scores.append)
+            _open_layers(rank, callbacks, stack, from_step=from_step)
             if "tensorboard" in rank.cfg.log.trackers:
                 board = TensorBoard(rank.folder.tensorboard, from_step=from_step)
                 stack.enter_context(board)
-                ears.recorded.append(board.step)
-                ears.evaluated.append(board.evaluation)
-                ears.layers.append(board.layers)
+                callbacks.recorded.append(board.step)
+                callbacks.evaluated.append(board.evaluation)
+                callbacks.layers.append(board.layers)
             line = ProgressLine(
                 sys.stderr,
                 total_steps,
                 every_steps=rank.cfg.log.every_steps,
                 saved_step=from_step or None,
             )
-            _show_progress(ears, stack, line)
-        yield ears
+            _show_progress(callbacks, stack, line)
+        yield callbacks
 
 
 def cut_after(path: Path, step: int) -> LineFile:
@@ -255,18 +255,20 @@ def cut_after(path: Path, step: int) -> LineFile:
     return LineFile.cut(path, lambda line: line["step"] <= step)
 
 
-def _open_layers(rank: RunContext, ears: Callbacks, stack: ExitStack, *, from_step: int) -> None:
+def _open_layers(
+    rank: RunContext, callbacks: Callbacks, stack: ExitStack, *, from_step: int
+) -> None:
     """Lines of an older attempt are cut even where this one writes none."""
     path, wanted = rank.folder.layers, rank.cfg.log.layer_stats
     if wanted or path.exists():
         file = stack.enter_context(cut_after(path, from_step))
         if wanted:
-            ears.files.append(file)
-            ears.layers.append(file.append)
+            callbacks.files.append(file)
+            callbacks.layers.append(file.append)
 
 
-def _show_progress(ears: Callbacks, stack: ExitStack, progress: ProgressLine) -> None:
-    ears.progress = stack.enter_context(closing(progress))
+def _show_progress(callbacks: Callbacks, stack: ExitStack, progress: ProgressLine) -> None:
+    callbacks.progress = stack.enter_context(closing(progress))
     for handler in logging.getLogger("lmscale").handlers:
         handler.addFilter(progress.makes_room)
         stack.callback(handler.removeFilter, progress.makes_room)
@@ -286,6 +288,6 @@ def _show_progress(ears: Callbacks, stack: ExitStack, progress: ProgressLine) ->
                 line["corpus"],
             )
 
-    ears.recorded.append(recorded)
-    ears.evaluated.append(evaluated)
-    ears.saved.append(progress.saved)
+    callbacks.recorded.append(recorded)
+    callbacks.evaluated.append(evaluated)
+    callbacks.saved.append(progress.saved)

@@ -1,4 +1,4 @@
-"""When a checkpoint is written, what stands in it besides tensors, and what happens when the disk is full."""
+"""When a checkpoint is written, what it contains besides tensors, and what a failed save does."""
 
 import logging
 import time
@@ -12,17 +12,17 @@ from lmscale.checkpoint.save import save_checkpoint
 from lmscale.distributed.process_group import agree
 from lmscale.engine.base import Engine
 from lmscale.run_folder.attempts import check_not_overtaken
-from lmscale.train.context import RunContext
 from lmscale.train.restore import TrainState
+from lmscale.train.run_context import RunContext
 
 log = logging.getLogger(__name__)
 
 
 class LinesLost(RetryableError):
-    """Another process has put its own files in the place of this attempt's: no checkpoint may follow."""
+    """Another process has replaced the line files of this attempt: no checkpoint may follow."""
 
 
-class Saver:
+class CheckpointSaver:
     """Publishes checkpoints of one attempt. Every method is collective."""
 
     def __init__(
@@ -39,7 +39,7 @@ class Saver:
         self.attempt = attempt
         self._body = body
         self._last_time = time.monotonic()
-        self.newest_step = newest_step  # of this attempt, or what it went on from
+        self.newest_step = newest_step  # of this attempt, or the one it resumed from
 
     def due(self, step: int) -> bool:
         """Whether the cadence asks for a checkpoint now. Rank 0's clock decides for all, through `agree`."""
@@ -51,12 +51,12 @@ class Saver:
             every_minutes is not None and time.monotonic() - self._last_time >= every_minutes * 60
         )
 
-    def save(self, state: TrainState, lines: Sequence[LineFile]) -> bool:
-        """Write and publish; True when it stands.
+    def try_save(self, state: TrainState, lines: Sequence[LineFile]) -> bool:
+        """Write and publish; False if the save has failed.
 
-        A failed save (a full disk, an I/O error) leaves no trace but a warning and an event: the run
-        goes on and tries again at the next time. Raises Overtaken when a newer attempt exists, and
-        LinesLost where this one's lines go to files without a name.
+        A failed save (a full disk, an I/O error) is a warning and an event: the run continues and
+        saves again at the next occasion. Raises Overtaken when a newer attempt exists, and
+        LinesLost if the line files of this one have been replaced.
         """
         begun = time.perf_counter()
         self._last_time = time.monotonic()
@@ -73,10 +73,10 @@ class Saver:
                 body=body,
             )
         except (DistributedError, LinesLost):
-            raise  # a peer is gone, there is nobody to go on with; or steps would be missing for good
+            raise  # without a peer no step is possible; with lost lines the files would have gaps for good
         except RetryableError as error:
             if self._rank.is_root:
-                log.warning("checkpoint of step %d failed and is not there: %s", state.step, error)
+                log.warning("checkpoint of step %d failed: %s", state.step, error)
             self._rank.write_event("save_failed", step=state.step, reason=str(error))
             return False
         self.newest_step = state.step
@@ -92,7 +92,7 @@ class Saver:
         return True
 
     def _sync(self, lines: Sequence[LineFile]) -> None:
-        """Lines up to this step reach the disk before the checkpoint that vouches for them is published."""
+        """Lines up to this step reach the disk before the checkpoint that includes them is published."""
         failure, lost = "", ""
         try:
             for file in lines:
@@ -104,7 +104,7 @@ class Saver:
         if agreed["lost"]:
             raise LinesLost(
                 f"{lost or 'a file of another rank'} has been replaced by another process while this attempt "
-                "wrote into it; start again: the run goes on from its newest checkpoint"
+                "wrote into it; start again: the run resumes from its newest checkpoint"
             )
         if agreed["failed"]:
             raise RetryableError(failure or "another rank could not write its lines")

@@ -26,9 +26,9 @@ from lmscale.run_folder.paths import RunFolder
 from lmscale.tokenizer.tokenizer import SpecialTokens, Tokenizer
 from lmscale.train.build import model_of, validation_of
 from lmscale.train.callbacks import Line
-from lmscale.train.context import RunContext
-from lmscale.train.corpora import open_corpora
 from lmscale.train.restore import TrainedModel, check_tokenizer, find_trained
+from lmscale.train.run_context import RunContext
+from lmscale.train.run_corpora import open_corpora
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a run ran on: facts for the report and the checkpoint, and the peak that MFU is measured against."""
+"""The environment of a run, for report and checkpoint, and the peak FLOP/s that MFU refers to."""
 
 import platform
 import socket
@@ -75,7 +75,7 @@ def environment(world: World, device: torch.device, *, engine: str, peak: Peak) 
         "machine": socket.gethostname(),
         "system": f"{platform.system()} {platform.release()}",
         "processor": _processor(),
-        "ranks": f"{world.size} ({world.local_size} a node)",
+        "ranks": f"{world.size} ({world.local_size} per node)",
         "threads per rank": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "engine": engine,
@@ -89,7 +89,7 @@ def environment(world: World, device: torch.device, *, engine: str, peak: Peak) 
 
 
 def layout(cfg: RunConfig, mesh: Mesh) -> str:
-    """How the ranks share the work, in words."""
+    """The parallel layout as text."""
     words = f"replicate {mesh.dp_size}"
     if cfg.engine.traits.shards_parameters:
         words = f"replicate {mesh.replicate_size} x shard {mesh.shard_size}"
@@ -103,7 +103,7 @@ def layout(cfg: RunConfig, mesh: Mesh) -> str:
 
 
 def provenance(cfg: Mapping[str, Any], world: World) -> dict[str, Any]:
-    """Who made a checkpoint, with what."""
+    """The software and the process that made a checkpoint."""
     return {
         "lmscale": lmscale.__version__,
         "commit": commit(),

@@ -20,7 +20,7 @@ from lmscale.data.loader import Loader
 from lmscale.data.objective import Documents
 from lmscale.distributed.process_group import sum_over, to_device
 from lmscale.engine.base import Engine
-from lmscale.train.context import RunContext
+from lmscale.train.run_context import RunContext
 
 # Counting is exact up to here and then uses the first tokens, of the run and of each held-out corpus: 16M take
 # seconds and 0.5 GB, and the other ranks are waiting.

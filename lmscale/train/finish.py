@@ -1,6 +1,6 @@
-"""Text from a model in training, to look at: drawn through the engine, so sharded models need no gathering.
+"""The end of a run: last validation, counted baselines, sampled text, last checkpoint, report, summary.
 
-The end of a run: last validation, counted baselines, sampled text, last checkpoint, report, parting words.
+Text is sampled through the engine, so sharded models need no gathering.
 """
 
 import logging
@@ -18,9 +18,9 @@ from lmscale.distributed.process_group import to_device
 from lmscale.engine.base import Engine
 from lmscale.run_folder.attempts import mark_finished
 from lmscale.train.callbacks import Line
-from lmscale.train.corpora import Corpora
 from lmscale.train.loop import TrainLoop
 from lmscale.train.report.page import write_report
+from lmscale.train.run_corpora import Corpora
 
 
 def continuations(
@@ -87,28 +87,28 @@ def finish(loop: TrainLoop, corpora: Corpora, *, counted: Loader) -> ExitCode:
         for path in corpora.held_out:
             log.info(verdict(path, [*loop.scores, *lines]))
     _sample(loop, corpora)
-    if not loop.save():
+    if not loop.save_step():
         return ExitCode.RETRY
     rank.on_root(lambda: mark_finished(rank.folder, loop.saver.attempt, step))
     return ExitCode.DONE
 
 
-def farewell(loop: TrainLoop, code: ExitCode) -> None:
-    """Say how the start ended and how to go on, and draw the report. No collective."""
+def summarize(loop: TrainLoop, code: ExitCode) -> None:
+    """Log how the start ended and how to resume, and write the report. Not collective."""
     rank, state = loop.rank, loop.state
     if not rank.is_root:
         return
-    if loop.ears.progress is not None:
-        loop.ears.progress.close()
+    if loop.callbacks.progress is not None:
+        loop.callbacks.progress.close()
     if code == ExitCode.RETRY:
         log.error(
             "step %d of %d: the last checkpoint could not be saved. Free some space, then start the same "
-            "command again: it goes on from step %s", state.step, loop.total_steps, loop.saver.newest_step or 0,
+            "command again: it resumes from step %s", state.step, loop.total_steps, loop.saver.newest_step or 0,
         )  # fmt: skip
     elif state.step < loop.total_steps:
         why = "stopped at" if code == ExitCode.DONE else "stopped on request and saved at"
         log.info(
-            "%s step %d of %d. The same command goes on from there",
+            "%s step %d of %d. The same command resumes from there",
             why,
             state.step,
             loop.total_steps,
@@ -119,12 +119,12 @@ def farewell(loop: TrainLoop, code: ExitCode) -> None:
         )
     try:
         log.info("report: %s", write_report(rank.folder))
-    except Exception:  # how the run ended is what counts, and what the exit code says
-        log.warning("%s could not be drawn", rank.folder.report, exc_info=True)
+    except Exception:  # a failed report must not change the exit code
+        log.warning("%s could not be written", rank.folder.report, exc_info=True)
 
 
 def _sample(loop: TrainLoop, corpora: Corpora) -> None:
-    """Continue the beginnings of held-out samples, to look at. Collective."""
+    """Continue the beginnings of held-out samples, for inspection. Collective."""
     if not corpora.held_out:
         return
     seq_len = loop.loader.seq_len
@@ -147,7 +147,7 @@ def _sample(loop: TrainLoop, corpora: Corpora) -> None:
 
 
 def verdict(corpus: str, lines: Sequence[Line]) -> str:
-    """Validation against counting, in words."""
+    """Validation compared with the counted baselines, as a sentence."""
     values = {line["metric"]: line["value"] for line in lines if line["corpus"] == corpus}
     model = values["bits_per_byte"]
     unigram, bigram = values["bits_per_byte_unigram"], values["bits_per_byte_bigram"]

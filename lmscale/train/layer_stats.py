@@ -1,6 +1,5 @@
-"""What fp16 multiplies its loss with: an event whenever it has changed, for metrics.jsonl has no place for it.
-
-`log.layer_stats`: norms of gradients and weights, part by part, every log.every_steps steps.
+"""Diagnostics beside metrics.jsonl: norms per part of the model (`log.layer_stats`, layers.jsonl), and
+changes of fp16's loss scale (events).
 """
 
 import math
@@ -16,7 +15,7 @@ from lmscale.distributed.seeds import mix
 from lmscale.engine.base import Engine
 from lmscale.engine.layout import block_name
 from lmscale.engine.step import StepResult, sum_of_squares
-from lmscale.train.context import RunContext
+from lmscale.train.run_context import RunContext
 
 
 class LossScaleRecorder:
@@ -29,7 +28,7 @@ class LossScaleRecorder:
         self._last: float | None = None
 
     def after_step(self, step: int) -> None:
-        """Look every log.every_steps steps, for a look waits for the device."""
+        """Check every log.every_steps steps only, because reading the scale waits for the device."""
         if self._every is None or step % self._every:
             return
         scale = self._engine.loss_scale
@@ -45,28 +44,28 @@ class LayerStats:
     """Lines of layers.jsonl, written one step late so that the loop never waits for the device.
 
     {"step", "grad_norm": {part: before clipping}, "weight_norm": {part: after the update}}. Collective: every rank
-    calls each method; only rank 0 has listeners.
+    calls each method; only rank 0 has callbacks.
     """
 
     def __init__(
-        self, rank: RunContext, engine: Engine, listeners: Sequence[Callable[[Line], object]]
+        self, rank: RunContext, engine: Engine, callbacks: Sequence[Callable[[Line], object]]
     ) -> None:
         self._every = rank.cfg.log.every_steps if rank.cfg.log.layer_stats else None
         self._engine = engine
-        self._listeners = listeners
+        self._callbacks = callbacks
         self._device = rank.device
         self._pending: tuple[int, Tensor | None, Tensor] | None = None
         if self._every is not None:
-            self._parts, self._copies = _books(engine)
+            self._parts, self._copies = _parts_and_copies(engine)
 
     def note(self, *, step: int, result: StepResult) -> None:
-        """Take what the step found and, on the steps that count, measure the weights as they are now."""
+        """Note a step's result and, every log.every_steps steps, measure the weights."""
         self.flush()
         if self._every is not None and step % self._every == 0:
             self._pending = (step, result.norms, self._weight_norms())
 
     def flush(self) -> None:
-        """Write the line that is still owed."""
+        """Write the pending line."""
         if self._pending is None:
             return
         (step, gradients, weights), self._pending = self._pending, None
@@ -75,8 +74,8 @@ class LayerStats:
             "grad_norm": {} if gradients is None else _named(self._engine.block_names, gradients),
             "weight_norm": _named(self._parts, weights),
         }
-        for listener in self._listeners:
-            listener(line)
+        for callback in self._callbacks:
+            callback(line)
 
     def _weight_norms(self) -> Tensor:
         """One small all-reduce; each element counts once, however many ranks hold a copy of it."""
@@ -94,7 +93,7 @@ class LayerStats:
         return sum_over(total).sqrt()
 
 
-def _books(engine: Engine) -> tuple[tuple[str, ...], Mapping[int, int]]:
+def _parts_and_copies(engine: Engine) -> tuple[tuple[str, ...], Mapping[int, int]]:
     """All parts of the model, those of the engine first, and how many ranks hold each piece."""
     own = {mix(name, piece): block_name(name) for name, piece, _ in engine.weights()}
     ranks = gather_objects((list(own), sorted(set(own.values()))))

@@ -19,13 +19,13 @@ from lmscale.distributed.seeds import seed_step
 from lmscale.engine.base import Engine
 from lmscale.optim.learning_rate import lr_at
 from lmscale.train.callbacks import Callbacks, Line, Recorder
-from lmscale.train.checkpointing import Saver
-from lmscale.train.context import RunContext
+from lmscale.train.checkpointing import CheckpointSaver
 from lmscale.train.evaluation import Validation
 from lmscale.train.layer_stats import LayerStats, LossScaleRecorder
 from lmscale.train.profile import Profile
 from lmscale.train.replicas import Replicas
 from lmscale.train.restore import TrainState
+from lmscale.train.run_context import RunContext
 from lmscale.train.stop_request import StopRequest
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trace:
-    """Where this rank writes what it trained on."""
+    """The file in which this rank records its samples."""
 
     file: LineFile
     attempt: int
@@ -41,7 +41,7 @@ class Trace:
     dtype: np.dtype[Any]
 
     def write(self, batch: StepBatch, *, step: int) -> None:
-        """One line a sample."""
+        """One line per sample."""
         for line in trace_lines(
             batch, step=step, attempt=self.attempt, order=self.order, dtype=self.dtype
         ):
@@ -62,9 +62,9 @@ class TrainLoop:
     scale: LossScaleRecorder
     replicas: Replicas
     validation: Validation
-    saver: Saver
+    saver: CheckpointSaver
     stop: StopRequest
-    ears: Callbacks
+    callbacks: Callbacks
     trace: Trace | None
     profile: Profile
     scores: list[Line] = field(default_factory=list)  # of the last validation
@@ -90,11 +90,11 @@ class TrainLoop:
                 if self._eval_due():
                     self.evaluate()
                 if asked["save"] and self.state.step < last:
-                    self.save()
+                    self.save_step()
         self._flush()
         if self.state.step >= self.total_steps:
             return ExitCode.DONE
-        if not self.save():
+        if not self.save_step():
             return ExitCode.RETRY
         return ExitCode.SAVED if self.state.step < last else ExitCode.DONE
 
@@ -135,7 +135,7 @@ class TrainLoop:
         )
 
     def _flush(self) -> None:
-        """Write the lines that are still owed."""
+        """Write the pending lines."""
         self.recorder.flush()
         self.layers.flush()
 
@@ -151,13 +151,13 @@ class TrainLoop:
             self.announce(self.scores)
 
     def announce(self, lines: Sequence[Line]) -> None:
-        """Hand validation lines to whoever listens."""
+        """Pass validation lines to the callbacks."""
         for line in lines:
-            for listener in self.ears.evaluated:
-                listener(line)
+            for callback in self.callbacks.evaluated:
+                callback(line)
 
-    def save(self) -> bool:
-        """Publish a checkpoint of this step, unless it stands already."""
+    def save_step(self) -> bool:
+        """Publish a checkpoint of this step unless there is one; False if the save has failed."""
         if self.saver.newest_step == self.state.step:
             return True
         self.rank.progress.tick("save")
@@ -165,10 +165,10 @@ class TrainLoop:
             self._flush()
             self.replicas.before_save(self.state.step)
             self.state.updates, self.state.skipped = self.recorder.updates, self.recorder.skipped
-            if not self.saver.save(self.state, self.ears.files):
+            if not self.saver.try_save(self.state, self.callbacks.files):
                 return False
-        for listener in self.ears.saved:
-            listener(self.state.step)
+        for callback in self.callbacks.saved:
+            callback(self.state.step)
         return True
 
     def _eval_due(self) -> bool:

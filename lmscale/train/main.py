@@ -15,10 +15,10 @@ from lmscale.config import rules as checks
 from lmscale.config.run_file import load
 from lmscale.distributed.mpi_rendezvous import meet
 from lmscale.run_folder.events import EventLog, start_name
-from lmscale.run_folder.liveness import begin
+from lmscale.run_folder.liveness import begin_start
 from lmscale.run_folder.paths import RunFolder
 from lmscale.run_folder.rank_progress import STEPPING, RankProgress
-from lmscale.run_folder.status import SUPERVISED, StatusWriter, WrittenState, state_after_exit
+from lmscale.run_folder.status_file import SUPERVISED, StatusWriter, WrittenState, state_after_exit
 from lmscale.train.stop_request import StopRequest
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def recorded(folder: RunFolder, world: World, env: Mapping[str, str]) -> Iterato
         yield None
         return
     fresh = env.get("LMSCALE_FRESH") == "1"
-    with begin(
+    with begin_start(
         folder, start_name(env), by_hand=by_hand(world, env), ranks=world.size, fresh=fresh
     ) as events:
         try:

@@ -1,4 +1,4 @@
-"""Out of memory, explained in words, with the levers in the order in which they cost least."""
+"""Out of memory, as an error that lists the settings which need less memory, the cheapest first."""
 
 from collections.abc import Iterator
 
@@ -20,18 +20,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explained(cfg: RunConfig, error: BaseException) -> ConfigError:
     """The error a user reads: what ran out, and which settings need less."""
-    levers = []
+    settings = []
     if cfg.train.micro_batch_size > 1:
-        levers.append(
+        settings.append(
             f"train.micro_batch_size={max(1, cfg.train.micro_batch_size // 2)} "
-            f"(now {cfg.train.micro_batch_size}): the losses stay the same"
+            f"(now {cfg.train.micro_batch_size}): the losses do not change"
         )
-    levers += [*_recompute(cfg), *_split(cfg)]
-    levers.append(
+    settings += [*_recompute(cfg), *_split(cfg)]
+    settings.append(
         "a shorter train.seq_len or a smaller model: another run, in another train.run_dir"
     )
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return ConfigError([Problem("memory", f"out of memory: {first}", "; or ".join(levers))])
+    return ConfigError([Problem("memory", f"out of memory: {first}", "; or ".join(settings))])
 
 
 def _recompute(cfg: RunConfig) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lmscale.train.context import RunContext
+from lmscale.train.run_context import RunContext
 
 
 def profile_of(rank: RunContext) -> "Profile":

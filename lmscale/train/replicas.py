@@ -1,9 +1,8 @@
-"""A number that says whether two tensors hold the same bits, computed where the tensor is.
+"""`train.replica_check_every_steps`: are the copies of a parameter on different ranks bitwise equal?
 
-`train.replica_check_every_steps`: do ranks that hold the same piece of a parameter hold the same bits?
-
-Every rank adds the same gradients to the same weights, so copies stay equal to the last bit; a flipped bit, a broken
-core or a lost reduction makes one drift away, and nothing else in a run would ever say so.
+Every rank applies the same gradients to the same weights, so copies stay equal to the last bit. A
+flipped bit, a broken core or a lost reduction makes one drift away, and nothing else would show it.
+Tensors are compared by a 64-bit digest that is computed on their device.
 """
 
 import logging
@@ -22,7 +21,7 @@ from lmscale.distributed.process_group import gather_objects
 from lmscale.distributed.seeds import mix
 from lmscale.engine.base import Engine
 from lmscale.run_folder.bad_nodes import write_bad_nodes
-from lmscale.train.context import RunContext
+from lmscale.train.run_context import RunContext
 
 # Elements that are widened to int64 at a time: on a CPU they stay in the cache, on a GPU launches stay few.
 _CHUNK = {"cpu": 1 << 18}
@@ -56,17 +55,17 @@ def _keys(device: torch.device) -> Tensor:
 
 log = logging.getLogger(__name__)
 
-Place = tuple[str, str]  # name of a parameter, and which piece of it
+PieceKey = tuple[str, str]  # name of a parameter, and which piece of it
 _NAMES_SHOWN = 3
 
 
-class Drifted(RetryableError):
+class ReplicaMismatch(RetryableError):
     """Copies of a parameter differ between ranks. A start from the newest checkpoint makes them equal again."""
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
-    """What differs, and who is to blame."""
+class ReplicaDifference:
+    """Which parameters differ, and which ranks have the wrong copy."""
 
     names: Sequence[str]
     ranks: Sequence[int]  # the odd ones; without a majority all that hold a copy
@@ -74,11 +73,11 @@ class Drift:
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
-    """A rank's node, and what it holds: the digest of every piece."""
+class RankDigests:
+    """The node of a rank, and the digest of each piece on the rank."""
 
     host: str
-    digests: Mapping[Place, int]
+    digests: Mapping[PieceKey, int]
 
 
 class Replicas:
@@ -91,12 +90,12 @@ class Replicas:
         self._compared = -1  # step
 
     def after_step(self, step: int) -> None:
-        """Compare if this step's turn has come. Raises Drifted."""
+        """Compare every train.replica_check_every_steps steps. Raises ReplicaMismatch."""
         if self._every is not None and step % self._every == 0:
             self._compare(step)
 
     def before_save(self, step: int) -> None:
-        """Compare, if replicas are compared at all: a checkpoint holds one copy, which must not be the odd one."""
+        """Compare, if replicas are compared at all: a checkpoint holds one copy, which must not be the wrong one."""
         if self._every is not None and self._compared != step:
             self._compare(step)
 
@@ -104,23 +103,28 @@ class Replicas:
         """One pass over the local weights, one wait for the device, one small exchange; the rest only on a drift."""
         own = digests_of(self._engine, self._rank.device)
         if differ(gather_objects(by_piece(own))):
-            holders = gather_objects(Holder(_host(), own))
+            holders = gather_objects(RankDigests(_host(), own))
             drift = judge([holder.digests for holder in holders])
             if drift is not None:
                 self._stop(drift, [holder.host for holder in holders], step)
         self._compared = step
 
-    def _stop(self, drift: Drift, hosts: Sequence[str], step: int) -> None:
+    def _stop(self, drift: ReplicaDifference, hosts: Sequence[str], step: int) -> None:
         involved = sorted({hosts[rank] for rank in drift.ranks})
         words = _words(drift, hosts, step)
-        # One host is known to hold a bad copy, or all copies that may be bad are on it.
-        guilty = involved if drift.majority or len(involved) == 1 else []
-        # All wait here: mpirun kills rank 0 within 0.3 s of the first that leaves.
-        self._rank.on_root(lambda: self._leave_word(drift, involved, guilty, step, words))
-        raise Drifted(words)
+        # A host that has a bad copy for certain: by majority, or because all suspects are on it.
+        bad_hosts = involved if drift.majority or len(involved) == 1 else []
+        # All ranks wait here: mpirun kills rank 0 within 0.3 s of the first exit.
+        self._rank.on_root(lambda: self._record(drift, involved, bad_hosts, step, words))
+        raise ReplicaMismatch(words)
 
-    def _leave_word(
-        self, drift: Drift, hosts: Sequence[str], guilty: Sequence[str], step: int, words: str
+    def _record(
+        self,
+        drift: ReplicaDifference,
+        hosts: Sequence[str],
+        bad_hosts: Sequence[str],
+        step: int,
+        words: str,
     ) -> None:
         try:
             self._rank.write_event(
@@ -131,12 +135,12 @@ class Replicas:
                 majority=drift.majority,
                 parameters=list(drift.names),
             )
-            write_bad_nodes(self._rank.folder, dict.fromkeys(guilty, words.splitlines()[0]))
+            write_bad_nodes(self._rank.folder, dict.fromkeys(bad_hosts, words.splitlines()[0]))
         except LmscaleError as error:  # a full disk must not hide the drift
             log.warning("%s", error)
 
 
-def digests_of(engine: Engine, device: torch.device) -> dict[Place, int]:
+def digests_of(engine: Engine, device: torch.device) -> dict[PieceKey, int]:
     """The digest of every piece that this rank holds. Waits for the device once."""
     places, found = [], []
     for name, piece, tensor in engine.weights():
@@ -146,7 +150,7 @@ def digests_of(engine: Engine, device: torch.device) -> dict[Place, int]:
     return dict(zip(places, values, strict=True))
 
 
-def by_piece(digests: Mapping[Place, int]) -> dict[str, int]:
+def by_piece(digests: Mapping[PieceKey, int]) -> dict[str, int]:
     """One number for all parameters of which this rank holds the same piece."""
     parts: dict[str, list[int | str]] = defaultdict(list)
     for (name, piece), value in digests.items():
@@ -164,13 +168,13 @@ def differ(summaries: Iterable[Mapping[str, int]]) -> bool:
     )
 
 
-def judge(ranks: Sequence[Mapping[Place, int]]) -> Drift | None:
+def judge(ranks: Sequence[Mapping[PieceKey, int]]) -> ReplicaDifference | None:
     """Which ranks hold other bits than most; None where all copies agree.
 
     Where no value has more than half of the copies, all their holders are suspects, unless one of them is known
     by a majority elsewhere.
     """
-    holders: dict[Place, dict[int, int]] = defaultdict(dict)
+    holders: dict[PieceKey, dict[int, int]] = defaultdict(dict)
     for rank, digests in enumerate(ranks):
         for place, value in digests.items():
             holders[place][rank] = value
@@ -187,15 +191,17 @@ def judge(ranks: Sequence[Mapping[Place, int]]) -> Drift | None:
     unexplained = [tied for tied in ties if not tied & odd]
     if not names:
         return None
-    return Drift(sorted(set(names)), sorted(odd.union(*unexplained)), majority=not unexplained)
+    return ReplicaDifference(
+        sorted(set(names)), sorted(odd.union(*unexplained)), majority=not unexplained
+    )
 
 
 def _host() -> str:
-    """This node as its scheduler knows it: RUN/bad-nodes is read by what asks for nodes."""
+    """This node by its scheduler's name, because RUN/bad-nodes is read where nodes are requested."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def _words(drift: Drift, hosts: Sequence[str], step: int) -> str:
+def _words(drift: ReplicaDifference, hosts: Sequence[str], step: int) -> str:
     shown = ", ".join(drift.names[:_NAMES_SHOWN])
     more = len(drift.names) - _NAMES_SHOWN
     names = f"{shown} and {more} more" if more > 0 else shown
@@ -204,9 +210,9 @@ def _words(drift: Drift, hosts: Sequence[str], step: int) -> str:
         verdict = f"{who}: other bits than most ranks have"
         advice = "test that host's memory and processor before it trains again"
     else:
-        verdict = f"{who}: two values, and no majority to say which is right"
-        advice = "if a host is named again with another peer, it is the one"
+        verdict = f"{who}: two values, and no majority that shows which is right"
+        advice = "if a host is named again with another peer, that host is bad"
     return (
         f"step {step}: copies of parameters have drifted apart: {names} ({verdict})\n"
-        f"The same command goes on from the newest checkpoint, which was compared before it was saved; {advice}"
+        f"The same command resumes from the newest checkpoint, which was compared before it was saved; {advice}"
     )

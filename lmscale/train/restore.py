@@ -1,10 +1,5 @@
-"""Everything that must survive a crash, besides the tensors.
-
-What stands in a checkpoint, and in an attempt, besides tensors: identity, placement, provenance, order.
-
-A trained model from a checkpoint, for verbs that use it and do not train.
-
-How a start becomes the run's newest attempt, and from which checkpoint it goes on.
+"""How a start becomes the run's newest attempt, from which checkpoint it resumes, and what a checkpoint
+contains besides tensors: identity, placement, provenance and the train state.
 
 choose   rank 0 lists checkpoints; identity and `finished` are judged before anything is touched
 claim    attempts/k.json with from: null ends older attempts at their next publish
@@ -30,14 +25,14 @@ from lmscale.engine.base import Engine
 from lmscale.run_folder import attempts
 from lmscale.run_folder.checkpoints import MANIFEST, newest_valid, reason_to_reload
 from lmscale.run_folder.paths import RunFolder, parse_checkpoint_name
-from lmscale.train.context import RunContext
-from lmscale.train.corpora import Corpora
 from lmscale.train.environment import provenance
+from lmscale.train.run_context import RunContext
+from lmscale.train.run_corpora import Corpora
 
 
 @dataclass(slots=True)
 class TrainState:
-    """Where a run stands. Stored as JSON in the checkpoint's manifest."""
+    """The progress of a run. Stored as JSON in the checkpoint's manifest."""
 
     step: int = 0  # optimizer steps done, skipped ones included
     position: int = 0  # samples consumed, globally: the whole data cursor
@@ -85,8 +80,10 @@ def placement_facts(rank: RunContext) -> dict[str, Any]:
     }
 
 
-def checkpoint_body(rank: RunContext, same: Mapping[str, Any], state: TrainState) -> dict[str, Any]:
-    """What stands in every checkpoint of this attempt besides tensors and the moving state."""
+def checkpoint_body(
+    rank: RunContext, current_identity: Mapping[str, Any], state: TrainState
+) -> dict[str, Any]:
+    """The manifest's body of this attempt's checkpoints, without the state that changes per step."""
     cfg = rank.cfg
     config = cfg.model_dump(mode="json", by_alias=True)
     order = {
@@ -97,8 +94,11 @@ def checkpoint_body(rank: RunContext, same: Mapping[str, Any], state: TrainState
         "mix_block": cfg.data.mix_block,
     }
     return {
-        "identity": dict(same),
-        "fingerprints": {"identity": fingerprint(same), "placement": fingerprint(placement(cfg))},
+        "identity": dict(current_identity),
+        "fingerprints": {
+            "identity": fingerprint(current_identity),
+            "placement": fingerprint(placement(cfg)),
+        },
         "config": config,
         "provenance": provenance(config, rank.mesh.world),
         "state": {"seed": cfg.train.seed, "order": order},
@@ -116,7 +116,7 @@ class TrainedModel:
 
     @property
     def run_dir(self) -> Path:
-        """The run folder, where the checkpoint stands in one."""
+        """The run folder, if the checkpoint is in one."""
         return self.path.parent.parent
 
 
@@ -142,7 +142,7 @@ def find_trained(path: Path) -> TrainedModel:
         found = newest_valid(RunFolder(path))
         if found is None:
             raise CheckpointError(
-                f"{path} holds no valid checkpoint; look at it with `lmscale verify {path}`"
+                f"{path} contains no valid checkpoint; check it with `lmscale verify {path}`"
             )
         path = found.path
     body = read_checkpoint(path)
@@ -151,12 +151,12 @@ def find_trained(path: Path) -> TrainedModel:
 
 log = logging.getLogger(__name__)
 
-_RELOADS = 2  # a newer checkpoint may be published while we load; then load anew, this often
+_RELOADS = 2  # a newer checkpoint may be published while we load; then load again, this often
 
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """A checkpoint to go on from."""
+    """A checkpoint to resume from."""
 
     path: Path
     step: int
@@ -165,11 +165,11 @@ class ResumePoint:
 
 
 def choose(rank: RunContext, *, damaged: frozenset[Path] = frozenset()) -> ResumePoint | None:
-    """The checkpoint to go on from; None: the run has none yet. Called on rank 0.
+    """The checkpoint to resume from; None: the run has none yet. Called on rank 0.
 
     The newest valid one of the run folder, else the one that train.resume names. Raises CheckpointError
     when the folder's, or the one named, are all damaged (`damaged` adds those that a load has proven so),
-    ConfigError when train.resume forbids to go on or names no checkpoint.
+    ConfigError when train.resume forbids to resume or names no checkpoint.
     """
     folder, resume = rank.folder, rank.cfg.train.resume
     found = newest_valid(folder, damaged=damaged)
@@ -180,57 +180,57 @@ def choose(rank: RunContext, *, damaged: frozenset[Path] = frozenset()) -> Resum
             [
                 Problem(
                     "train.resume",
-                    f"never, but {folder.path} holds checkpoints",
+                    f"never, but {folder.path} contains checkpoints",
                     "choose another train.run_dir, or train.resume: auto",
                 )
             ]
         )
-    return source_of(found.path)
+    return resume_point_of(found.path)
 
 
 def _foreign(path: Path, damaged: frozenset[Path]) -> ResumePoint:
     """The checkpoint of another run, which nothing replaces where it is damaged."""
     named = parse_checkpoint_name(path.name) is not None  # then a missing manifest is damage
     if not path.is_dir() or not (named or (path / MANIFEST).is_file()):
-        fact = f"{path} is no checkpoint, and neither auto nor never"
+        fact = f"{path} is not a checkpoint, and neither auto nor never"
         hint = "name a folder RUN/checkpoints/step-*, or leave the key out"
         raise ConfigError([Problem("train.resume", fact, hint)])
     if path in damaged:
         raise CheckpointError(
             f"{path} (train.resume) is damaged; restore it, or name another checkpoint of its run"
         )
-    return source_of(path, foreign=True)
+    return resume_point_of(path, foreign=True)
 
 
 def report_damage(rank: RunContext, path: Path, error: Exception) -> None:
-    """Say loudly that a checkpoint is damaged and left out."""
+    """Report a damaged checkpoint, which is skipped, as a warning and an event."""
     if rank.is_root:
-        log.warning("checkpoint %s is damaged and left out: %s", path, error)
+        log.warning("checkpoint %s is damaged and skipped: %s", path, error)
     rank.write_event("damage", path=str(path), reason=str(error))
 
 
-class AttemptStart:
-    """This start's number, and the moves that make it the run's newest."""
+class AttemptClaim:
+    """The number of this start's attempt, and the steps that make it the run's newest."""
 
     def __init__(self, rank: RunContext) -> None:
         self.number = 0
         self._rank = rank
         self._damaged: frozenset[Path] = frozenset()
-        self._same: Mapping[str, Any] = {}
+        self._identity: Mapping[str, Any] = {}
 
-    def begin(
+    def claim_and_load(
         self,
         engine: Engine,
         source: ResumePoint | None,
         *,
         placement: Mapping[str, Any],
-        same: Mapping[str, Any],
+        current_identity: Mapping[str, Any],
     ) -> ResumePoint | None:
         """Claim, load and settle. Collective. The checkpoint that was loaded; None for a fresh run.
 
-        `same`: this start's identity, which `source` has been held against; another one will be too.
+        `current_identity` has been compared with that of `source`; any other checkpoint is compared too.
         """
-        rank, self._same = self._rank, same
+        rank, self._identity = self._rank, current_identity
         self.number = rank.on_root(lambda: attempts.claim(rank.folder, dict(placement)))
         for _ in range(_RELOADS + 1):
             source = self._load(engine, source)
@@ -238,8 +238,8 @@ class AttemptStart:
             if not overtaking:
                 return source
             if rank.is_root:
-                log.warning("loading anew: %s", overtaking)
-            source = self._choose_anew()
+                log.warning("loading again: %s", overtaking)
+            source = self._choose_again()
         raise RetryableError(
             f"{rank.folder.path}: checkpoints kept appearing or vanishing while loading; another start of "
             "this run is still publishing. Start again when it has ended"
@@ -253,18 +253,18 @@ class AttemptStart:
                 break
             report_damage(self._rank, source.path, damage)
             self._damaged |= {source.path}
-            source = self._choose_anew()
+            source = self._choose_again()
         return source
 
-    def _choose_anew(self) -> ResumePoint:
+    def _choose_again(self) -> ResumePoint:
         """Another checkpoint may be of before a change that train.allow_change had to allow."""
         source = self._rank.on_root(partial(choose, self._rank, damaged=self._damaged))
-        if source is None:  # the engine may hold what it loaded: that is no fresh run
+        if source is None:  # the engine may hold what it loaded: so this would not be a fresh run
             raise RetryableError(
                 f"{self._rank.folder.path}: the checkpoint vanished while it was loaded, and no other is "
                 "left; start again"
             )
-        check_identity(self._rank.cfg, source.body, self._same)
+        check_identity(self._rank.cfg, source.body, self._identity)
         return source
 
     def _try_load(self, engine: Engine, source: ResumePoint) -> CheckpointError | None:
@@ -282,7 +282,7 @@ class AttemptStart:
         return None
 
     def _settle(self, source: ResumePoint | None) -> str:
-        """Set `from`; where that came too late, take it back and say why."""
+        """Set `from`; if that came too late, take it back and return the reason."""
         folder = self._rank.folder
         foreign = str(source.path) if source and source.foreign else None
         attempts.settle(folder, self.number, source.step if source else 0, source=foreign)
@@ -293,14 +293,14 @@ class AttemptStart:
         return why
 
 
-def source_of(path: Path, *, foreign: bool = False) -> ResumePoint:
-    """A checkpoint as a place to go on from. Raises CheckpointError where its manifest is damaged."""
+def resume_point_of(path: Path, *, foreign: bool = False) -> ResumePoint:
+    """A checkpoint to resume from. Raises CheckpointError where its manifest is damaged."""
     body = read_checkpoint(path)
     return ResumePoint(path, int(body["step"]), body, foreign)
 
 
 def resumed_state(source: ResumePoint | None, cfg: RunConfig) -> TrainState:
-    """The state to go on with."""
+    """The state to resume with."""
     if source is None:
         return TrainState(streams=cfg.data.streams or cfg.train.global_batch_size)
     state = TrainState.from_json(source.body["state"]["train"])
@@ -310,7 +310,7 @@ def resumed_state(source: ResumePoint | None, cfg: RunConfig) -> TrainState:
 
 
 def note_changes(state: TrainState, source: ResumePoint | None, now: Mapping[str, Any]) -> None:
-    """Enter in the journal which identity keys change where this start goes on."""
+    """Record in the journal which identity keys change from this start on."""
     before = source.body["identity"] if source else now
     state.journal = [
         *state.journal,

@@ -23,7 +23,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str:
-        """Who has asked this rank to stop, in words; empty before a request."""
+        """Where the request came from, as text; empty before a request."""
         if self.signal is not None:
             return f"asked to stop by {self.signal.name}"
         return "asked to stop by lmscale stop" if self.stop_file_found else ""

@@ -21,9 +21,9 @@ from lmscale.run_folder.events import EventLog, read_events
 from lmscale.run_folder.paths import RunFolder
 from lmscale.run_folder.rank_progress import RankProgress
 from lmscale.train import build as assemble
-from lmscale.train.context import RunContext
+from lmscale.train.run_context import RunContext
 from lmscale.train.layer_stats import LayerStats
-from lmscale.train.replicas import Drifted, Replicas
+from lmscale.train.replicas import ReplicaMismatch, Replicas
 from lmscale.train.stop_request import StopRequest
 from tests.support.engine_case import LR, Case, engine_of, mesh_for, micro_batches, model_of
 from tests.support.jobs import Job, prepare_corpus, small_run
@@ -59,11 +59,11 @@ def _train_and_flip(case: Case, folder: Path, odd: int, every: int) -> tuple[int
             flip_lowest_bit(engine, NORM)
         try:
             replicas.after_step(step)
-        except Drifted as drift:
+        except ReplicaMismatch as drift:
             return step, str(drift)
     try:
         replicas.before_save(3)
-    except Drifted as drift:
+    except ReplicaMismatch as drift:
         return -3, str(drift)
     return 0, ""
 
@@ -170,7 +170,7 @@ def start(world: World, run_file: Path, run_dir: Path, flip_at: int) -> ExitCode
             return assemble.train(
                 cfg, world, StopRequest(), folder=folder, events=events, progress=RankProgress()
             )
-        except Drifted as drift:
+        except ReplicaMismatch as drift:
             return drift.exit_code
 
 

@@ -67,7 +67,7 @@ def test_losses_are_those_of_our_own_ranks_and_it_goes_on_and_finishes(
     assert "without calling" not in first.stdout + first.stderr  # MPI was left in order
     again = run(job)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "going on from step 13" in again.stdout + again.stderr
+    assert "resuming from step 13" in again.stdout + again.stderr
     assert losses(job) == ours
     starts = [event for event in job.events() if event["kind"] == "start"]
     assert [event["by_hand"] for event in starts] == [True, True]

@@ -83,7 +83,7 @@ def test_a_run_goes_on_in_another_layout_and_back(job: Job, corpus: Path) -> Non
     # The last of them is lost: steps 7 and 8 are done anew, and rank 1 has nobody left who would write its lines.
     shutil.rmtree(job.run_dir / "checkpoints" / "step-00000008-a2")
     said = trained(job, TP2, "engine.kind=fsdp")
-    assert "going on from step 6" in said
+    assert "resuming from step 6" in said
     lines = job.lines()
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line, wanted in zip(lines, alone.lines(), strict=True):
@@ -110,7 +110,7 @@ def test_the_loss_of_a_tensor_parallel_rank_is_made_good(job: Job, corpus: Path)
         os.kill(rank_pids(process.pid)[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=180)
     assert process.returncode == 0, said
-    assert "going on from step 10" in said
+    assert "resuming from step 10" in said
     trained(alone, ranks=1)
     lines = job.lines()
     assert [line["step"] for line in lines] == list(range(1, 41))

@@ -139,7 +139,7 @@ def test_a_run_watched_and_followed_through_a_kill_to_its_end(job: Job, corpus: 
     assert watch.screen.count("RUN ") == 1  # in place
     assert watch.longest < 80 and "Traceback" not in watch.raw
     assert follow.screen.count("-- start ") == 1
-    assert follow.screen.index("-- start ") < follow.screen.index("going on from step")
+    assert follow.screen.index("-- start ") < follow.screen.index("resuming from step")
     assert follow.screen.count("finished 200 steps") == 1
     assert "run: finished" in follow.screen
     end = status(job, "run")

@@ -18,8 +18,8 @@ from lmscale.base.listener import listen
 from lmscale.base.proc import adopt_orphans
 from lmscale.run_folder.bad_nodes import BadNode, read_bad_nodes, write_bad_nodes
 from lmscale.run_folder.events import read_events, starts_since_progress
-from lmscale.run_folder.liveness import begin
-from lmscale.run_folder.status import state_after_exit
+from lmscale.run_folder.liveness import begin_start
+from lmscale.run_folder.status_file import state_after_exit
 from lmscale_launcher.supervisor.context import SupervisorContext, SupervisorJob
 from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.guard import Guard
@@ -127,7 +127,7 @@ class _StartLoop:
         bad_nodes = read_bad_nodes(job.folder)
         for count in itertools.count():
             start = f"{job.start}.{count}" if count else job.start
-            events = begin(
+            events = begin_start(
                 job.folder,
                 start,
                 by_hand=job.by_hand and count == 0,

@@ -128,7 +128,7 @@ def attempts(record: RunHistory) -> str:
 
 
 def from_step(event: Event) -> int | None:
-    """The step an attempt goes on from."""
+    """The step that an attempt resumes from."""
     step = event.number("from", "from_step", "step")
     return None if step is None else int(step)
 
@@ -221,7 +221,7 @@ def _end(of_start: Sequence[Event], *, is_newest: bool) -> str:
         return how_it_ended(code)
     if any(e.kind == "stop" for e in of_start):
         return "stopped on request"
-    return "–" if is_newest else "died without a word"
+    return "–" if is_newest else "died without an exit event"
 
 
 def _where(attempt: Event, of_start: Sequence[Event]) -> str:

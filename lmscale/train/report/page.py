@@ -92,7 +92,7 @@ def render(record: RunHistory) -> str:
 
 
 def marks(record: RunHistory) -> Marks:
-    """Steps of saves and restarts; a restart is an attempt that goes on from a step of its run."""
+    """Steps of saves and restarts; a restart is an attempt that resumes from a step of its run."""
     saves = {int(s) for e in record.of_kind("save") if (s := e.number("step")) is not None}
     restarts = {_restart_step(e) for e in record.of_kind("attempt", "restart")}
     return Marks(sorted(saves), sorted(s for s in restarts if s > 0))

@@ -47,7 +47,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class RunHistory:
-    """A run as its folder tells it. Columns are NaN where a line has null, NaN or nothing."""
+    """A run as its folder records it. Columns are NaN where a line has null or no value."""
 
     name: str
     steps: np.ndarray  # int64, ascending, each once

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Limits(NamedTuple):
+class AxisLimits(NamedTuple):
     """The visible range of a y axis, and how many values lie above it."""
 
     low: float
@@ -68,7 +68,7 @@ def sample(
 
 
 def wants_log_x(steps_N: np.ndarray, smooth_N: np.ndarray) -> bool:
-    """Whether most of the drop comes early, so that a linear axis shows a wall and a floor."""
+    """Whether most of the drop comes early, so that on a linear axis the rest would look flat."""
     known_N = smooth_N[np.isfinite(smooth_N)]
     if len(known_N) < 100 or steps_N[0] < 1 or steps_N[-1] < 50 * steps_N[0]:
         return False
@@ -77,7 +77,7 @@ def wants_log_x(steps_N: np.ndarray, smooth_N: np.ndarray) -> bool:
     return bool(drop > 0 and early_drop >= 0.6 * drop)
 
 
-def limits(values: np.ndarray, *, also: tuple[float, ...] = ()) -> Limits:
+def limits(values: np.ndarray, *, also: tuple[float, ...] = ()) -> AxisLimits:
     """A y range that shows the values without letting a few spikes flatten all others.
 
     Values far above the 99.5th percentile (by more than its distance from the minimum) are cut off
@@ -93,7 +93,7 @@ def limits(values: np.ndarray, *, also: tuple[float, ...] = ()) -> Limits:
         top = usual + 0.15 * (usual - bottom)
     bottom, top = min([bottom, *shown]), max([top, *shown])
     margin = 0.05 * (top - bottom) or 0.05 * abs(top) or 1.0
-    return Limits(bottom - margin, top + margin, int((known > top + margin).sum()))
+    return AxisLimits(bottom - margin, top + margin, int((known > top + margin).sum()))
 
 
 def spread(positions: list[float], gap: float) -> list[float]:

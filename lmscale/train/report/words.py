@@ -1,4 +1,4 @@
-"""What a run amounts to: its status, its verdict in words, and the numbers on the tiles."""
+"""The summary of a run: its status, its verdict in sentences, and the numbers on the tiles."""
 
 import math
 from collections.abc import Mapping
@@ -42,7 +42,7 @@ class Tile:
 
 
 def status(record: RunHistory) -> Status:
-    """Finished, stopped, failed or going on: by the steps done and the newest start's events."""
+    """Finished, stopped, failed or running: by the steps done and the newest start's events."""
     last = int(record.steps[-1]) if len(record.steps) else 0
     total = total_steps(record)
     if total and last >= total:
@@ -59,7 +59,7 @@ def status(record: RunHistory) -> Status:
 
 
 def how_it_ended(code: int) -> str:
-    """An exit code in words."""
+    """An exit code as text."""
     if code in _ENDS:
         return _ENDS[ExitCode(code)]
     return f"died by signal {code - 128}" if code > 128 else f"exit code {code}"
@@ -130,7 +130,7 @@ def median(values: np.ndarray) -> float | None:
 
 
 def parameter_count(record: RunHistory) -> float | None:
-    """Where an event tells it, as `parameters`."""
+    """The number of parameters, from the newest event that has it."""
     told = [e.number("parameters") for e in record.of_kind("environment", "start", "attempt")]
     return next((value for value in reversed(told) if value is not None), None)
 
@@ -204,7 +204,7 @@ def _validation(record: RunHistory) -> list[str]:
 
 
 def _against(value: float, baselines: Mapping[str, float]) -> str:
-    """How far below the baselines, in words; above is said as plainly."""
+    """How far below or above the baselines, as text."""
     said = []
     for name, what in (("unigram", "single tokens"), ("bigram", "pairs of tokens")):
         level = baselines.get(name)

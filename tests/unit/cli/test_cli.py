@@ -24,7 +24,7 @@ from lmscale.prepare.options import PrepareOptions
 from lmscale.run_folder.attempts import claim, settle
 from lmscale.run_folder.checkpoints import describe_file, write_manifest
 from lmscale.run_folder.events import EventLog
-from lmscale.run_folder.liveness import begin
+from lmscale.run_folder.liveness import begin_start
 from lmscale.run_folder.paths import RunFolder
 from lmscale.train.stop_request import StopRequest
 from lmscale_launcher.jobs.run_facts import find_run_folder
@@ -424,7 +424,7 @@ def test_a_run_on_another_host_is_waited_for_or_refused(
         os.utime(other.path, (time.time() - 30 * len(slept) - 1,) * 2)
 
     monkeypatch.setattr("lmscale.run_folder.liveness.time.sleep", silent)
-    begin(run, "mine", by_hand=True, ranks=1).close()
+    begin_start(run, "mine", by_hand=True, ranks=1).close()
     assert len(slept) == 2
     (run.events / "mine.jsonl").unlink()
 
@@ -434,7 +434,7 @@ def test_a_run_on_another_host_is_waited_for_or_refused(
     os.utime(other.path, (time.time() - 40,) * 2)
     monkeypatch.setattr("lmscale.run_folder.liveness.time.sleep", beats)
     with pytest.raises(ConfigError, match=r"elsewhere(.|\n)*lmscale stop"):
-        begin(run, "mine", by_hand=True, ranks=1)
+        begin_start(run, "mine", by_hand=True, ranks=1)
     other.close()
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lmscale.base.errors import CheckpointError, Overtaken, RetryableError
 from lmscale.run_folder import attempts as module
 from lmscale.run_folder.attempts import (
-    Attempt,
+    AttemptRecord,
     Fence,
     check_not_overtaken,
     claim,
@@ -138,7 +138,7 @@ def test_at_most_one_line_of_history_is_valid(moves: list[tuple[int, int]]) -> N
         play(History(RunFolder(Path(path))), moves)
 
 
-# Attempt 1 stalls between its check and its rename; attempt 2 goes on; then attempt 1 wakes up.
+# AttemptRecord 1 stalls between its check and its rename; attempt 2 goes on; then attempt 1 wakes up.
 STALLED = [(0, 9), (1, 6), (0, 1), (1, 3)]
 
 
@@ -165,7 +165,7 @@ def test_without_the_fence_that_history_has_two_lines(
 def test_valid_is_the_rule_as_written(
     froms: dict[int, int | None], step: int, attempt: int
 ) -> None:
-    rule = Fence({k: Attempt(k, from_step) for k, from_step in froms.items()})
+    rule = Fence({k: AttemptRecord(k, from_step) for k, from_step in froms.items()})
     newer = [s for k, s in froms.items() if k > attempt and s is not None]
     assert rule.valid(step, attempt) == all(step <= s for s in newer)
 
@@ -181,7 +181,7 @@ def test_the_window_between_check_and_rename_is_harmless(tmp_path: Path) -> None
     found = newest_valid(folder)
     assert found is not None and (found.step, found.attempt) == (10, 1)
     late = listing(folder)[0]
-    assert (late.step, late.reason) == (20, "overtaken: attempt 2 went on from step 10")
+    assert (late.step, late.reason) == (20, "overtaken: attempt 2 resumed from step 10")
 
 
 def test_a_checkpoint_published_while_loading_is_taken_not_lost(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_claim_torn_by_a_crash_counts_as_unsettled(tmp_path: Path, torn: bytes
     folder = RunFolder(tmp_path)
     settle(folder, claim(folder, {}), 0)
     (folder.attempts / "2.json").write_bytes(torn)
-    assert read_attempt(folder, 2) == Attempt(2)
+    assert read_attempt(folder, 2) == AttemptRecord(2)
     assert claim(folder, {}) == 3
 
 
@@ -305,7 +305,7 @@ def test_finished_holds_until_a_newer_attempt(tmp_path: Path) -> None:
     settle(folder, claim(folder, {"world": 4}), 0)
     mark_finished(folder, 1, 40)
     assert finished_at(folder) == 40
-    assert read_attempt(folder, 1) == Attempt(1, 0, None, 40, {"world": 4})
+    assert read_attempt(folder, 1) == AttemptRecord(1, 0, None, 40, {"world": 4})
     claim(folder, {})
     assert finished_at(folder) is None
 
@@ -315,7 +315,7 @@ def test_a_run_that_lost_its_checkpoints_does_not_start_from_zero(tmp_path: Path
     settle(folder, claim(folder, {}), 0)
     assert newest_valid(folder) is None
     settle(folder, claim(folder, {}), 10)
-    with pytest.raises(CheckpointError, match="went on from step 10 before"):
+    with pytest.raises(CheckpointError, match="resumed from step 10 before"):
         newest_valid(folder)
 
 

@@ -207,7 +207,7 @@ def test_a_file_that_never_ends_or_blocks_is_damage(tmp_path: Path, kind: str) -
 
 def test_a_newer_format_is_no_damage_to_fall_back_from(tmp_path: Path) -> None:
     write_manifest(tmp_path, {"format": 2, "step": 1, "attempt": 1, "files": {}})
-    with pytest.raises(ConfigError, match="update it"):
+    with pytest.raises(ConfigError, match="update lmscale"):
         damage(tmp_path)
 
 

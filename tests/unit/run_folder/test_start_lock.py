@@ -28,9 +28,9 @@ def test_only_a_file_system_without_locks_is_no_obstacle(
     folder = RunFolder(tmp_path)
     if not goes:
         with pytest.raises(RetryableError, match="locking"):
-            hold.begin(folder, "s", by_hand=True, ranks=1)
+            hold.begin_start(folder, "s", by_hand=True, ranks=1)
         return
     with caplog.at_level(logging.WARNING):
-        hold.begin(folder, "s", by_hand=True, ranks=1).close()
+        hold.begin_start(folder, "s", by_hand=True, ranks=1).close()
     assert [event["kind"] for event in read_events(folder)] == ["start"]
     assert "file locking is not supported here" in caplog.text

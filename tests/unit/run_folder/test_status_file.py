@@ -11,7 +11,7 @@ from lmscale.base.errors import ExitCode
 from lmscale.run_folder import attempts
 from lmscale.run_folder.events import EventLog, events_path
 from lmscale.run_folder.paths import RunFolder
-from lmscale.run_folder.status import StatusRecord, StatusWriter, read_status, state_after_exit
+from lmscale.run_folder.status_file import StatusRecord, StatusWriter, read_status, state_after_exit
 
 
 class Clock:

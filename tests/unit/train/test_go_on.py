@@ -14,7 +14,6 @@ from lmscale.config.run_file import load
 from lmscale.run_folder.checkpoints import write_manifest
 from lmscale.run_folder.events import EventLog, read_events
 from lmscale.run_folder.paths import RunFolder
-from lmscale.train.context import RunContext
 from lmscale.train.main import by_hand, recorded
 from lmscale.train.restore import (
     ResumePoint,
@@ -25,6 +24,7 @@ from lmscale.train.restore import (
     note_changes,
     resumed_state,
 )
+from lmscale.train.run_context import RunContext
 
 
 def rank_of(folder: Path, *overrides: str) -> RunContext:

@@ -14,10 +14,10 @@ from lmscale.run_folder.events import EventLog, read_events
 from lmscale.run_folder.paths import RunFolder
 from lmscale.train import commands, loop
 from lmscale.train import restore as attempt
-from lmscale.train.context import RunContext
 from lmscale.train.environment import layout
 from lmscale.train.layer_stats import LossScaleRecorder
-from lmscale.train.restore import AttemptStart, ResumePoint
+from lmscale.train.restore import AttemptClaim, ResumePoint
+from lmscale.train.run_context import RunContext
 
 Place = tuple[int, int]  # dp rank, tp rank
 
@@ -102,7 +102,7 @@ def test_the_loss_scale_is_told_when_it_changes_and_given_back_on_a_resume(
     engine.state, engine.finish_load = lambda loading: {}, lambda **kept: given.update(kept)
     monkeypatch.setattr(attempt, "load_checkpoint", lambda path, tensors: None)
     for state in ({"train": {"updates": 3}, "loss_scale": 512.0}, {"train": {"updates": 4}}):
-        AttemptStart(rank)._try_load(engine, ResumePoint(tmp_path, 3, {"state": state}))
+        AttemptClaim(rank)._try_load(engine, ResumePoint(tmp_path, 3, {"state": state}))
         assert given == {
             "optim_step": state["train"]["updates"],
             "loss_scale": state.get("loss_scale"),

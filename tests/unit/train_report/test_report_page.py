@@ -83,7 +83,7 @@ def test_all_parts_are_there(folder) -> None:
         "tales", "finished", "Loss", "Validation on held", "unigram 3.000", "bigram 2.000",
         "model 1.500", "Learning rate", "Gradient norm", "Throughput", "MFU", "restart",
         "Sampled text", "Once upon a time", "Validation results", "Environment", "2.13",
-        "Attempts", "died without a word", "n1", "Configuration", "layers: 2", "Events",
+        "Attempts", "died without an exit event", "n1", "Configuration", "layers: 2", "Events",
     ):  # fmt: skip
         assert part in page.text, part
     assert page.seen.count("svg") - len(re.findall("26 12", folder.report.read_text())) == 6
