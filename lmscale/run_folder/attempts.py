@@ -32,7 +32,7 @@ from lmscale.run_folder.paths import RunFolder
 _MAX_BYTES = 1 << 20
 _RESTORE = (
     "the file is damaged, so it is unknown which checkpoints count: restore it, or set its "
-    '"from" to the step that attempt went on from (see its events)'
+    '"from" to the step that attempt resumed from (see its events)'
 )
 _Step = Annotated[int, Range(0)]
 # The content of attempts/k.json; host, pid and time are for people.

@@ -15,7 +15,7 @@ from lmscale.run_folder import events as run_events
 from lmscale.run_folder.events import EventLog
 from lmscale.run_folder.paths import RunFolder
 from lmscale.run_folder.rank_progress import STEPPING
-from lmscale.run_folder.status import StatusWriter, WrittenState
+from lmscale.run_folder.status_file import StatusWriter, WrittenState
 from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.messages import Message
 from lmscale_launcher.supervisor.output import Output, describe_exit

@@ -15,7 +15,7 @@ from lmscale.base.env import without_torchrun
 from lmscale.base.listener import RENDEZVOUS_FD
 from lmscale.base.proc import death_signal, process_state
 from lmscale.run_folder.rank_progress import PULSE_FD, STACK_FD, new_descriptors
-from lmscale.run_folder.status import SUPERVISED
+from lmscale.run_folder.status_file import SUPERVISED
 from lmscale_launcher.gpus import count_cores
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lmscale.run_folder.paths import RunFolder
-from lmscale.run_folder.status import read_status
+from lmscale.run_folder.status_file import read_status
 from lmscale_launcher.supervisor.coordinator import Coordinator
 from lmscale_launcher.supervisor.event_loop import EventLoop
 from lmscale_launcher.supervisor.guard import Guard
