@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lmscale.base.batch import Batch, Stream
+from lmscale.config.data_schema import DataConfig
 from lmscale.config.proven import clash
 from lmscale.config.schema import (
-    DataConfig,
     EngineConfig,
     LogConfig,
     ModelConfig,
