@@ -1,1 +1,1 @@
-"""The run folder: attempts and their fence, checkpoints, lines, events, restart budget."""
+"""The run folder: attempts and their fence, checkpoints, events, liveness, status."""

@@ -2,7 +2,7 @@
 
 Bits per byte = nats of the scored targets / (ln 2 * UTF-8 bytes those targets stand for), which compares
 models with different vocabularies; special tokens cost bits and stand for no byte. Where a foreign
-tokenizer puts a space before each text, that space counts as a byte: at most one a document.
+tokenizer puts a space before each text, that space counts as a byte: at most one per document.
 """
 
 import math
@@ -102,11 +102,6 @@ class Validation:
 def bits_per_byte(nats: float, text_bytes: float) -> float:
     """Bits that the scored targets cost, per byte of text that they stand for."""
     return nats / (math.log(2) * max(text_bytes, 1))
-
-
-def newest_values(lines: list[Line]) -> dict[tuple[str, str], float]:
-    """(corpus, metric) -> value of the last line that has it."""
-    return {(line["corpus"], line["metric"]): line["value"] for line in lines}
 
 
 def _lines(step: int, path: str, nats: float, targets: float, text_bytes: float) -> list[Line]:
