@@ -6,7 +6,7 @@ bytes per layer with dropout and materialised scores; our model has neither. Let
 
     D hidden size · F hidden size of the feed-forward · L tokens per row · V vocabulary
 
-tests/unit/launcher/test_memory_activations.py compares this with what autograd saves on a CPU. A GPU's
+tests/unit/modelspec/test_activations.py compares this with what autograd saves on a CPU. A GPU's
 kernels (fused RMSNorm, flash and FlexAttention) save what their signatures say; that is not measured here.
 torch.compile recomputes element-wise operators, so with engine.compile less is saved than counted.
 """

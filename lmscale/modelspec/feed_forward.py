@@ -19,7 +19,7 @@ class FeedForwardKind:
     """One value of `model.activation`.
 
     The last three fields count tensors of F elements per token, from which the planner computes memory.
-    tests/unit/launcher/test_memory_activations.py compares them with what autograd saves.
+    tests/unit/modelspec/test_activations.py compares them with what autograd saves.
     """
 
     up: tuple[str, ...]  # names of the matrices [F, D], in the order of the model's parameters

@@ -1,5 +1,8 @@
-"""Small models and batches for the tests of this folder."""
+"""Small models and batches, and the fixture with which their tests run on one thread."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -74,3 +77,12 @@ def gradients(model: LanguageModel, batch: Batch[Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
     model(batch).loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are no faster with threads, and threads that wait for a busy core cost a lot."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,12 +1,8 @@
-"""What each engine holds of weights, gradients and optimizer, by formula; offloading moves some of it to the host.
+"""Memory of one rank by formula: what its engine stores, and what a step needs besides.
 
-tests/distributed/test_plan_memory.py holds these against real engines of one, two and four ranks, byte for byte.
-
-Memory of one rank by formula: what its engine holds, and what a step needs besides.
-
-tests/distributed/test_plan_memory.py compares the sum with the peak of the allocator in real engines.
-It is the sum of what each
-part needs at its worst; not all parts are at their worst at the same moment, so it is a little above the peak.
+tests/distributed/test_plan_memory.py compares weights, gradients and optimizer with real engines of one, two and
+four ranks, byte for byte, and the total with the peak of the allocator. The total is the sum of what each part
+needs at its worst; not all parts are at their worst at the same moment, so it is a little above the peak.
 """
 
 from collections.abc import Iterable, Sequence

@@ -26,7 +26,7 @@ def test_warm_up_is_a_line_that_ends_at_the_peak():
     assert curve(8, schedule="constant", warmup_steps=4) == [0.5, 1.0, 1.5, 2, 2, 2, 2, 2]
 
 
-def test_cosine_halves_midway_and_ends_at_the_floor():
+def test_cosine_halves_midway_and_ends_at_the_final_rate():
     lrs = curve(10, schedule="cosine", warmup_steps=2)
     assert lrs[:2] == [1.0, 2.0]
     assert lrs[5] == pytest.approx((2.0 + 0.2) / 2)  # step 6: half of the 8 steps after warm-up
@@ -44,7 +44,7 @@ def test_wsd_decays_from_the_end_of_a_long_warm_up():
     assert lrs[7:] == pytest.approx([2.0, 1.0, 0.0])
 
 
-def test_after_the_end_it_stays_at_the_floor():
+def test_after_the_last_step_the_final_rate_stays():
     cfg = config(schedule="cosine", warmup_steps="5%")
     assert lr_at(500, cfg, 200) == lr_at(200, cfg, 200) == pytest.approx(0.2)
 

@@ -51,7 +51,7 @@ def test_dropout_is_off_and_the_mode_comes_back():
     assert model.training
 
 
-def test_nothing_asked_nothing_generated():
+def test_zero_new_tokens_generate_nothing():
     assert generate(tiny(), PROMPT, max_new=0) == []
 
 

@@ -52,7 +52,7 @@ def test_a_part_of_the_tokens_and_a_row_get_their_slice_of_the_mask(
         assert torch.equal(alone[0], whole[index])
 
 
-def test_the_mask_is_the_same_for_ever():
+def test_masks_of_a_seed_never_change():
     """A run that goes on under another version, or on another device, drops what it would have dropped."""
     bits = kept([0, -1, 2**40], 7, 33, seed=2**63 - 1, site=5, part=3).numpy().tobytes()
     assert sha256(bits).hexdigest()[:16] == "6b398f8f9eb702c3"

@@ -65,7 +65,7 @@ def test_another_document_never_changes_mine(changes, documents, seed):
 
 
 @variants
-def test_one_document_a_row_needs_no_mask(changes):
+def test_one_document_per_row_needs_no_mask(changes):
     """The two code paths of a CPU agree: is_causal and an explicit mask."""
     model = tiny(**changes)
     plain = random_batch(3, 9, documents=False)
@@ -142,7 +142,7 @@ def test_compiled_attention_within_documents_is_the_same():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_keys_for_each_query_are_grouped_ones(masked):
+def test_repeated_keys_equal_grouped_keys(masked):
     """What CUDA is given where its kernels know no groups, with its gradient."""
     g = torch.Generator().manual_seed(0)
     q_BNLH = torch.randn(2, 6, 9, 16, generator=g)

@@ -11,7 +11,9 @@ from lmscale.config.model_spec import decoder_spec
 from lmscale.config.schema import ModelConfig
 from lmscale.config.yaml import parse
 from lmscale.model.build import build_model
+from lmscale.model.layers import FEED_FORWARD_CLASSES
 from lmscale.model.transformer import LanguageModel
+from lmscale.modelspec.feed_forward import FEED_FORWARDS
 from lmscale.modelspec.parameters import ParameterSpec, num_elements, parameters, trainable
 from lmscale.modelspec.tensor_parallel import tp_dim
 
@@ -68,7 +70,7 @@ def test_random_models_have_the_parameters_that_are_built(data: st.DataObject) -
         norm=data.draw(st.sampled_from(["rms", "layer"])),
         norm_order=data.draw(st.sampled_from(["pre", "post"])),
         positions=data.draw(st.sampled_from(["rotary", "learned", "none"])),
-        activation=data.draw(st.sampled_from(["swiglu", "gelu", "gelu_tanh", "relu"])),
+        activation=data.draw(st.sampled_from(sorted(FEED_FORWARDS))),
         bias=data.draw(st.booleans()),
         tie_embeddings=data.draw(st.booleans()),
         trainable=data.draw(
@@ -95,3 +97,15 @@ def test_slices_of_tensor_parallel_ranks_make_up_the_whole() -> None:
         parts = whole.tensor_split(2, dim) if dim is not None else (whole,)
         assert spec.tp_slice(2).shape == tuple(parts[0].shape), spec.name
         assert spec.tp_slice(1) is spec
+
+
+def test_every_feed_forward_kind_has_a_class() -> None:
+    assert FEED_FORWARD_CLASSES.keys() == FEED_FORWARDS.keys()
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    model = ModelConfig(num_layers=1, hidden_size=8, num_heads=2, norm="layer", bias=True)
+    specs = parameters(decoder_spec(model, vocab_size=130, max_positions=16))
+    assert {spec.name for spec in specs if not spec.decays} == {
+        spec.name for spec in specs if spec.name.endswith(".bias") or ".norm" in spec.name
+    }

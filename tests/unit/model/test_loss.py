@@ -116,7 +116,7 @@ def test_autocast_gives_gradients_of_the_parameters_dtype():
         torch.testing.assert_close(got.grad, want.grad, rtol=0.05, atol=0.03)
 
 
-def test_only_wanted_gradients_are_computed():
+def test_only_required_gradients_are_computed():
     hidden_TD, weight_VD, targets_T, weights_T = inputs()
     cross_entropy(hidden_TD, weight_VD.detach(), targets_T, weights_T).loss.backward()
     assert hidden_TD.grad is not None
@@ -140,7 +140,7 @@ class LargestTensor(TorchDispatchMode):
         return made
 
 
-def test_never_all_logits_at_once(monkeypatch):
+def test_all_logits_are_never_stored_at_once(monkeypatch):
     """By each operator's result, and by what the allocator says of both passes together."""
     tokens, width, vocab, chunk = 1000, 8, 512, 50
     monkeypatch.setitem(loss_module._CHUNK_LOGITS, "cpu", chunk * vocab)

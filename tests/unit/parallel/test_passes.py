@@ -128,7 +128,7 @@ def test_each_shape_and_evaluation_are_compiled_until_an_error(graphs, monkeypat
 
 
 @no_leaf
-def test_a_block_that_is_no_single_graph_is_an_error(graphs):
+def test_a_graph_break_in_a_block_is_an_error(graphs):
     model = Model(Broken)
     compile_blocks(model)
     with pytest.raises(ConfigError, match=r"could not be compiled(.|\n)*engine.compile=false"):
@@ -156,7 +156,7 @@ except Exception as error:
 
 
 @pytest.mark.slow  # the compiler is imported and looks for another: 8 s
-def test_a_machine_without_a_compiler_is_told_the_setting(tmp_path):
+def test_a_missing_compiler_is_an_error_that_names_the_setting(tmp_path):
     environment = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     found = subprocess.run(
         [sys.executable, "-c", _WITHOUT_COMPILER],

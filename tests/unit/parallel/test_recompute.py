@@ -202,7 +202,7 @@ COSTS = st.builds(
 
 
 @given(st.lists(COSTS, min_size=2, max_size=2), st.lists(st.integers(0, 1), max_size=5), st.data())
-def test_the_least_recomputation_that_fits(kinds, layers, data):
+def test_modes_recompute_as_little_as_the_limit_allows(kinds, layers, data):
     found = [kinds[kind] for kind in layers]
     most = data.draw(st.integers(0, sum(costs["none"].saved_bytes for costs in found)))
 

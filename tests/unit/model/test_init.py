@@ -43,7 +43,7 @@ def test_seeds_differ_and_fp64_starts_where_fp32_does():
     assert all(torch.equal(low[name].double(), one[name]) for name in one)
 
 
-def test_known_values():
+def test_initial_values_of_a_seed_never_change():
     """A checkpoint of step 0 is not stored: changing these would change what a seed means."""
     model = tiny(dtype=torch.float32, seed=0)
     got = model.get_parameter("decoder.blocks.0.attention.q.weight")[0, :3].tolist()

@@ -1,0 +1,3 @@
+from tests.support.tiny_model import one_thread
+
+__all__ = ["one_thread"]
