@@ -33,13 +33,15 @@ class AxisSizes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """This rank's place among the axes, with the groups to talk to.
+    """This rank's position on the axes, and the groups of the ranks along them.
 
     Data parallel (dp) = replicate x shard: the ranks that see different samples.
     """
 
     world: World
-    device_mesh: DeviceMesh  # axes AXES; every group of it ends a collective after the deadline
+    device_mesh: (
+        DeviceMesh  # axes AXES; every one of its groups ends a collective after the deadline
+    )
     dp_group: dist.ProcessGroup
     dp_rank: int
     dp_size: int
@@ -101,7 +103,7 @@ def make_mesh(
 def _group_along(
     axes: tuple[int, ...], ranks: torch.Tensor, rank: int, timeout_s: float
 ) -> dist.ProcessGroup:
-    """This rank's group along `axes`; made by hand because a group's default deadline is 30 min."""
+    """This rank's group along `axes`; new_group sets the deadline, whose default is 30 min."""
     if math.prod(ranks.shape[axis] for axis in axes) == ranks.numel():
         world_group = dist.group.WORLD
         assert world_group is not None, "make_mesh needs `with distributed(...)`"

@@ -88,7 +88,7 @@ def _gloo() -> Facts:
 
 
 def _listens_on() -> list[str]:
-    """Addresses at which this process waits for peers, as the kernel knows them."""
+    """Addresses at which this process listens for peers, as the kernel lists them."""
     mine = set()
     for link in Path("/proc/self/fd").iterdir():
         try:
@@ -116,7 +116,7 @@ def _listens_on() -> list[str]:
 
 
 def _deepspeed() -> Facts:
-    # By name: engine/zero.py is the one file that uses it, this one only sees whether it could.
+    # By name: only lmscale/engine/deepspeed uses it; this module only reports whether it could be used.
     deepspeed = importlib.import_module("deepspeed")
     ops = importlib.import_module("deepspeed.ops.op_builder.all_ops").ALL_OPS
     built = importlib.import_module("deepspeed.git_version_info").installed_ops
@@ -137,7 +137,7 @@ def _buildable(builder: Any) -> bool:
         return bool(builder.is_compatible(False))
     except (
         Exception
-    ):  # each of some 20 builders looks for its own libraries; one that trips is not buildable
+    ):  # each of some 20 builders searches for its own libraries; one that raises is not buildable
         return False
 
 

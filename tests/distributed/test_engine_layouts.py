@@ -125,7 +125,7 @@ def _assert_pieces_make_the_model(seen: list[Seen], model: torch.nn.Module) -> N
     ],
     ids=["ddp-tp-to-fsdp", "hsdp-to-fsdp-tp"],
 )
-def test_layouts_go_on_from_each_other(ranks, first, second):
+def test_a_layout_resumes_from_the_state_of_another(ranks, first, second):
     results, _ = reference(Case(), torch.float32, range(5))
     same, resumed, _, steps = ranks(4)(interrupted, first, second, 3, 2)[0]
     assert same
@@ -153,7 +153,7 @@ def _planted(case: Case) -> Any:
     engine: Any = engine_of(case)
     engine.step(micro_batches(case, 0), lr=LR)
     before = gathered(engine.state())
-    (victim,) = [o for o in engine._owned if o.name == "decoder.blocks.1.attention.q.weight"]
+    (victim,) = [t for t in engine._parameters if t.name == "decoder.blocks.1.attention.q.weight"]
     real = base.sum_partial_gradients
 
     def plant(*args: Any) -> None:
@@ -180,14 +180,6 @@ def test_inf_on_one_tp_rank_skips_the_step_everywhere(ranks, kind, parallel):
         assert unchanged
         assert updates == 2
         assert last == without[1]
-
-
-@pytest.mark.parametrize("engine", [{"offload": "all"}, {"reshard_after_forward": False}])
-def test_where_weights_wait_changes_nothing(ranks, engine):
-    results, states = ranks(2)(train, Case("fsdp", "bf16", 3))[0]
-    found, after = ranks(2)(train, Case("fsdp", "bf16", 3, engine=engine))[0]
-    assert found == results
-    assert all(torch.equal(after[-1][name], value) for name, value in states[-1].items())
 
 
 def test_bf16_gradients_are_added_up_and_reduced_in_fp32(ranks):
@@ -221,7 +213,7 @@ def _kept(case: Case) -> tuple[float, float]:
     batches = _Watched(micro_batches(case, 1))
     engine.step(batches, lr=LR)
     first, _, third = batches.held
-    return third - first, sum(owned.local.nbytes for owned in engine._owned)
+    return third - first, sum(trained.local.nbytes for trained in engine._parameters)
 
 
 @pytest.mark.parametrize(

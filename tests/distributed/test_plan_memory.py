@@ -176,12 +176,15 @@ CASES = {
     "fsdp-tp": Case(kind="fsdp", parallel={"tp": 2}),
     "zero2-tp": zero(2, parallel={"tp": 2}),
 }
-# On two ranks and more things are cut; on one, padding and copies show.
-SIZES = {"hsdp": (4,), "fsdp-tp": (4,), "zero2-tp": (2,)}
+# On two ranks and more tensors are split; on one, padding and copies are visible: a case of each kind.
+SIZES = {
+    "hsdp": (4,), "fsdp-tp": (4,),
+    **{name: (1, 2) for name in ("fsdp", "ddp-bf16", "zero1", "zero1-bf16", "zero2-bf16", "zero3")},
+}  # fmt: skip
 
 
 def with_size(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(n, s, id=f"{n}-{s}") for n in names for s in SIZES.get(n, (1, 2))]
+    return [pytest.param(n, s, id=f"{n}-{s}") for n in names for s in SIZES.get(n, (2,))]
 
 
 @pytest.mark.parametrize(("name", "size"), with_size(CASES))

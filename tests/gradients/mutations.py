@@ -1,7 +1,7 @@
-"""Bugs, planted one at a time in the product's code, and the case of the pairs that catches each.
+"""Bugs that are planted in the product's code, one at a time, and the case of the pairs that detects each.
 
-The first fourteen are those that other trainers had; then others of every layer. `tools/gradient_matrix.py --mutations`
-finds the cases anew.
+The first fourteen occurred in other trainers; the others are from every layer. `tools/gradient_matrix.py --mutations`
+finds the cases again.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ def planted(name: str, case: GradientCase) -> Outcome:
 
 
 def caught(name: str, case: GradientCase, ranks: Any) -> list[str]:
-    """In what way the case is beyond its tolerance; empty: the bug is not seen. An exception is the caller's."""
+    """What of the case is beyond its tolerance; empty: the bug is not detected. Exceptions are passed on."""
     answer, *_ = ranks(planted, name, case)
     _, beyond = compared(case, answer, one_process(case))
     return beyond
