@@ -193,7 +193,7 @@ def test_no_run_folder_is_a_wrong_command(tmp_path: Path) -> None:
     for verb in ("status", "logs"):
         done = lmscale(verb, "nowhere", cwd=tmp_path)
         assert done.returncode == 78
-        assert "nowhere is no run folder" in done.stderr
+        assert "no run folder at nowhere" in done.stderr
     alone = lmscale("status", cwd=tmp_path)
     assert alone.returncode == 0
     assert "no runs in" in alone.stdout

@@ -22,7 +22,7 @@ from lmscale_launcher.clusters.base import Cluster, JobState
 from lmscale_launcher.clusters.job import JobPlan, JobRecord
 from lmscale_launcher.jobs.interrupts import ends_quietly
 
-# What the ranks find wrong shows after they have imported torch; what the supervisor does, at once.
+# Errors of the ranks appear after they have imported torch, those of the supervisor at once.
 _WATCH_S = 10.0
 _POLL_S = 0.05
 
@@ -54,7 +54,7 @@ def preview(plan: JobPlan, command: Sequence[str]) -> str:
 
 
 def start(plan: JobPlan, command: Sequence[str], env: Mapping[str, str]) -> JobRecord:
-    """Start a supervisor that nobody waits for, and look for some seconds whether it stays."""
+    """Start a supervisor in the background, and check for some seconds whether it stays."""
     with storage_errors(f"writing {plan.log}"):
         plan.log.parent.mkdir(parents=True, exist_ok=True)
         log = open(plan.log, "ab")  # noqa: SIM115 closed below
@@ -67,7 +67,7 @@ def start(plan: JobPlan, command: Sequence[str], env: Mapping[str, str]) -> JobR
         except OSError as error:
             plan.log.unlink()
             fact = f"cannot start {command[0]}: {error.strerror}"
-            raise ConfigError([Problem("", fact, "install it, or mend its permissions")]) from error
+            raise ConfigError([Problem("", fact, "install it, or fix its permissions")]) from error
     ticks, begun = started_ticks(process.pid), time.time()
     with ends_quietly():  # Ctrl-C ends the looking: the job is there, and its record must be too
         _watch(process, plan.folder, begun)
@@ -90,7 +90,7 @@ def start(plan: JobPlan, command: Sequence[str], env: Mapping[str, str]) -> JobR
 
 
 def state(folder: RunFolder, record: JobRecord) -> JobState:
-    """What became of it. On another host only its heartbeat tells, and silence makes it unknown."""
+    """The state of the job. On another host only its heartbeat shows it, and silence makes it unknown."""
     own, heard_at = list(_own_events(folder, record)), _heard_at(folder, record)
     restarts = max(0, sum(event["kind"] == "start" for event in own) - 1)
     ended = next((event for event in reversed(own) if event["kind"] == "exit"), None)
@@ -105,7 +105,7 @@ def state(folder: RunFolder, record: JobRecord) -> JobState:
     silent_s = time.time() - (heard_at or record.time)
     if heard_at and silent_s < STALE_S:
         return JobState("running", hosts=hosts, restarts=restarts)
-    reason = f"{record.host} has not been heard of for {silent_s:.0f} s; look there"
+    reason = f"{record.host} has written no heartbeat for {silent_s:.0f} s; look there"
     return JobState("unknown", reason, hosts, None, restarts)
 
 

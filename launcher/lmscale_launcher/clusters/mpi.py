@@ -108,7 +108,7 @@ def supervised(config: Path) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The program: errors in words, and mpirun's exit code."""
+    """The program: prints errors as text and returns mpirun's exit code."""
     try:
         return supervised(Path(argv[0]))
     except LmscaleError as error:

@@ -26,7 +26,7 @@ class ClusterAnswers:
         self._kept: dict[str, tuple[float, dict[object, JobState]]] = {}
 
     def of(self, found: Sequence[RunFacts]) -> list[JobState | None]:
-        """One answer a run, in their order. None: there is no job, or nothing left to ask."""
+        """One answer per run, in their order. None: the run has no job, or its end is known."""
         kinds: dict[str, list[tuple[RunFolder, JobRecord]]] = {}
         for facts in found:
             if facts.record is not None and not _settled(facts):

@@ -46,7 +46,7 @@ class LogFile:
 def log_of(facts: RunFacts, *, rank: int | None) -> LogFile | None:
     """The file that shows the newest of a run, whether it is there yet or not; None: no name is known.
 
-    Without a rank: the newest job's merged log, or rank 0's where somebody has started the run by
+    Without a rank: the newest job's merged log, or rank 0's where the run has been started by
     hand since.
     """
     record, start = facts.record, newest_start_of(facts.events)
@@ -100,7 +100,7 @@ _LATE_S = 2.0  # the last lines of a job may reach the file after the word that 
 def logs(run: str, *, follow: bool, rank: int | None, as_json: bool) -> int:
     """Show the newest log of a run, whole; with `follow` its end, and what comes until the run ends.
 
-    Raises ConfigError where RUN is no run folder, or where that rank has no log.
+    Raises ConfigError where RUN is not a run folder, or where that rank has no log.
     """
     view = _View(find_run_folder(run), rank, as_json=as_json)
     with ends_quietly():
@@ -146,7 +146,7 @@ class _View:
             sys.stderr.write(f"{text}\n")
 
     def say_missing(self, standing: RunStatus) -> None:
-        """Why there is nothing to show. Raises ConfigError where waiting is in vain."""
+        """Why there is nothing to show. Raises ConfigError where waiting cannot help."""
         ranks = ranks_with_logs(self.folder)
         if self.rank is not None and ranks and not standing.active:
             fact = f"rank {self.rank} has no log in {self.folder.logs}"

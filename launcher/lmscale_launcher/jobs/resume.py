@@ -1,7 +1,4 @@
-"""Which run folder does the user mean?
-
-`lmscale resume RUN`: submit a run again that was stopped, has failed or was cancelled.
-"""
+"""`lmscale resume RUN`: submit a run again that was stopped, has failed or was cancelled."""
 
 import json
 import re
@@ -23,7 +20,7 @@ _JOB_CONFIG = re.compile(r"([1-9]\d*)\.yaml")
 
 
 def resume(run: str, overrides: Sequence[str], *, dry_run: bool, as_json: bool) -> int:
-    """Go on from the newest checkpoint, as a new job. Returns 0, or the exit code of a job that ended at once."""
+    """Resume from the newest checkpoint, as a new job. Returns 0, or the exit code of a job that ended at once."""
     folder = find_run_folder(run)
     refuse_a_live_run(folder)
     cfg = _config(folder, overrides)
@@ -54,7 +51,7 @@ def newest_config(folder: RunFolder) -> Path:
 
 def _config(folder: RunFolder, overrides: Sequence[str]) -> RunConfig:
     if any(text.startswith("train.run_dir=") for text in overrides):
-        raise UsageError("a run goes on in its own folder: leave train.run_dir out")
+        raise UsageError("a run resumes in its own folder: leave train.run_dir out")
     # JSON is YAML. The folder may have been moved or copied since its run file was written.
     here = f"train.run_dir={json.dumps(str(folder.path))}"
     path = newest_config(folder)
@@ -69,15 +66,15 @@ def _check(cfg: RunConfig, folder: RunFolder, found: CheckpointEntry) -> None:
     if problems := resume_problems(cfg, found):
         raise ConfigError(problems)
     if cfg.train.stop_at is not None and found.step >= cfg.train.stop_at:
-        fact = f"{cfg.train.stop_at}, but the run stands at step {found.step} already"
+        fact = f"{cfg.train.stop_at}, but the run is at step {found.step} already"
         hint = f"lmscale resume {run_name(folder)} train.stop_at=null"
         raise ConfigError([Problem("train.stop_at", fact, hint)])
 
 
 def _from_where(found: CheckpointEntry | None) -> str:
     if found is None:
-        return "there is no checkpoint yet: it starts from the beginning"
-    return f"going on from step {found.step} ({found.path.name})"
+        return "no checkpoint exists yet: it starts from the beginning"
+    return f"resuming from step {found.step} ({found.path.name})"
 
 
 def _bad_nodes(folder: RunFolder, *, excludes: bool) -> Iterator[str]:

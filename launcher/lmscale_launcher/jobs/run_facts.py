@@ -1,9 +1,7 @@
-"""What a run folder says about its run, read once: what `judge` goes by, besides the cluster's answer.
+"""What a run folder contains about its run, read once: the input of `judge`, besides the cluster's answer.
 
 Cheap for any length of run: of files that grow only the ends are read, and checkpoints are judged by
 name, fence and presence of their manifest. `lmscale verify` is for proofs.
-
-The newest start of a run, read from its events.
 """
 
 import os
@@ -259,7 +257,7 @@ class StartRecord:
 
 
 def newest_start_of(events: Sequence[Event]) -> StartRecord | None:
-    """The start that these events of one file tell of; None without any.
+    """The start that these events of one file describe; None without any.
 
     A file holds several where a name was given twice: the last one counts.
     """
@@ -344,5 +342,5 @@ def find_run_folder(run: str) -> RunFolder:
     for path in (Path(run), Path("runs") / run):
         if is_run_folder(path):
             return RunFolder(path.absolute())
-    hint = "give the folder that holds config.yaml, jobs/ and events/ (train.run_dir)"
-    raise ConfigError([Problem("", f"{run} is no run folder, and neither is runs/{run}", hint)])
+    hint = "give the folder that contains config.yaml, jobs/ and events/ (train.run_dir)"
+    raise ConfigError([Problem("", f"no run folder at {run} or runs/{run}", hint)])

@@ -31,7 +31,7 @@ from lmscale_launcher.jobs.run_facts import (
 
 _WORDS = {
     ExitCode.DONE: "done",
-    ExitCode.BUG: "an error nobody expected",
+    ExitCode.BUG: "internal error",
     ExitCode.USAGE: "wrong command line",
     ExitCode.DATA: "damaged data",
     ExitCode.RETRY: "a peer or the storage was lost",
@@ -48,7 +48,7 @@ def is_final(code: int | None) -> bool:
 
 
 def code_in_words(code: int) -> str:
-    """An exit code in words, with the code: damaged data, 65."""
+    """An exit code as text, with the code: damaged data, 65."""
     if code > 128:
         with suppress(ValueError):
             return f"died by {signal.Signals(code - 128).name}, {code}"
@@ -95,10 +95,10 @@ State = Literal[
     "running",
     "saving",  # asked to save and stop
     "waiting",  # to start again
-    "stopped",  # by a person, or at train.stop_at; goes on when asked to
+    "stopped",  # by a person, or at train.stop_at; resumes on request
     "finished",
     "failed",  # and nothing starts it again
-    "lost",  # ended without a word
+    "lost",  # disappeared without an exit event
     "unknown",
 ]
 Verdict = tuple[State, str]
@@ -108,7 +108,7 @@ _SLOW_S = 300.0  # no new step for so long is worth a word: longer than most eva
 def verdict(
     facts: RunFacts, start: StartRecord | None, answer: JobState | None, *, now: float
 ) -> Verdict:
-    """The state and its reason in words."""
+    """The state and its reason."""
     if facts.trouble:
         return "unknown", facts.trouble
     record = facts.record
@@ -143,7 +143,7 @@ def _by_folder(facts: RunFacts, start: StartRecord | None, *, now: float) -> Ver
     if facts.stop is not None:
         return _by_stop(facts, start)
     if facts.alive is False:
-        return "lost", f"its process on {start.host} is gone without a word"
+        return "lost", f"its process on {start.host} disappeared without writing an exit event"
     return "lost", f"no heartbeat for {_silence(facts, start, now=now)} ({start.host})"
 
 
@@ -198,18 +198,18 @@ def _over(facts: RunFacts, own: StartRecord | None, answer: JobState, *, now: fl
         words = f"{words}, {told}" if words else f"{told}; its log may say why"
     state = "failed"
     if words == "killed":
-        state, words = "lost", "killed: its process is gone without a word"
+        state, words = "lost", "killed: its process disappeared without writing an exit event"
     elif not answer.code and (answer.code is not None or not words):
-        state, words = "lost", "the job has ended without a word"
+        state, words = "lost", "the job ended without writing an exit event"
     return state, words + _orphan(facts, own, now=now)
 
 
 def _cancelled(own: StartRecord | None, answer: JobState) -> str:
-    """By somebody with the cluster's own tools; the answer is `cancelled` or `cancelled by user 1000`."""
+    """Cancelled with the cluster's own tools; the answer is `cancelled` or `cancelled by user 1000`."""
     who = answer.reason.partition("cancelled by ")[2].partition(";")[0]
     by = f" by {who}" if who else ""
     how = f"; it ended with {end_in_words(own)}" if own is not None and own.exit is not None else ""
-    return f"cancelled with scancel{by}; `lmscale resume` goes on from its newest checkpoint{how}"
+    return f"cancelled with scancel{by}; `lmscale resume` continues from its newest checkpoint{how}"
 
 
 def _orphan(facts: RunFacts, own: StartRecord | None, *, now: float) -> str:
@@ -222,7 +222,7 @@ def _orphan(facts: RunFacts, own: StartRecord | None, *, now: float) -> str:
 def _without_answer(
     facts: RunFacts, own: StartRecord | None, answer: JobState, *, now: float
 ) -> Verdict:
-    """The cluster does not answer, or no longer knows the job: what the folder alone can tell."""
+    """The cluster does not answer, or no longer knows the job: the state by the folder alone."""
     silent = answer.reason or "the cluster did not answer"
     if own is None and facts.stop is not None and answer.raw == "FORGOTTEN":
         return _by_stop(facts, None)  # a job that is out of the queue for minutes
@@ -239,10 +239,10 @@ def _without_answer(
 
 
 def _living(facts: RunFacts, start: StartRecord, *, now: float) -> Verdict:
-    """A start that goes on, as far as anybody can tell."""
+    """A start that is alive, as far as is known."""
     age_s = now - (facts.beat_time or start.time)
     if facts.alive is False:
-        return "running", f"but its process on {start.host} is gone"
+        return "running", f"but its process on {start.host} has disappeared"
     if age_s >= STALE_S:
         return "running", f"but no heartbeat for {_silence(facts, start, now=now)} ({start.host})"
     if start.restart is not None:
@@ -294,7 +294,7 @@ def _by_stop(facts: RunFacts, start: StartRecord | None) -> Verdict:
 
 
 def _lives(facts: RunFacts, start: StartRecord, *, now: float) -> bool:
-    """Whether a start goes on, by its processes where they can be seen and its heartbeat."""
+    """Whether a start is alive, by its processes where they can be seen and its heartbeat."""
     if start.exit is not None or facts.alive is False:
         return False
     return now - (facts.beat_time or start.time) < STALE_S
@@ -313,7 +313,7 @@ _SAVES = 10  # behind the time left
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """One run, as `lmscale status` shows it. None: not known, or nothing to tell."""
+    """One run, as `lmscale status` shows it. None: not known, or not applicable."""
 
     run: str  # as a user may name it
     path: Path
@@ -339,12 +339,12 @@ class RunStatus:
 
     @property
     def active(self) -> bool:
-        """Whether somebody or something is at it: it is not over."""
+        """Whether it is queued or at work."""
         return self.state in ACTIVE
 
     @property
     def ended(self) -> bool:
-        """Whether nothing goes on by itself. An unknown standing is neither active nor ended."""
+        """Whether nothing continues by itself. An unknown standing is neither active nor ended."""
         return self.state in ENDED
 
     def in_words(self) -> str:
@@ -391,7 +391,7 @@ def judge(facts: RunFacts, answer: JobState | None, *, now: float, name: str = "
 
 
 def _step(facts: RunFacts, start: StartRecord | None) -> int | None:
-    """Steps done: by the metrics, or where the newest start goes on from before its first line."""
+    """Steps done: by the metrics, or where the newest start resumes from before its first line."""
     recorded = facts.lines[-1].get("step") if facts.lines else None
     if isinstance(recorded, int):
         return recorded
@@ -433,7 +433,7 @@ def _seconds_a_step(lines: Sequence[Event]) -> float | None:
 
 
 def _restarts(starts: Sequence[Event]) -> int:
-    """Starts that no person made. The first is none, whoever made it."""
+    """Starts that no person made. The first is not one."""
     return sum(not (start.get("by_hand") or start.get("fresh")) for start in starts[1:])
 
 

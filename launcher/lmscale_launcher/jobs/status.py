@@ -1,7 +1,4 @@
-"""Standings as a table of text. Pure; fits the width it is given.
-
-`lmscale status [RUN] [--watch] [--json]`: how runs stand, in one table.
-"""
+"""`lmscale status [RUN] [--watch] [--json]`: the states of runs in one table that fits the terminal."""
 
 import json
 import os
@@ -208,9 +205,9 @@ class StatusBoard:
 
 
 def status(run: str | None, *, watch: bool, as_json: bool) -> int:
-    """Print how a run stands, or all runs in runs/. 0 whenever that can be told.
+    """Print the state of a run, or of all runs in runs/. Returns 0 whatever the state is.
 
-    Raises ConfigError where RUN is no run folder.
+    Raises ConfigError where RUN is not a run folder.
     """
     one = find_run_folder(run) if run is not None else None
     runs = Path("runs").absolute()

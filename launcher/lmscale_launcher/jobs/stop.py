@@ -24,7 +24,7 @@ from lmscale_launcher.jobs.submit import Say, in_words, run_name
 _POLL_S = 0.1
 _REMIND_S = 10.0
 _QUERY_SOON_S = 2.0  # once the process has ended: its job is about to follow
-_KILL_S = 60.0  # for a cluster to end what it was told to cancel
+_KILL_S = 60.0  # for a cluster to end what it was asked to cancel
 
 
 def stop(run: str, *, now: bool, as_json: bool) -> int:
@@ -33,7 +33,7 @@ def stop(run: str, *, now: bool, as_json: bool) -> int:
     with storage_errors(f"writing {folder.stop}"):
         folder.stop.touch()
     ending = _Ending(folder, newest_record(folder), say, since=time.time())
-    with exits_on_interrupt(lambda: say.lines(f"the request stands: {folder.stop}")):
+    with exits_on_interrupt(lambda: say.lines(f"the request remains: {folder.stop}")):
         result = ending.kill() if now else ending.save()
     say.lines(_in_words(result))
     say.result({"run": str(folder.path), **result})
@@ -74,7 +74,7 @@ class _Ending:
             try:
                 self._cluster().cancel(self.folder, self.record)
             except RetryableError:
-                self.say.lines(f"the request to save and stop stands: {self.folder.stop}")
+                self.say.lines(f"the request to save and stop remains: {self.folder.stop}")
                 raise
             # What it killed elsewhere leaves a heartbeat that looks young for a minute: believe the cluster.
             found = found if found is not None and found.here else None
@@ -102,7 +102,7 @@ class _Ending:
         return cluster_of(self.record.kind)
 
     def _state(self) -> JobState:
-        """What the cluster says of the newest job; ended where there is none."""
+        """The cluster's answer about the newest job; ended where there is none."""
         if self.record is None:
             return JobState("ended")
         (state,) = self._cluster().states([(self.folder, self.record)])
@@ -204,7 +204,7 @@ def _in_words(result: dict[str, Any]) -> str:
             return f"it has not been running; {again}"
         case "unknown":
             return (
-                f"whether it runs cannot be told: {result['reason']}. The request stands: it saves and "
+                f"whether it runs is not known: {result['reason']}. The request remains: it saves and "
                 "stops within seconds if it runs, and does not start if it waits"
             )
         case "killed":
@@ -212,6 +212,6 @@ def _in_words(result: dict[str, Any]) -> str:
             return f"killed{still}; {stands}"
         case _:
             ended = f"it ended ({code_in_words(result['code'])})" if result["code"] is not None else (
-                "it ended without a word"
+                "it ended without writing an exit event"
             )  # fmt: skip
             return f"{ended}; {stands}"

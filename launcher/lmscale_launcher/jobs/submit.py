@@ -1,4 +1,4 @@
-"""`lmscale submit RUN.yaml`: everything that can be checked here is; then a cluster of any kind gets the job."""
+"""`lmscale submit RUN.yaml`: check everything that can be checked here, then start or queue the job."""
 
 import json
 import shlex
@@ -39,7 +39,7 @@ def submit(source: str, overrides: Sequence[str], *, dry_run: bool, as_json: boo
 
 
 def hand_over(cfg: RunConfig, *, dry_run: bool, as_json: bool, notes: Sequence[str] = ()) -> int:
-    """Submit a loaded run. `notes` are said first."""
+    """Submit a loaded run. `notes` are printed first."""
     say = Say(as_json)
     folder = RunFolder(Path(cfg.train.run_dir))
     if found := list(missing_corpora(cfg)):
@@ -65,7 +65,7 @@ def hand_over(cfg: RunConfig, *, dry_run: bool, as_json: bool, notes: Sequence[s
 
 
 def refuse_a_live_run(folder: RunFolder) -> None:
-    """Raise ConfigError where somebody trains in the folder, or its newest job has not ended."""
+    """Raise ConfigError where a run trains in the folder, or its newest job has not ended."""
     record = newest_record(folder)
     state = None
     if record is not None:
@@ -184,7 +184,7 @@ def _in_place(plan: JobPlan, config: str) -> Iterator[None]:
 def _tell(plan: JobPlan, record: JobRecord, state: JobState, say: Say) -> int:
     run, code = run_name(plan.folder), int(ExitCode.DONE)
     said = str(record.facts.get("said", ""))  # a site's own words, e.g. of its submit plugin
-    say.lines(*(f"{record.kind} says: {line}" for line in said.splitlines()))
+    say.lines(*(f"{record.kind} reports: {line}" for line in said.splitlines()))
     if state.standing == "ended":
         code = state.code if state.code is not None else int(ExitCode.RETRY)
         say.lines(*_tail(plan.log))

@@ -167,7 +167,7 @@ def _of_partition(one: SlurmPartition, request: ResourceRequest) -> Iterator[Pro
     if request.time_s and one.max_time_s is not None and request.time_s > one.max_time_s:
         limit = show_seconds(one.max_time_s)
         fact = f"{show_seconds(request.time_s)}, but {where} allows {limit}"
-        hint = f"at most {limit}; with cluster.max_restarts the run goes on after its time limit"
+        hint = f"at most {limit}; with cluster.max_restarts the run continues after its time limit"
         yield Problem("cluster.time_limit", fact, hint)
     if one.max_nodes is not None and request.nodes and request.nodes > one.max_nodes:
         # Also where min_nodes is within it: such a job waits for ever (22.05).

@@ -1,6 +1,6 @@
 """What a cluster's partitions and nodes can give, and what a plan asks for beyond it. Pure.
 
-Before a job is queued, and in its first seconds: what can never run is said at once.
+Before a job is queued, and in its first seconds: what can never run is reported at once.
 """
 
 import getpass
@@ -52,7 +52,7 @@ def check(plan: JobPlan) -> list[str]:
 
     Raises ConfigError for a job that could never run, NoAnswer without a controller. Queues nothing.
     The script and the log folder are there: Slurm looks at the script, and a job whose log cannot be
-    opened fails without a word.
+    opened fails without a message.
     """
     commands.ping()
     found = look()

@@ -1,4 +1,4 @@
-"""One command of Slurm: run with a time limit and a clean environment; what went wrong, in words.
+"""One Slurm command, run with a time limit and a clean environment; its errors as text.
 
 What Slurm's commands print about jobs, read into one shape. Pure.
 
@@ -67,7 +67,7 @@ class SlurmResult:
             told = re.sub(r"^\w+: (?:error: |fatal: )?", "", line).strip()
             if told:
                 return told
-        return f"exit code {self.code} without a word"
+        return f"exit code {self.code} without a message"
 
 
 def ask(*argv: str, timeout_s: float = TIMEOUT_S) -> SlurmResult:
@@ -128,7 +128,7 @@ def _raise_for(argv: Sequence[str], err: str) -> None:
         )
     if match := _MUNGE.search(err):
         raise SlurmUnavailable(
-            f"{argv[0]} was not let in: {match[0].strip()}\n"
+            f"{argv[0]} was not authenticated: {match[0].strip()}\n"
             "  hint: munged must run here with the cluster's key: systemctl status munge"
         )
     if _VERSIONS.search(err):
@@ -143,7 +143,7 @@ def _raise_for(argv: Sequence[str], err: str) -> None:
 def _down(told: str) -> str:
     return (
         f"Slurm's controller does not answer ({told})\n"
-        "  hint: nothing is lost: jobs go on running meanwhile; try again when `scontrol ping` says UP"
+        "  hint: nothing is lost: jobs keep running meanwhile; try again when `scontrol ping` says UP"
     )
 
 
@@ -191,7 +191,7 @@ class QueueEntry:
 def read_squeue_json(text: str) -> list[QueueEntry]:
     """`squeue --json`. Raises Unreadable for an answer with errors: its list of jobs is then empty.
 
-    22.05 exits with 0 and an empty list when the controller is down; only `errors` tells.
+    22.05 exits with 0 and an empty list when the controller is down; only `errors` shows it.
     """
     try:
         answer = json.loads(text)

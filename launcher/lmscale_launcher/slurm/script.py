@@ -134,7 +134,7 @@ def _size(plan: JobPlan) -> list[str]:
 
     Without a fixed number of nodes no tasks are asked for, only nodes. Measured on 22.05: with
     --ntasks-per-node the first start fixes the number of tasks, and after the loss of a node the
-    requeued job waits for as many nodes as before; without, it goes on with 3 of 4, and with 4 again.
+    requeued job waits for as many nodes as before; without, it continues with 3 of 4, and with 4 again.
     """
     slurm = plan.cluster.slurm
     tasks = 1 if slurm.launch == "node" else plan.ranks_per_node

@@ -127,7 +127,7 @@ class SlurmCluster(Cluster):
             f"job {job.id} is {state.raw or state.standing}" for job, state in alive.items()
         )
         raise RetryableError(
-            f"Slurm was told to cancel, but {left}\n"
+            f"Slurm was asked to cancel, but {left}\n"
             f"  hint: look again in a minute: squeue -j {','.join(job.id for job in alive)}"
         )
 

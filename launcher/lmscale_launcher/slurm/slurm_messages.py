@@ -1,6 +1,6 @@
-"""Slurm's words for why a job waits and how it ended, in ours. Complete for Slurm 24.11.
+"""Slurm's terms for why a job waits and how it ended, explained. Complete for Slurm 24.11.
 
-What sbatch says when it refuses a job, in words: the key to change and what there is instead.
+sbatch's refusals of a job as text: the key to change and what exists instead.
 
 The sentences are those of Slurm's table of errors, 22.05 to 24.11.
 """
@@ -317,7 +317,7 @@ def _nodes(plan: JobPlan) -> str:
 
 def _lines(words: str) -> list[str]:
     lines = (re.sub(r"^\w+: (?:error: )?", "", line).strip() for line in words.splitlines())
-    return [line for line in lines if line] or ["without a word"]
+    return [line for line in lines if line] or ["without a message"]
 
 
 def _first(words: str) -> str:

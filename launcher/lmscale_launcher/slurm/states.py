@@ -1,6 +1,6 @@
 """Slurm's short form of host names, `n[1-3,07]-ib`, one by one. For where scontrol is missing or refuses.
 
-From what Slurm shows of jobs to how they stand. Pure. What is not known never counts as ended.
+The states of jobs from what Slurm shows of them. Pure. What is not known never counts as ended.
 """
 
 import re
@@ -44,7 +44,7 @@ def _names(text: str) -> Iterator[str]:
             yield match[0]
             at = match.end()
         else:
-            raise ValueError(f"{text!r} is no list of hosts: look at its brackets")
+            raise ValueError(f"{text!r} is not a list of hosts: check its brackets")
 
 
 def _pieces(name: str) -> Iterator[tuple[str, str]]:
@@ -61,10 +61,10 @@ def _choices(ranges: str, name: str) -> list[str]:
     for part in ranges.split(","):
         match = _RANGE.fullmatch(part)
         if match is None:
-            raise ValueError(f"{name!r}: {part!r} is no number and no range of numbers")
+            raise ValueError(f"{name!r}: {part!r} is neither a number nor a range of numbers")
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < first + _MOST:
-            raise ValueError(f"{name!r}: {part!r} is no range from a smaller to a larger number")
+            raise ValueError(f"{name!r}: {part!r} is not a range from a smaller to a larger number")
         found.extend(str(number).zfill(len(match[1])) for number in range(first, last + 1))
     return found
 
@@ -121,7 +121,7 @@ def state_of(seen: QueueEntry) -> JobState:
 
 
 def of_chain(states: Sequence[JobState]) -> JobState:
-    """How a run stands whose job went on in follow-up jobs, oldest first: the one at work or next."""
+    """How a run stands whose job continued in follow-up jobs, oldest first: the one at work or next."""
     for standing in ("running", "pending"):
         for state in states:
             if state.standing == standing:

@@ -133,7 +133,7 @@ def test_on_another_host_the_heartbeat_tells_and_silence_is_no_end(tmp_path: Pat
     os.utime(log.path, (time.time() - 90,) * 2)
     state = background.state(folder, record)
     assert state.standing == "unknown"
-    assert "far has not been heard of for 9" in state.reason
+    assert "far has written no heartbeat for 9" in state.reason
     with pytest.raises(ConfigError, match="on far"):
         background.kill(record)
     with pytest.MonkeyPatch.context() as patch:

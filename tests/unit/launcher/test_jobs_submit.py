@@ -141,7 +141,7 @@ def test_what_the_site_says_is_passed_on(
     monkeypatch.setattr(site, "submit", told)
     assert submitted() == 0
     out = capsys.readouterr().out
-    assert "slurm says: sbatch: use qos=short\n" in out
+    assert "slurm reports: sbatch: use qos=short\n" in out
     assert "1 to 2 nodes x 2 ranks\n" in out
 
 
@@ -274,7 +274,7 @@ def test_resume_takes_the_newest_run_file_and_says_from_where(site: Site, capsys
     assert resume("run", ["cluster.nodes=1"], dry_run=True, as_json=False) == 0
     assert run.stop.exists()
     out = capsys.readouterr().out
-    assert "going on from step 20 (step-00000020-a1)" in out
+    assert "resuming from step 20 (step-00000020-a1)" in out
     assert "excluded: n3 (no space on /tmp)" in out
     resume("run", ["cluster=local"], dry_run=True, as_json=False)
     assert "n3 is marked bad (no space on /tmp)" in capsys.readouterr().out
@@ -403,7 +403,7 @@ def test_stop_without_an_answer_says_that_the_request_stands(site: Site, capsys:
     assert stop("run", now=False, as_json=False) == 0
     out = capsys.readouterr().out
     assert "the controller does not answer" in out
-    assert "request stands" in out
+    assert "The request remains" in out
     assert run_folder().stop.exists()
 
 
@@ -416,7 +416,7 @@ def test_ctrl_c_ends_the_waiting_and_not_the_request(site: Site, capsys: Any) ->
         stop("run", now=False, as_json=False)
     timer.join()
     assert ended.value.code == 130
-    assert "the request stands" in capsys.readouterr().out
+    assert "the request remains" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 

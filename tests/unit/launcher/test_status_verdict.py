@@ -124,16 +124,16 @@ UNKNOWN = JobState("unknown", "slurm did not answer: timed out")
           "record": record()}, RUNNING,
          "waiting to start again: a peer or the storage was lost, 75: the disk of n1 is full"),
         ({**begun(), "record": record()}, JobState("ended", "cancelled by alice", raw="CANCELLED by 7"),
-         "stopped: cancelled with scancel by alice; `lmscale resume` goes on from its newest "
+         "stopped: cancelled with scancel by alice; `lmscale resume` continues from its newest "
          "checkpoint; n1 was heard of 3s ago"),
         ({"record": record()}, JobState("ended", "cancelled", code=143, raw="CANCELLED"),
-         "stopped: cancelled with scancel; `lmscale resume` goes on from its newest checkpoint"),
+         "stopped: cancelled with scancel; `lmscale resume` continues from its newest checkpoint"),
         ({**begun(event("exit", code=85, reason="saved, 85")), "record": record()},
          JobState("ended", "cancelled by user 7", raw="CANCELLED"),
-         "stopped: cancelled with scancel by user 7; `lmscale resume` goes on from its newest "
+         "stopped: cancelled with scancel by user 7; `lmscale resume` continues from its newest "
          "checkpoint; it ended with saved and stopped on request, 85"),
         ({"record": record(kind="local")}, JobState("ended", "killed"),
-         "lost: killed: its process is gone without a word"),
+         "lost: killed: its process disappeared without writing an exit event"),
         ({**begun(), "record": record(), "beat_time": NOW - 99},
          JobState("ended", "a node failed", raw="NODE_FAIL"), "failed: a node failed"),
         ({"record": record()}, JobState("ended", "no log could be opened", code=53),
@@ -162,7 +162,7 @@ UNKNOWN = JobState("unknown", "slurm did not answer: timed out")
         ({"record": record(), "stop": ""}, JobState("unknown", "Slurm no longer knows job 17", raw="FORGOTTEN"),
          "stopped: by lmscale stop, before it started"),
         # nobody knows: never failed
-        ({"record": record()}, JobState("ended"), "lost: the job has ended without a word"),
+        ({"record": record()}, JobState("ended"), "lost: the job ended without writing an exit event"),
         ({"record": record()}, UNKNOWN, "unknown: slurm did not answer: timed out"),
         ({**begun(), "record": record()}, UNKNOWN, "running: slurm did not answer: timed out"),
         ({**begun(), "record": record(), "beat_time": NOW - 300}, UNKNOWN,
@@ -178,7 +178,7 @@ UNKNOWN = JobState("unknown", "slurm did not answer: timed out")
         ({**begun(by_hand=True), "alive": True}, None, "running"),
         (begun(by_hand=True), None, "running"),
         ({**begun(by_hand=True), "alive": False}, None,
-         "lost: its process on n1 is gone without a word"),
+         "lost: its process on n1 disappeared without writing an exit event"),
         ({**begun(by_hand=True), "beat_time": NOW - 300}, None,
          "lost: no heartbeat for 5m00s (n1)"),
         ({**begun(by_hand=True), "alive": False, "stop": ""}, None,
