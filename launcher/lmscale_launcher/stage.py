@@ -16,9 +16,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from lmscale.base import log as logs
+from lmscale.base.console import byte_progress
 from lmscale.base.errors import ConfigError, ExitCode, LmscaleError, Problem
 from lmscale.base.units import show_bytes, show_seconds
 from lmscale.base.world import World
@@ -35,7 +36,6 @@ if TYPE_CHECKING:  # it loads numpy
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_LINE_S, _IN_PLACE_S = 10.0, 0.2
 _PATIENCE_S = 5.0
 
 
@@ -127,8 +127,8 @@ def _stage(cfg: RunConfig, place: StagingTarget, cache_dir: Path, stop: threadin
             return
         begun = time.monotonic()
         stager = Stager(corpus, manifest, cache_dir, cache_bytes=cfg.data.cache_bytes)
-        with _Line(sys.stderr) as line:
-            done = stager.stage(blocks, max_chunks=-(-samples // k), stop=stop, progress=line.show)
+        with byte_progress("stage", sys.stderr, log=log.info) as show:
+            done = stager.stage(blocks, max_chunks=-(-samples // k), stop=stop, progress=show)
     if not stop.is_set():
         log.info("stage: %s", _summary(done, cache_dir, time.monotonic() - begun))
 
@@ -146,42 +146,6 @@ def _summary(done: "StagingResult", cache_dir: Path, seconds: float) -> str:
     if not done.all_fit:
         return f"{text}. The cache is full; the rest is read from the corpus"
     return f"{text}. This node needs no other chunk for the rest of this start"
-
-
-class _Line:
-    """Says how far the copying is: in place on a terminal, every 10 s in a log."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._in_place = stream.isatty()
-        self._begun = time.monotonic()
-        self._shown = self._begun
-
-    def show(self, done: int, total: int) -> None:
-        """To be called often."""
-        now = time.monotonic()
-        if now - self._shown < (_IN_PLACE_S if self._in_place else _LINE_S):
-            return
-        self._shown = now
-        rate = done / (now - self._begun)
-        left = f", {show_seconds((total - done) / rate)} left" if rate and total > done else ""
-        text = (
-            f"stage  {min(100, 100 * done // max(1, total))} %  {show_bytes(done)} of about "
-            f"{show_bytes(total)}, {show_bytes(rate)}/s{left}"
-        )
-        if self._in_place:
-            self._stream.write(f"\r\x1b[K{text}")
-            self._stream.flush()
-        else:
-            log.info("%s", text)
-
-    def __enter__(self) -> "_Line":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._in_place:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
 
 
 @contextmanager

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lmscale.base.console import byte_progress
 from lmscale.base.errors import ConfigError, ExitCode, LmscaleError, Problem
 from lmscale.base.records import read_lines
 from lmscale.run_folder.checkpoints import MANIFEST, damage, listing, read_manifest, unknown_files
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.read_progress import byte_line
 
 Kind = Literal["corpus", "checkpoint", "run"]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -28,7 +28,7 @@ class VerifyResult:
 
 def verify_verb(path: Path, *, as_json: bool) -> ExitCode:
     """Verify a path and print the result. Returns DATA when something is damaged."""
-    with byte_line("verify", sys.stderr) as progress:
+    with byte_progress("verify", sys.stderr) as progress:
         result = verify(path, progress)
     if as_json:
         body = {

@@ -231,6 +231,19 @@ def generate(  # noqa: PLR0913, PLR0917 one parameter per option
     )
 
 
+@app.command()
+def config(
+    key: Annotated[
+        str | None,
+        typer.Argument(metavar="KEY", help="A key or a section, e.g. optim.lr or optim."),
+    ] = None,
+) -> None:
+    """Show the keys of a run file with type, default and meaning."""
+    from lmscale.config.reference import reference_text
+
+    typer.echo(reference_text(key), nl=False)
+
+
 # ---- jobs ----------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,7 @@ def test_a_missing_corpus_names_the_command(folder: Path) -> None:
 
 
 VERBS = (
-    "prepare", "verify", "train", "plan", "eval", "generate",
+    "prepare", "verify", "train", "plan", "eval", "generate", "config",
     "submit", "status", "logs", "stop", "resume", "doctor",
 )  # fmt: skip
 
@@ -209,6 +209,16 @@ def test_the_defaults_of_prepare_are_those_of_its_options(monkeypatch: pytest.Mo
     monkeypatch.setattr("lmscale.prepare.command.prepare_verb", prepared)
     assert CliRunner().invoke(app, ["prepare", "out", "in"]).exit_code == 0
     assert given == [PrepareOptions()]
+
+
+def test_config_explains_a_key_and_refuses_an_unknown_one(tmp_path: Path) -> None:
+    shown = lmscale("config", "optim.lr", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("optim.lr\n")
+    assert "train.seq_len=" in lmscale("config", cwd=tmp_path).stdout
+    refused = lmscale("config", "optim.lrr", cwd=tmp_path)
+    assert refused.returncode == 78
+    assert "optim.lr" in refused.stderr
 
 
 def test_a_prompt_and_token_ids_exclude_each_other() -> None:

@@ -96,5 +96,5 @@ def test_the_verb_plans_a_cluster_from_a_machine_without_anything(tmp_path: Path
     assert json.loads(done.stdout)["ranks"] == 128
     said = lmscale("plan", "smoke", *keys, cwd=tmp_path)
     assert said.returncode == 0, said.stderr
-    assert "memory of a rank" in said.stdout
+    assert "memory per rank" in said.stdout
     assert all(len(line) <= 80 for line in said.stdout.splitlines())
