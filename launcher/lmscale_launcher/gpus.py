@@ -1,4 +1,4 @@
-"""How many GPUs and cores this host offers, without torch."""
+"""Numbers of GPUs and cores of this host, without torch."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 def count_gpus(env: Mapping[str, str], *, proc: Path = _PROC) -> int:
-    """GPUs that a process started from here would see."""
+    """Number of GPUs that a process started with `env` can use."""
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return _listed(visible)
@@ -21,13 +21,13 @@ def count_gpus(env: Mapping[str, str], *, proc: Path = _PROC) -> int:
                 [tool, "-L"], capture_output=True, text=True, timeout=20, check=True
             )
         except (OSError, subprocess.SubprocessError):
-            return 0  # a driver that does not answer would not serve a rank either
+            return 0  # ranks could not use a driver that does not answer, either
         return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
     return len(list(proc.iterdir())) if proc.is_dir() else 0
 
 
 def count_gpus_here() -> int:
-    """GPUs that a process started from here would see, by this process's own environment."""
+    """Number of GPUs that a process started with the environment of this process can use."""
     return count_gpus(os.environ)
 
 

@@ -1,4 +1,4 @@
-"""`lmscale train RUN.yaml`: check everything that can be checked without torch, then supervise."""
+"""`lmscale train RUN.yaml`: check what can be checked without torch, then supervise the ranks."""
 
 import os
 import sys
@@ -29,11 +29,11 @@ def train(source: str, overrides: Sequence[str], nproc: int | None) -> int:
     try:
         job = _job(source, overrides)
     except LmscaleError as error:
-        if (own := _nodes_of(os.environ))[0] == 1:
+        if (nodes := _nodes_of(os.environ))[0] == 1:
             raise
         from lmscale_launcher.supervisor.supervisor import report_startup_error
 
-        return report_startup_error(_stub(own, nproc or 1), error)
+        return report_startup_error(_placeholder_job(nodes, nproc or 1), error)
     if job.finished_message and job.topology.nodes == 1:
         sys.stderr.write(job.finished_message + "\n")
         return ExitCode.DONE
@@ -43,14 +43,14 @@ def train(source: str, overrides: Sequence[str], nproc: int | None) -> int:
 
 
 def _job(source: str, overrides: Sequence[str]) -> "SupervisorJob":
-    """What to supervise. Raises ConfigError for all that can be found wrong without torch."""
+    """The job to supervise. Raises ConfigError for every error that can be found without torch."""
     cfg = load(source, overrides)
     num_ranks, nodes, node, master = world_of(cfg, os.environ)
     if found := [*checks.world_problems(cfg, world_size=num_ranks * nodes), *missing_corpora(cfg)]:
         raise ConfigError(found)
     folder, by_hand = RunFolder(Path(cfg.train.run_dir)), "LMSCALE_START" not in os.environ
     if by_hand:
-        wait_for_silence(folder)  # here, where Ctrl-C still ends the process at once
+        wait_for_silence(folder)  # before signals are caught, so that Ctrl-C ends the wait at once
     # Node 0 judges for all: others may see an older state of a shared folder.
     step = finished_step(cfg, folder) if node == 0 else None
     staging = None
@@ -75,21 +75,21 @@ def _job(source: str, overrides: Sequence[str]) -> "SupervisorJob":
         fresh=os.environ.get("LMSCALE_FRESH") == "1",
         deadline=_deadline(os.environ),
         stage=staging,
-        unhealthy=() if by_hand else _unfit(folder, node=node, ranks=num_ranks),
+        unhealthy=() if by_hand else _node_failures(folder, node=node, ranks=num_ranks),
         finished_message="" if step is None else finished_message(folder, step),
         stall_limits=StallLimits(cfg.cluster.stall_limit, min_s=_min_stall_s(cfg)),
     )
 
 
-def _stub(own: tuple[int, int, str | None], num_ranks: int) -> "SupervisorJob":
-    """A job without a run: enough to meet the other nodes and part from them."""
+def _placeholder_job(nodes: tuple[int, int, str | None], num_ranks: int) -> "SupervisorJob":
+    """A job without a run, with which the other nodes can be told of an error of the run file."""
     from lmscale_launcher.supervisor.context import SupervisorJob
     from lmscale_launcher.supervisor.rank_process import NodeTopology
 
     return SupervisorJob(
         command=(),
         folder=RunFolder(Path()),
-        topology=NodeTopology(num_ranks, *own),
+        topology=NodeTopology(num_ranks, *nodes),
         start=start_name(os.environ),
         by_hand=False,
         max_restarts=0,
@@ -98,7 +98,7 @@ def _stub(own: tuple[int, int, str | None], num_ranks: int) -> "SupervisorJob":
 
 
 def _min_stall_s(cfg: RunConfig) -> float:
-    # A compiler may come back at any step, when shapes or modes change.
+    # A compiler may run again at any step, when shapes or modes change.
     return 600.0 if cfg.engine.compile else 30.0
 
 
@@ -108,49 +108,50 @@ def _deadline(env: Mapping[str, str]) -> float | None:
         return float(text) if text else None
     except ValueError as error:
         raise UsageError(
-            f"environment: LMSCALE_DEADLINE={text!r} is no time in seconds since 1970; let a template set it"
+            f"environment: LMSCALE_DEADLINE={text!r} is not a time in seconds since 1970; let the job script set it"
         ) from error
 
 
-def _unfit(folder: RunFolder, *, node: int, ranks: int) -> list[str]:
-    """Why this node should not train; what else is odd about it is said once, on node 0."""
+def _node_failures(folder: RunFolder, *, node: int, ranks: int) -> list[str]:
+    """Why this node should not train. Warnings are printed on node 0 only."""
     from lmscale_launcher.doctor.node import check_node
 
     # A start that was not submitted makes its folder here; on a host without the file system of a submitted
     # one, not even the run file could be read.
     with storage_errors(f"making {folder.path}"):
         folder.path.mkdir(parents=True, exist_ok=True)
-    found = check_node(folder, ranks=ranks)
-    for one in found:
-        if one.level == "warn" and node == 0:
-            sys.stderr.write(f"careful: {one}\n")
-    return [str(one) for one in found if one.level == "fail"]
+    findings = check_node(folder, ranks=ranks)
+    for finding in findings:
+        if finding.level == "warn" and node == 0:
+            sys.stderr.write(f"warning: {finding}\n")
+    return [str(finding) for finding in findings if finding.level == "fail"]
 
 
 def world_of(cfg: RunConfig, env: Mapping[str, str]) -> tuple[int, int, int, str | None]:
-    """Ranks on this host, number of hosts, this host's number, and where the ranks meet."""
+    """Ranks on this host, number of hosts, number of this host, and the address of node 0's supervisor."""
     num_ranks = cfg.cluster.ranks_per_node
     if num_ranks is None:
         from lmscale_launcher.gpus import count_gpus
 
         num_ranks = count_gpus(env) or 2
     nodes, node, master = _nodes_of(env)
-    most = cfg.cluster.nodes
-    least = min(cfg.cluster.min_nodes or most, most)
-    if not least <= nodes <= most:
-        wanted = str(most) if least == most else f"{least} to {most}"
-        fact = f"{wanted}, but this start has {nodes} (LMSCALE_NODES)"
+    max_nodes = cfg.cluster.nodes
+    min_nodes = min(cfg.cluster.min_nodes or max_nodes, max_nodes)
+    if not min_nodes <= nodes <= max_nodes:
+        allowed = str(max_nodes) if min_nodes == max_nodes else f"{min_nodes} to {max_nodes}"
+        fact = f"{allowed}, but this start has {nodes} (LMSCALE_NODES)"
         hint = "start it on every node with LMSCALE_NODES set, or use cluster.nodes=1"
         raise ConfigError([Problem("cluster.nodes", fact, hint)])
     return num_ranks, nodes, node, master
 
 
 def _nodes_of(env: Mapping[str, str]) -> tuple[int, int, str | None]:
-    """Number of hosts, this host's number, and where the supervisors meet. Raises UsageError."""
+    """Number of hosts, number of this host, and the address of node 0's supervisor. Raises UsageError."""
     given = {name: env.get(name) for name in ("LMSCALE_NODES", "LMSCALE_NODE_RANK")}
     if any(text is not None and not text.isdecimal() for text in given.values()):
         raise UsageError(
-            f"environment: {given} are not counts; let a template set them, or unset them"
+            f"LMSCALE_NODES and LMSCALE_NODE_RANK must be whole numbers, got {given}. Unset them, or let the "
+            "job script set them"
         )
     nodes = int(given["LMSCALE_NODES"] or 1)
     node = int(given["LMSCALE_NODE_RANK"] or 0)
@@ -158,12 +159,12 @@ def _nodes_of(env: Mapping[str, str]) -> tuple[int, int, str | None]:
     port = (master or "").rpartition(":")[2]
     if node >= nodes or (nodes > 1 and not (":" in (master or "") and port.isdecimal())):
         raise UsageError(
-            f"environment: node {node} of {nodes} meeting at LMSCALE_MASTER={master!r}; "
+            f"environment: node {node} of {nodes} with LMSCALE_MASTER={master!r}; "
             "every node needs LMSCALE_NODES, LMSCALE_NODE_RANK and LMSCALE_MASTER=host:port"
         )
     if nodes > 1 and not env.get("LMSCALE_START"):
         raise UsageError(
             f"environment: {nodes} nodes need LMSCALE_START, a name of this start that is the same on "
-            "every node and new each time: by it they find each other (e.g. job id and restart count)"
+            "every node and different for each start, e.g. job id and restart count"
         )
     return nodes, node, master

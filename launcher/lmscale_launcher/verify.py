@@ -1,4 +1,4 @@
-"""`lmscale verify PATH`: hold every byte of a corpus, a checkpoint or a whole run against its digests."""
+"""`lmscale verify PATH`: compare every byte of a corpus, a checkpoint or a whole run with its digests."""
 
 import json
 import sys
@@ -14,16 +14,16 @@ from lmscale.run_folder.checkpoints import MANIFEST, damage, listing, read_manif
 from lmscale.run_folder.paths import RunFolder
 
 Kind = Literal["corpus", "checkpoint", "run"]
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # bytes done, bytes in total
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """What was looked at and what was found."""
+    """What was verified, and the problems."""
 
     kind: Kind
     problems: list[str]
-    notes: list[str] = field(default_factory=list)  # worth a word, no damage
+    notes: list[str] = field(default_factory=list)  # information that is not damage
 
 
 def verify_verb(path: Path, *, as_json: bool) -> ExitCode:
@@ -48,7 +48,7 @@ def verify_verb(path: Path, *, as_json: bool) -> ExitCode:
 
 
 def verify(path: Path, progress: Progress) -> VerifyResult:
-    """Read everything under `path`. Raises ConfigError when it is nothing that can be verified."""
+    """Read everything under `path`. Raises ConfigError when it cannot be verified."""
     kind = kind_of(path)
     if kind == "corpus":
         from lmscale.corpus.integrity import verify as verify_corpus
@@ -60,7 +60,7 @@ def verify(path: Path, progress: Progress) -> VerifyResult:
 
 
 def kind_of(path: Path) -> Kind:
-    """What a path is, told from its files, also when some of them are damaged."""
+    """The kind of a path, from its files, also when some of them are damaged."""
     folder = RunFolder(path)
     if any(part.exists() for part in (folder.config, folder.attempts, folder.checkpoints)):
         return "run"
@@ -71,7 +71,7 @@ def kind_of(path: Path) -> Kind:
     if path.is_dir() and any(path.glob("*.tar")):
         return "corpus"
     hint = "give a folder made by `lmscale prepare`, a checkpoint (step-*), or a run folder"
-    raise ConfigError([Problem("", f"{path}: nothing here that can be verified", hint)])
+    raise ConfigError([Problem("", f"{path}: contains nothing that can be verified", hint)])
 
 
 def _is_checkpoint(manifest: Path) -> bool:
@@ -97,9 +97,9 @@ def _checkpoints(paths: list[Path], progress: Progress) -> VerifyResult:
         if not path.is_dir():
             problems.append(f"{path}: missing")
             continue
-        found = damage(path, deep=True, progress=add)
-        problems += found
-        if not found:
+        damages = damage(path, deep=True, progress=add)
+        problems += damages
+        if not damages:
             read_manifest(path)
             notes += [f"{path / name}: not part of the checkpoint" for name in unknown_files(path)]
     return VerifyResult("checkpoint", problems, notes)
@@ -110,20 +110,20 @@ def _run(folder: RunFolder, progress: Progress) -> VerifyResult:
     paths: list[Path] = []
     notes: list[str] = []
     try:
-        for found in listing(folder):
-            paths.append(found.path)
-            if found.fenced:
-                notes.append(f"{found.path.name} does not count: {found.fenced}")
+        for checkpoint in listing(folder):
+            paths.append(checkpoint.path)
+            if checkpoint.fenced:
+                notes.append(f"{checkpoint.path.name} does not count: {checkpoint.fenced}")
     except LmscaleError as error:
         problems.append(str(error))
         paths = sorted(p for p in folder.checkpoints.glob("step-*") if p.suffix != ".tmp")
     for leftover in sorted(folder.checkpoints.glob("*.tmp")):
-        notes.append(f"{leftover.name}: a save that was not finished; it may be deleted")
-    found_in = _checkpoints(sorted(paths), progress)
+        notes.append(f"{leftover.name}: an unfinished save; it may be deleted")
+    result = _checkpoints(sorted(paths), progress)
     for lines in (folder.metrics, folder.eval, *sorted((folder.path / "trace").glob("*.jsonl"))):
         try:
             for _ in read_lines(lines):
                 pass
         except LmscaleError as error:
             problems.append(str(error))
-    return VerifyResult("run", problems + found_in.problems, notes + found_in.notes)
+    return VerifyResult("run", problems + result.problems, notes + result.notes)

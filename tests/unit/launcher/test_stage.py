@@ -154,7 +154,7 @@ def test_it_goes_on_where_the_newest_checkpoint_stands(run: Path) -> None:
         (["data.cache_dir=/proc/nowhere"], 0, "corpus is read instead"),
         (["data.cache_dir=run.yaml/cache"], 78, "data.cache_dir"),
         (["train.global_batch_size=1"], 78, "train.global_batch_size"),
-        (["data.cache_bytes=10"], 0, "all there is room for"),
+        (["data.cache_bytes=10"], 0, "cache is full"),
     ],
 )
 def test_exit_codes(run: Path, overrides: list[str], code: int, words: str) -> None:
