@@ -6,28 +6,34 @@ device.
 
 import logging
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lmscale.base.errors import Diverged
-from lmscale.engine.step import StepResult
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import field
-
 from lmscale.base.records import LineFile
+from lmscale.engine.step import StepResult
 from lmscale.train.progress_line import ProgressLine
 from lmscale.train.run_context import RunContext
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
+
 Line = dict[str, Any]
+_TRAIN_TAGS = {
+    "loss": "train/loss",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "tokens_per_s": "speed/tokens_per_s",
+    "mfu": "speed/mfu",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +125,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-_log = logging.getLogger(__name__)
-
-_TRAIN_TAGS = {
-    "loss": "train/loss",
-    "lr": "train/lr",
-    "grad_norm": "train/grad_norm",
-    "tokens_per_s": "speed/tokens_per_s",
-    "mfu": "speed/mfu",
-}
-
-
 class TensorBoard:
     """Writes scalars of rank 0 to the run's tensorboard/ folder.
 
@@ -198,14 +193,11 @@ class TensorBoard:
             write()
         except OSError as error:
             self._writer = None
-            _log.warning(
+            log.warning(
                 "%s: %s; no more TensorBoard data is written in this attempt (metrics.jsonl is complete)",
                 self._folder,
                 error,
             )
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass

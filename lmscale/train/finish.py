@@ -22,6 +22,13 @@ from lmscale.train.loop import TrainLoop
 from lmscale.train.report.page import write_report
 from lmscale.train.run_corpora import Corpora
 
+log = logging.getLogger(__name__)
+
+_SAMPLES = 2
+_PROMPT_TOKENS = 16
+_NEW_TOKENS = 96
+_TEMPERATURE = 0.8
+
 
 def continuations(
     engine: Engine,
@@ -61,14 +68,6 @@ def _batch(texts: list[list[int]], seq_len: int) -> Batch[np.ndarray]:
     return causal_batch(
         records, rows=len(texts), positions=positions, seq_len=seq_len, documents="joined"
     )
-
-
-log = logging.getLogger(__name__)
-
-_SAMPLES = 2
-_PROMPT_TOKENS = 16
-_NEW_TOKENS = 96
-_TEMPERATURE = 0.8
 
 
 def finish(loop: TrainLoop, corpora: Corpora, *, counted: Loader) -> ExitCode:

@@ -17,6 +17,8 @@ from lmscale.engine.layout import block_name
 from lmscale.engine.step import StepResult, sum_of_squares
 from lmscale.train.run_context import RunContext
 
+Line = dict[str, Any]
+
 
 class LossScaleRecorder:
     """Watches the engine's scale. Collective."""
@@ -35,9 +37,6 @@ class LossScaleRecorder:
         if scale != self._last:
             self._rank.write_event("loss_scale", step=step, scale=scale, before=self._last)
             self._last = scale
-
-
-Line = dict[str, Any]
 
 
 class LayerStats:

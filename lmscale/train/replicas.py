@@ -23,11 +23,15 @@ from lmscale.engine.base import Engine
 from lmscale.run_folder.bad_nodes import write_bad_nodes
 from lmscale.train.run_context import RunContext
 
+log = logging.getLogger(__name__)
+
 # Elements that are widened to int64 at a time: on a CPU they stay in the cache, on a GPU launches stay few.
 _CHUNK = {"cpu": 1 << 18}
 _LARGE_CHUNK = 1 << 23
 _BETWEEN_CHUNKS = -7046029254386353131  # odd: 2**64 / golden ratio, as a signed number
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+PieceKey = tuple[str, str]  # name of a parameter, and which piece of it
+_NAMES_SHOWN = 3
 
 
 def digest(tensor: Tensor) -> Tensor:
@@ -51,12 +55,6 @@ def _keys(device: torch.device) -> Tensor:
     count = _CHUNK.get(device.type, _LARGE_CHUNK)
     draw = torch.Generator().manual_seed(20)
     return (torch.randint(-(2**63), 2**63 - 1, (count,), generator=draw) | 1).to(device)
-
-
-log = logging.getLogger(__name__)
-
-PieceKey = tuple[str, str]  # name of a parameter, and which piece of it
-_NAMES_SHOWN = 3
 
 
 class ReplicaMismatch(RetryableError):

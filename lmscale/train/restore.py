@@ -29,6 +29,10 @@ from lmscale.train.environment import provenance
 from lmscale.train.run_context import RunContext
 from lmscale.train.run_corpora import Corpora
 
+log = logging.getLogger(__name__)
+
+_RELOADS = 2  # a newer checkpoint may be published while we load; then load again, this often
+
 
 @dataclass(slots=True)
 class TrainState:
@@ -103,55 +107,6 @@ def checkpoint_body(
         "provenance": provenance(config, rank.mesh.world),
         "state": {"seed": cfg.train.seed, "order": order},
     }
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A checkpoint, the run file it was trained with, and its manifest's body."""
-
-    path: Path
-    step: int
-    cfg: RunConfig
-    body: Mapping[str, Any]
-
-    @property
-    def run_dir(self) -> Path:
-        """The run folder, if the checkpoint is in one."""
-        return self.path.parent.parent
-
-
-def check_tokenizer(trained: TrainedModel, fingerprint: str) -> None:
-    """Raise ConfigError where a tokenizer is not the one of the checkpoint: its ids would mean other texts."""
-    wanted = trained.body.get("identity", {}).get("data.tokenizer", fingerprint)
-    if fingerprint != wanted:
-        fact = (
-            f"the tokenizer found now ({fingerprint[:12]}) is not the one that {trained.path} was trained "
-            f"with ({wanted[:12]})"
-        )
-        corpus = trained.cfg.data.corpora[0].path
-        raise ConfigError([Problem("data.tokenizer", fact, f"restore the corpus {corpus}")])
-
-
-def find_trained(path: Path) -> TrainedModel:
-    """A checkpoint folder, or the newest valid checkpoint of a run folder. Raises UsageError, CheckpointError."""
-    if not path.is_dir():
-        raise UsageError(
-            f"{path} is not a folder; give a run folder or one of its checkpoints/step-*"
-        )
-    if (path / "checkpoints").is_dir():
-        found = newest_valid(RunFolder(path))
-        if found is None:
-            raise CheckpointError(
-                f"{path} contains no valid checkpoint; check it with `lmscale verify {path}`"
-            )
-        path = found.path
-    body = read_checkpoint(path)
-    return TrainedModel(path, int(body["step"]), RunConfig.model_validate(body["config"]), body)
-
-
-log = logging.getLogger(__name__)
-
-_RELOADS = 2  # a newer checkpoint may be published while we load; then load again, this often
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,3 +280,47 @@ def note_changes(state: TrainState, source: ResumePoint | None, now: Mapping[str
             for key in differing(before, now)
         ),
     ]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A checkpoint, the run file it was trained with, and its manifest's body."""
+
+    path: Path
+    step: int
+    cfg: RunConfig
+    body: Mapping[str, Any]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder, if the checkpoint is in one."""
+        return self.path.parent.parent
+
+
+def check_tokenizer(trained: TrainedModel, fingerprint: str) -> None:
+    """Raise ConfigError where a tokenizer is not the one of the checkpoint: its ids would mean other texts."""
+    wanted = trained.body.get("identity", {}).get("data.tokenizer", fingerprint)
+    if fingerprint != wanted:
+        fact = (
+            f"the tokenizer found now ({fingerprint[:12]}) is not the one that {trained.path} was trained "
+            f"with ({wanted[:12]})"
+        )
+        corpus = trained.cfg.data.corpora[0].path
+        raise ConfigError([Problem("data.tokenizer", fact, f"restore the corpus {corpus}")])
+
+
+def find_trained(path: Path) -> TrainedModel:
+    """A checkpoint folder, or the newest valid checkpoint of a run folder. Raises UsageError, CheckpointError."""
+    if not path.is_dir():
+        raise UsageError(
+            f"{path} is not a folder; give a run folder or one of its checkpoints/step-*"
+        )
+    if (path / "checkpoints").is_dir():
+        found = newest_valid(RunFolder(path))
+        if found is None:
+            raise CheckpointError(
+                f"{path} contains no valid checkpoint; check it with `lmscale verify {path}`"
+            )
+        path = found.path
+    body = read_checkpoint(path)
+    return TrainedModel(path, int(body["step"]), RunConfig.model_validate(body["config"]), body)
