@@ -21,9 +21,9 @@ from lmscale.run_folder.events import EventLog, read_events
 from lmscale.run_folder.paths import RunFolder
 from lmscale.run_folder.rank_progress import RankProgress
 from lmscale.train import build as assemble
-from lmscale.train.run_context import RunContext
 from lmscale.train.layer_stats import LayerStats
 from lmscale.train.replicas import ReplicaMismatch, Replicas
+from lmscale.train.run_context import RunContext
 from lmscale.train.stop_request import StopRequest
 from tests.support.engine_case import LR, Case, engine_of, mesh_for, micro_batches, model_of
 from tests.support.jobs import Job, prepare_corpus, small_run
