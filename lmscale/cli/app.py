@@ -10,7 +10,7 @@ import typer
 
 from lmscale import __version__
 from lmscale.base.errors import UsageError
-from lmscale.cli.options import (
+from lmscale.cli.shared_options import (
     Cluster,
     DryRun,
     Json,

@@ -1,8 +1,8 @@
-"""What supervisors send to each other, and the check of every message that is received.
+"""The messages between supervisors, and the check of every message that is received.
 
-A message is one JSON object per line with a `kind`. What does not fit its kind ends the connection that it
-came by, never the job. `greet` is checked by the rendezvous, which answers other starts; kinds that only a
-later version has are ignored by who takes them.
+A message is one JSON object per line with a `kind`. A message that does not fit its kind ends the connection on
+which it arrived, never the job. `greet` is checked by the rendezvous, which also answers other starts; kinds of a
+later version are ignored by the receiver.
 """
 
 import signal
@@ -54,7 +54,7 @@ class _Go(TypedDict):
     port: Annotated[int, Range(0, 65535)]
 
 
-class _Leave(TypedDict):
+class _LeaveMessage(TypedDict):
     code: _Code
     words: str
 
@@ -70,7 +70,7 @@ _SPECS: dict[str, Any] = {
     "stack": _Stack,
     "ended": _Ended,
     "go": _Go,
-    "leave": _Leave,
+    "leave": _LeaveMessage,
     "examine": _Examine,
 }
 
