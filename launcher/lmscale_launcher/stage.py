@@ -137,7 +137,7 @@ def _summary(done: "StagingResult", cache_dir: Path, seconds: float) -> str:
     rate = f" ({show_bytes(done.copied_bytes / seconds)}/s)" if seconds > 0.1 else ""
     text = (
         f"{done.copied} chunks, {show_bytes(done.copied_bytes)}, copied to {cache_dir} in "
-        f"{show_seconds(seconds)}{rate}; {done.there} were there already"
+        f"{show_seconds(seconds)}{rate}; {done.present} were there already"
     )
     if done.evicted:
         text += f"; {done.evicted} that are not needed next were removed"

@@ -7,7 +7,6 @@ rename and no modification time.
 
 import errno
 import os
-from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +19,7 @@ from lmscale.base.fs import (
     open_descriptor,
     read_regular,
 )
+from lmscale.base.lru import LruCache
 
 # A read that fails with one of these may succeed when it is repeated: it proves nothing about the data.
 TRANSIENT_ERRORS = frozenset({
@@ -188,27 +188,21 @@ class OpenFiles:
     """A bounded number of open files, the least recently used ones are closed. One thread at a time."""
 
     def __init__(self, *, max_open: int) -> None:
-        self._max_open = max_open
-        self._files: OrderedDict[Path, LocalFile] = OrderedDict()
+        self._files: LruCache[Path, LocalFile] = LruCache(max_open, on_drop=LocalFile.close)
 
     def get(self, path: Path) -> LocalFile:
         """The open file. Raises UnsuitableFile and OSError as LocalFile does."""
         file = self._files.get(path)
-        if file is not None:
-            self._files.move_to_end(path)
-            return file
-        while len(self._files) >= self._max_open:
-            self._files.popitem(last=False)[1].close()
-        file = self._files[path] = LocalFile(path)
+        if file is None:
+            self._files.make_room(1)
+            file = LocalFile(path)
+            self._files.put(path, file)
         return file
 
     def forget(self, path: Path) -> None:
         """Close a file whose handle may be stale: the next `get` opens it again."""
-        file = self._files.pop(path, None)
-        if file is not None:
-            file.close()
+        self._files.pop(path)
 
     def close(self) -> None:
         """Close all files; a later `get` opens them again."""
-        while self._files:
-            self._files.popitem()[1].close()
+        self._files.clear()

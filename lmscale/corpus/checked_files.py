@@ -1,10 +1,7 @@
-"""The one place where files of a corpus are read: ranges, each checked block by block before use."""
+"""Reads of ranges of a corpus' files; every block is checked against its CRC32C before it is used."""
 
-import errno
-import os
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -13,28 +10,19 @@ import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from lmscale.base.errors import DataError, RetryableError
-from lmscale.corpus.shard_format import (
-    Extent,
-)
+from lmscale.base.errors import DataError, LmscaleError, RetryableError
+from lmscale.base.fs import UnsuitableFile
+from lmscale.base.storage import TRANSIENT_ERRORS, OpenFiles
+from lmscale.corpus.shard_format import Extent
 
 Bytes = NDArray[np.uint8]
-
-
 X = TypeVar("X")
-
 
 _ATTEMPTS = 3
 
 
-_TRANSIENT = {
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EHOSTDOWN,
-    errno.EHOSTUNREACH, errno.ENOTCONN, errno.ECONNRESET, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-}  # fmt: skip
-
-
 class ByteRange(NamedTuple):
-    """A range of one file, and what to call it in an error."""
+    """A range of one file, and its name in error messages."""
 
     path: Path
     what: str  # e.g. "chunk 17"
@@ -46,38 +34,37 @@ class ByteRange(NamedTuple):
 
 
 class CheckedFiles:
-    """Range reads with a bounded number of open files.
+    """Range reads with a bounded number of open files. One thread at a time.
 
-    A read that the system refuses for a moment, or whose bytes are wrong, is tried again with exponential
-    backoff and full jitter: a cold cache of a network file system has been seen to serve both. What stays
-    wrong is DataError; what stays refused (EIO, ESTALE, a timeout) proves nothing and is RetryableError.
+    A read that fails, or whose bytes are wrong, is repeated with exponential backoff and full jitter:
+    cold caches of network file systems have caused both. Bytes that stay wrong are DataError. A system
+    error that persists (EIO, ESTALE, a timeout) proves nothing about the data and is RetryableError.
     """
 
     def __init__(
         self, *, max_open: int = 64, backoff_s: float = 0.2, attempts: int = _ATTEMPTS
     ) -> None:
-        self._max_open = max_open
         self._attempts = attempts
         self._backoff_s = backoff_s
-        self._open: OrderedDict[Path, int] = OrderedDict()
-        self._jitter = random.Random()  # of waiting times only, never of data
+        self._files = OpenFiles(max_open=max_open)
+        self._jitter = random.Random()  # for waiting times only, never for data
 
     def read(self, region: ByteRange) -> Bytes:
-        """The bytes of a region, without any check but their number."""
-        return self._persistently(region, lambda: self._pread(region))
+        """The bytes of a region; only their number is checked."""
+        return self._retrying(region, lambda: self._pread(region))
 
     def parsed(self, region: ByteRange, parse: Callable[[Bytes], X]) -> X:
-        """What `parse` makes of a region; its ValueError is damage and tells the reason."""
-        return self._persistently(region, lambda: parse(self._pread(region)))
+        """The result of `parse` for a region; a ValueError of it is damage, and its text the reason."""
+        return self._retrying(region, lambda: parse(self._pread(region)))
 
     def blocks(
         self, path: Path, what: str, extent: Extent, *, block_bytes: int, cut: slice | None = None
     ) -> Bytes:
-        """The bytes [cut.start, cut.stop) of a member, or all, after a check of every block they touch."""
+        """The bytes [cut.start, cut.stop) of a member, or all of it; every block they touch is checked."""
         cut = cut or slice(0, extent.bytes)
-        if cut.stop > extent.bytes:  # never a shorter piece than was asked for
+        if cut.stop > extent.bytes:  # never return fewer bytes than requested
             region = ByteRange(path, what, extent.offset + cut.start, extent.offset + cut.stop)
-            raise _final(ValueError(f"it has only {extent.bytes} bytes"), region, 1)
+            raise _permanent_error(ValueError(f"it has only {extent.bytes} bytes"), region, 1)
         if not extent.bytes:
             return np.empty(0, dtype=np.uint8)
         first, stop = cut.start // block_bytes, -(-cut.stop // block_bytes)
@@ -92,74 +79,58 @@ class CheckedFiles:
 
     def close(self) -> None:
         """Close all files; a later read opens them again."""
-        while self._open:
-            os.close(self._open.popitem()[1])
+        self._files.close()
 
-    def _persistently(self, region: ByteRange, read: Callable[[], X]) -> X:
+    def _retrying(self, region: ByteRange, read: Callable[[], X]) -> X:
         for attempt in range(self._attempts):
             try:
                 return read()
-            except (OSError, ValueError) as error:
-                self._forget(region.path)  # a stale handle stays stale
+            except (OSError, ValueError, UnsuitableFile) as error:
+                self._files.forget(region.path)  # a stale handle stays stale
                 failure: Exception = error
-                if isinstance(error, OSError) and error.errno not in _TRANSIENT:
+                if isinstance(error, UnsuitableFile):
+                    break
+                if isinstance(error, OSError) and error.errno not in TRANSIENT_ERRORS:
                     break
             if attempt < self._attempts - 1:
                 time.sleep(self._jitter.uniform(0, self._backoff_s * 2**attempt))
-        raise _final(failure, region, self._attempts) from failure
+        raise _permanent_error(failure, region, self._attempts) from failure
 
     def _pread(self, region: ByteRange) -> Bytes:
-        descriptor = self._descriptor(region.path)
         data = np.empty(region.stop - region.start, dtype=np.uint8)
-        view, done = data.data, 0
-        while done < len(view):
-            got = os.preadv(descriptor, [view[done:]], region.start + done)
-            if got == 0:
-                raise ValueError(f"the file ends at byte {region.start + done}")
-            done += got
+        count = self._files.get(region.path).read_into(data.data, region.start)
+        if count < len(data):
+            raise ValueError(f"the file ends at byte {region.start + count}")
         return data
-
-    def _descriptor(self, path: Path) -> int:
-        if path in self._open:
-            self._open.move_to_end(path)
-            return self._open[path]
-        while len(self._open) >= self._max_open:
-            os.close(self._open.popitem(last=False)[1])
-        self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._open[path]
-
-    def _forget(self, path: Path) -> None:
-        descriptor = self._open.pop(path, None)
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _check_blocks(
     data: Bytes, crcs: NDArray[np.uint32], region: ByteRange, *, block_bytes: int
 ) -> None:
     view = data.data
-    for number, want in enumerate(crcs):
+    for number, expected in enumerate(crcs):
         start = number * block_bytes
         block = view[start : start + block_bytes]
-        got = crc32c.crc32c(block)
-        if got != want:
-            at = region.start + start
+        computed = crc32c.crc32c(block)
+        if computed != expected:
+            first = region.start + start
             raise ValueError(
-                f"CRC32C {got:08x}, expected {want:08x}, in bytes {at}-{at + len(block)}"
+                f"CRC32C {computed:08x}, expected {expected:08x}, in bytes {first}-{first + len(block)}"
             )
 
 
-def _final(failure: Exception, region: ByteRange, attempts: int) -> DataError | RetryableError:
+def _permanent_error(failure: Exception, region: ByteRange, attempts: int) -> LmscaleError:
     corpus = region.path.parent
     if isinstance(failure, OSError):
         reason = failure.strerror or str(failure)
-        if failure.errno in _TRANSIENT:
+        if failure.errno in TRANSIENT_ERRORS:
             return RetryableError(
-                f"{region}: {reason}, {attempts} times; mend the file system, then start again"
+                f"{region}: the read failed {attempts} times ({reason}). "
+                "Check the file system, then start again"
             )
     else:
         reason = str(failure)
     return DataError(
-        f"{region}: {reason}. Restore this file from a copy, or make the corpus again with "
-        f"`lmscale prepare`; check the rest with: lmscale verify {corpus}"
+        f"{region}: {reason}. Restore this file from a copy, or prepare the corpus again with "
+        f"`lmscale prepare`; check the other files with: lmscale verify {corpus}"
     )

@@ -1,8 +1,8 @@
-"""Every byte of a corpus held against its digests: what `lmscale verify PATH` prints for a corpus.
+"""Check every byte of a corpus against its digests: what `lmscale verify PATH` prints for a corpus.
 
-A shard's SHA-256 covers all its bytes, tar headers and padding included; the CRCs that training checks are
-checked too, by the same code, and say which chunk is damaged. Shards are read in parallel: hashing lets
-other threads run.
+A shard's SHA-256 covers all its bytes, with tar headers and padding. The CRCs that training checks are
+checked as well, by the same code, and name the damaged chunk. Shards are read in parallel: hashing
+releases the interpreter lock.
 """
 
 import hashlib
@@ -23,17 +23,17 @@ from lmscale.corpus.manifest import (
 )
 from lmscale.corpus.reader import ChunkReader
 
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+Progress = Callable[[int, int], None]  # bytes done, bytes in total
 
 _READ_BYTES = 1 << 22
-_TOLD_A_SHARD = 8
-_FILE_SYSTEM_NAMES = (".nfs", "lost+found")  # a file system's own, nobody's data
+_MAX_PROBLEMS_PER_SHARD = 8
+_FILE_SYSTEM_NAMES = (".nfs", "lost+found")  # files of the file system itself
 
 
 def verify(path: Path, progress: Progress | None = None) -> list[str]:
-    """Problems of a corpus or a collection of them; an empty list: every byte is sound.
+    """Problems of a corpus or of a collection; an empty list means that every byte is sound.
 
-    Never raises for damage. `progress` is called from this thread, once a shard.
+    Damage is never raised. `progress` is called in this thread, once per shard.
     """
     try:
         folders = [path] if corpus_kind(path) != "collection" else None
@@ -53,7 +53,7 @@ def verify(path: Path, progress: Progress | None = None) -> list[str]:
 
 
 def _covered(part: Path, digest: str) -> Iterator[str]:
-    """A part's manifest must be the one its collection names; a damaged one is told elsewhere."""
+    """A part's manifest must be the one that its collection names; damage is reported elsewhere."""
     try:
         found = manifest_digest(part)
     except LmscaleError:
@@ -93,7 +93,7 @@ def _beside_shards(folder: Path, manifest: Manifest) -> Iterator[str]:
 def _unknown(folder: Path, known: set[str]) -> Iterator[str]:
     for name in sorted(os.listdir(folder)):
         if name not in known and not name.startswith(_FILE_SYSTEM_NAMES):
-            yield f"{folder / name}: not part of this corpus, so nothing covers it; move it away"
+            yield f"{folder / name}: not part of this corpus, so no digest covers it; move it elsewhere"
 
 
 def _shard(folder: Path, manifest: Manifest, number: int) -> Iterator[str]:
@@ -127,16 +127,16 @@ def _digest(path: Path) -> tuple[int, str]:
 def _damaged_chunks(folder: Path, manifest: Manifest, number: int) -> Iterator[str]:
     files = CheckedFiles(backoff_s=0)
     chunks = ChunkReader(folder, manifest, files)
-    told = 0
+    count = 0
     try:
         chunks.locate(
             chunks.chunks_of_shard(number)[0]
-        )  # without the index nothing can be looked at
+        )  # without the index no chunk can be checked
         for chunk in chunks.chunks_of_shard(number):
             for problem in _chunk(chunks, chunk):
                 yield problem
-                told += 1
-            if told >= _TOLD_A_SHARD:
+                count += 1
+            if count >= _MAX_PROBLEMS_PER_SHARD:
                 yield f"{folder / manifest.shards[number].name}: more chunks may be damaged"
                 return
     except LmscaleError as error:

@@ -1,30 +1,27 @@
-"""Keyed bijections on [0, n), many at once: the one source of randomness of the order.
+"""The order of samples: position -> (epoch, sample), and position -> rank. Pure functions of a run's constants.
 
-A balanced Feistel network of 6 rounds over a 32-bit integer finaliser, with cycle walking from the next
-even power of two; round keys by BLAKE2b-192. Integers only: numpy and torch do not promise that their
-random streams stay the same, and this order has to. Any change here is a new version byte.
+Each sample comes exactly once per epoch, in the same global order for any number of ranks and any batch
+size, and a run resumes from one integer in O(1). For a corpus of N samples with K per chunk, and V streams:
 
-The network's domain is less than 4 n, so an element walks four steps on average at worst.
-
-The order of samples: position -> (epoch, sample), a pure function of a run's constants.
-
-Each sample comes exactly once an epoch, in the same global order for any number of ranks and any batch
-size; a run resumes from one integer, in O(1). For a corpus of N samples, K a chunk:
-
-    C = N div K whole chunks, H = C div V chunks a lane (V lanes = streams)
+    C = N div K whole chunks, H = C div V chunks per lane
     e, r = divmod(position, N);  lane s = r mod V;  m = r div V
-    m < H*K: the lane's m-th sample. Lanes own whole chunks (a chunk is read by one rank an epoch), and
+    m < H*K: the lane's m-th sample. Lanes own whole chunks (a chunk is read by one rank per epoch), and
              samples are permuted inside a window of W chunks of the lane
-    else:    the tail (chunks that no lane owns, and the ragged rest), permuted as single samples
+    else:    the tail (chunks that no lane owns, and the rest of the last one), permuted sample by sample
 
-A corpus smaller than its streams is all tail. Cost: 0.5 to 1 us a position in calls of 10,000,
-whatever N.
+A *stream* is the set of positions with equal position mod V; a *lane* is the same of the offset r within
+an epoch. They are equal in epoch 0; afterwards a lane is a stream shifted by the epoch's first position.
+A corpus smaller than its streams is all tail. Cost: 0.5 to 1 us per position in calls of 10,000, for any N.
 
-Who reads what: the share of each data-parallel rank in a step, without a word between ranks.
+The only source of randomness is a keyed bijection on [0, n): a balanced Feistel network of 6 rounds over a
+32-bit integer finaliser, with cycle walking from the next even power of two; round keys by BLAKE2b-192.
+It uses integers only: numpy and torch do not promise that their random streams stay the same, and this
+order must. Any change here needs a new version byte. The network's domain is less than 4 n, so an element
+takes four steps on average at worst.
 
-A step's batch is the positions [p, p + B). Sorted by (lane, position), rank r of R takes the sorted
-indices i with i*R div B == r. Shares differ by at most one for any R; with B = streams a lane, and so
-each chunk of an epoch, stays with one rank. That is locality only: the batch is the same set for any R.
+A step's batch is the positions [p, p + B). Sorted by (stream, position), rank r of R computes the sorted
+indices i with i*R div B == r. Shares differ by at most one for any R. With B = V a stream, and so each
+chunk of an epoch, stays with one rank; that is locality only: the batch is the same set for any R.
 """
 
 import hashlib
@@ -45,7 +42,7 @@ _VERSION = b"\x01"
 
 
 def round_keys(seed: int, tag: Tag, corpus: int, *columns: Ints) -> Keys:
-    """Round keys [P, ROUNDS] of the bijections named by (seed, tag, corpus, a row of columns [P])."""
+    """Round keys [P, ROUNDS] of the bijections that (seed, tag, corpus, one row of the columns [P]) name."""
     order = np.lexsort(columns)
     rows = np.stack(columns, axis=1)[order]
     first = np.ones(len(rows), dtype=bool)
@@ -57,7 +54,7 @@ def round_keys(seed: int, tag: Tag, corpus: int, *columns: Ints) -> Keys:
     return keys
 
 
-@lru_cache(maxsize=1 << 14)  # a run meets the same windows again in every step, for W*K steps
+@lru_cache(maxsize=1 << 14)  # a run uses the same windows in every step, for W*K steps
 def _key_bytes(seed: int, tag: Tag, *integers: int) -> bytes:
     name = _VERSION + tag.encode().ljust(8)
     name += struct.pack(f"<{1 + len(integers)}q", seed, *integers)
@@ -78,7 +75,7 @@ def feistel_permutation(x: Ints, *, n: Ints, keys: Keys) -> Ints:
 
 
 def _network(x: NDArray[np.uint64], half: NDArray[np.uint64], keys: Keys) -> NDArray[np.uint64]:
-    # Halves have at most 31 bits, so the rounds run in uint32, whose products wrap as the finaliser wants.
+    # Halves have at most 31 bits, so the rounds use uint32, whose products wrap as the finaliser requires.
     mask = ((np.uint64(1) << half) - np.uint64(1)).astype(np.uint32)
     left, right = (x >> half).astype(np.uint32), x.astype(np.uint32) & mask
     for key in keys.T:
@@ -97,19 +94,19 @@ def _finalise(x: NDArray[np.uint32], key: NDArray[np.uint32]) -> NDArray[np.uint
 
 
 def _bit_length(x: Ints) -> Ints:
-    """Bits of each x >= 0, exactly: a float's logarithm is wrong beside powers of two above 2^53."""
+    """Bits of each x >= 0, exactly: a float's logarithm is wrong next to powers of two above 2^53."""
     low, high = x & 0xFFFFFFFF, x >> 32
     _, low_bits = np.frexp(low.astype(np.float64))
     _, high_bits = np.frexp(high.astype(np.float64))
     return np.where(high > 0, high_bits + 32, low_bits).astype(np.int64)
 
 
-VERSION = 1  # of this algorithm: identity for ever
+VERSION = 1  # of this algorithm; part of a run's identity, so it never changes for an order
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The order of one corpus under one run's constants, all of which are identity."""
+    """The order of one corpus under one run's constants, all of which belong to the run's identity."""
 
     num_samples: int
     samples_per_chunk: int
@@ -139,9 +136,9 @@ class Order:
         """Whole chunks that each lane owns in an epoch."""
         return self._chunks // self.streams
 
-    def chunks_at(self, places: Ints, *, epoch: int) -> Ints:
-        """The chunks that an epoch puts at these places: the i-th of lane s is at i * streams + s."""
-        return self._shuffled(np.full_like(places, epoch), places)
+    def chunks_at(self, slots: Ints, *, epoch: int) -> Ints:
+        """The chunks in these slots of an epoch: the i-th chunk of lane s is in slot i * streams + s."""
+        return self._shuffled(np.full_like(slots, epoch), slots)
 
     @property
     def _chunks(self) -> int:
@@ -167,7 +164,7 @@ class Order:
             keys=round_keys(self.seed, "tail", self.corpus, epochs),
         )
         whole = (self._chunks - owned) * k
-        samples = self._chunks * k + j - whole  # the ragged rest; whole chunks are put right next
+        samples = self._chunks * k + j - whole  # the rest of the last chunk; whole chunks follow
         inside = j < whole
         chunk = owned + j[inside] // k
         samples[inside] = self._shuffled(epochs[inside], chunk) * k + j[inside] % k
@@ -181,16 +178,16 @@ class Order:
 def step_positions(
     position: int, *, global_batch_size: int, streams: int, dp_rank: int, dp_size: int
 ) -> Ints:
-    """Positions that `dp_rank` computes of the step that starts at `position`, by (lane, position)."""
+    """The positions that `dp_rank` computes in the step that starts at `position`, by (stream, position)."""
     assert 0 <= dp_rank < dp_size, f"rank {dp_rank} of {dp_size}"
     batch = np.arange(position, position + global_batch_size, dtype=np.int64)
-    by_lane = batch[np.argsort(batch % streams, kind="stable")]
+    by_stream = batch[np.argsort(batch % streams, kind="stable")]
     first, stop = (-(-global_batch_size * rank // dp_size) for rank in (dp_rank, dp_rank + 1))
-    return by_lane[first:stop]
+    return by_stream[first:stop]
 
 
 def num_micro_batches(global_batch_size: int, dp_size: int, micro_batch_size: int) -> int:
-    """Micro-batches a step has on every rank, so that collectives match; some rows may be fillers."""
+    """Micro-batches of a step, the same on every rank so that collectives match; some rows may be fillers."""
     largest_share = -(-global_batch_size // dp_size)
     return -(-largest_share // micro_batch_size)
 
@@ -204,5 +201,5 @@ def wasted_frac(global_batch_size: int, dp_size: int, micro_batch_size: int) -> 
 
 
 def chunks_in_use(*, streams: int, dp_size: int, window_chunks: int) -> int:
-    """Chunks a rank reads from at a time: the shuffle windows of its lanes (the largest share)."""
+    """Chunks that a rank reads from at a time: the shuffle windows of its streams (the largest share)."""
     return -(-streams // dp_size) * window_chunks

@@ -1,17 +1,15 @@
-"""The one place where files of a corpus are read: ranges, each checked block by block before use.
+"""Samples of a corpus on disk, by number; every byte is checked before it is returned.
 
-A corpus on disk, chunk by chunk: which shard holds it, where, and its bytes once they are checked.
+`ChunkReader` finds a chunk in its shard, or its copy in the node's cache, and reads parts of it.
+`CorpusReader` cuts chunks into samples, in the first of two ways that fits `memory_bytes`:
 
-Samples by number from a corpus on local disk, every byte checked before it is handed out.
-
-Two ways to read, of which the reader takes the first that fits `memory_bytes`:
-    held    whole chunks stay in memory until newer ones need the room: each byte is read and checked
-            once; needs room for all chunks that are in use at a time (the shuffle windows)
-    by row  each sample's blocks of 64 KiB are read and checked alone: no memory, up to 64 KiB a row
+    whole chunks      chunks stay in memory until newer ones need the space, so each byte is read and
+                      checked once; this needs space for all chunks in use at a time (shuffle windows)
+    sample by sample  only the blocks of 64 KiB that a sample touches are read and checked: no memory,
+                      but up to 64 KiB more per sample
 """
 
 import threading
-from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lmscale.base.lru import LruCache
 from lmscale.corpus.checked_files import ByteRange, Bytes, CheckedFiles
 from lmscale.corpus.manifest import Manifest
 from lmscale.corpus.node_cache import ChunkCache, corpus_cache_folder
@@ -32,11 +31,11 @@ from lmscale.corpus.shard_format import (
     parse_index,
 )
 
-_KEPT_INDEXES = 1024  # about 20 KB each at 256 chunks of 512 KiB a shard
+_CACHED_INDEXES = 1024  # about 20 KB each at 256 chunks of 512 KiB per shard
 
 
 class ChunkReader:
-    """Reads pieces of chunks, from the node's cache where they are. One thread at a time."""
+    """Reads parts of chunks, from the node's cache where it has them. One thread at a time."""
 
     def __init__(
         self,
@@ -52,19 +51,19 @@ class ChunkReader:
         self._cache = cache
         self._dtype: np.dtype[Any] = DTYPES[manifest.dtype]
         self._first_chunks = manifest.first_chunks
-        self._indexes: OrderedDict[int, ChunkIndex] = OrderedDict()
+        self._indexes: LruCache[int, ChunkIndex] = LruCache(_CACHED_INDEXES)
 
     def chunks_of_shard(self, shard: int) -> range:
         """The numbers of a shard's chunks."""
         return range(int(self._first_chunks[shard]), int(self._first_chunks[shard + 1]))
 
     def shard_of(self, chunk: int) -> int:
-        """The number of the shard that holds a chunk."""
+        """The number of the shard that contains a chunk."""
         assert 0 <= chunk < self._first_chunks[-1], f"chunk {chunk} of {self._first_chunks[-1]}"
         return int(np.searchsorted(self._first_chunks, chunk, side="right")) - 1
 
     def locate(self, chunk: int) -> tuple[Path, ChunkIndex]:
-        """The shard that holds a chunk. Reads its index. Raises DataError."""
+        """The path of the shard that contains a chunk, and its index, which is read. Raises DataError."""
         shard = self.shard_of(chunk)
         return self._folder / self._manifest.shards[shard].name, self._index(shard)
 
@@ -78,13 +77,13 @@ class ChunkReader:
         return index.tokens(chunk).bytes + (starts.bytes if starts else 0)
 
     def index_crc32c(self, chunk: int) -> int:
-        """The CRC32C that ends the index of a chunk's shard, by the manifest."""
+        """The CRC32C at the end of the index of a chunk's shard, from the manifest."""
         return self._manifest.shards[self.shard_of(chunk)].index_crc32c
 
-    def tokens(self, chunk: int, piece: slice | None = None) -> NDArray[np.unsignedinteger[Any]]:
-        """A chunk's tokens, or a piece of them, checked. Raises DataError."""
+    def tokens(self, chunk: int, part: slice | None = None) -> NDArray[np.unsignedinteger[Any]]:
+        """A chunk's tokens, or a part of them, checked. Raises DataError."""
         width = self._dtype.itemsize
-        cut = slice(piece.start * width, piece.stop * width) if piece else None
+        cut = slice(part.start * width, part.stop * width) if part else None
         return self._member(chunk, "tokens", cut).view(self._dtype)
 
     def starts(self, chunk: int) -> NDArray[np.uint32]:
@@ -103,7 +102,7 @@ class ChunkReader:
         )
 
     def _check_tokens(self, shard: int, index: ChunkIndex) -> None:
-        """Only the corpus' last chunk may be shorter: samples are found by that."""
+        """Only the last chunk of the corpus may be shorter, or samples could not be located by division."""
         manifest = self._manifest
         for chunk, tokens in zip(
             self.chunks_of_shard(shard), index.rows[:, 1].tolist(), strict=True
@@ -113,44 +112,42 @@ class ChunkReader:
             )
             if tokens != stop - first:
                 raise ValueError(
-                    f"the index says {tokens} tokens in chunk {chunk}, the manifest {stop - first}"
+                    f"chunk {chunk} has {tokens} tokens in the index, {stop - first} in the manifest"
                 )
 
     def _index(self, shard: int) -> ChunkIndex:
-        if shard in self._indexes:
-            self._indexes.move_to_end(shard)
-            return self._indexes[shard]
+        if (cached := self._indexes.get(shard)) is not None:
+            return cached
         entry = self._manifest.shards[shard]
         stop = entry.index_offset + entry.index_bytes
         region = ByteRange(self._folder / entry.name, "index", entry.index_offset, stop)
 
-        def fitting(data: Bytes) -> ChunkIndex:
+        def parse(data: Bytes) -> ChunkIndex:
             index = parse_index(data.data, index_crc32c=entry.index_crc32c)
             found = index.first_chunk, index.num_chunks, index.token_bytes
-            want = int(self._first_chunks[shard]), entry.chunks, self._dtype.itemsize
-            if found != want:
+            expected = int(self._first_chunks[shard]), entry.chunks, self._dtype.itemsize
+            if found != expected:
                 raise ValueError(
-                    "the index says first chunk {}, {} chunks, {} bytes a token; "
-                    "the manifest {}, {}, {}".format(*found, *want)
+                    "the index has first chunk {}, {} chunks, {} bytes per token; "
+                    "the manifest has {}, {}, {}".format(*found, *expected)
                 )
             self._check_tokens(shard, index)
             return index
 
-        index = self._indexes[shard] = self._files.parsed(region, fitting)
-        if len(self._indexes) > _KEPT_INDEXES:
-            self._indexes.popitem(last=False)
+        index = self._files.parsed(region, parse)
+        self._indexes.put(shard, index)
         return index
 
 
 class SampleLocation(NamedTuple):
-    """Where the seq_len + 1 tokens of a sample lie."""
+    """Where the seq_len + 1 tokens of a sample are stored."""
 
     shard: Path
     offset: int
     bytes: int
 
 
-class _Held(NamedTuple):
+class _Chunk(NamedTuple):
     tokens: NDArray[np.unsignedinteger[Any]]
     starts: NDArray[np.uint32]
 
@@ -160,7 +157,7 @@ class _Held(NamedTuple):
 
 
 class CorpusReader:
-    """One corpus, cut into samples of seq_len targets. Threads may share it; they take turns."""
+    """One corpus, cut into samples of seq_len targets. Threads may share it; a lock lets one read at a time."""
 
     def __init__(
         self,
@@ -174,9 +171,10 @@ class CorpusReader:
     ) -> None:
         """Open a corpus. Raises DataError (missing, damaged) and ConfigError (seq_len).
 
-        `chunks_in_use` is how many chunks the caller reads from at a time: order.chunks_in_use for
-        training, 1 for reading in order; None: all of them. `backoff_s` bounds the first wait
-        before a failed read is tried again. `cache_dir`: where copies of chunks may lie (staging.py).
+        `chunks_in_use` is the number of chunks that the caller reads from at a time: order.chunks_in_use
+        for training, 1 for reading in order; None: all of them. `backoff_s` bounds the wait before
+        a failed read is repeated for the first time. `cache_dir` may contain copies of chunks
+        (staging.py).
         """
         self.path = path
         self.seq_len = seq_len
@@ -188,28 +186,26 @@ class CorpusReader:
             ChunkCache(corpus_cache_folder(cache_dir, self.manifest)) if cache_dir else None
         )
         self._chunks = ChunkReader(path, self.manifest, self._files, cache=self._cache)
-        self._memory_bytes = memory_bytes
         self.keeps_chunks = memory_needed(self.manifest, chunks_in_use) <= memory_bytes
-        self._held: OrderedDict[int, _Held] = OrderedDict()
-        self._held_bytes = 0
+        self._memory: LruCache[int, _Chunk] = LruCache(memory_bytes, cost=lambda c: c.nbytes)
         self._lock = threading.Lock()
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """How the shards store a token."""
+        """The type in which the shards store a token."""
         return DTYPES[self.manifest.dtype]
 
     def read_sample(self, sample: int) -> tuple[Ints, Ints]:
-        """The seq_len + 1 tokens of a sample, and where in (0, seq_len] documents start. int64.
+        """The seq_len + 1 tokens of a sample, and the offsets in (0, seq_len] at which documents start. int64.
 
-        Raises DataError naming shard, chunk, bytes, reason and what to do.
+        Raises DataError, which names shard, chunk, bytes, reason and next action.
         """
         chunk, begin = self._split(sample)
         stop = begin + self.seq_len + 1
         with self._lock:
             if self.keeps_chunks:
-                held = self._hold(chunk)
-                tokens, starts = held.tokens[begin:stop], held.starts
+                whole = self._whole_chunk(chunk)
+                tokens, starts = whole.tokens[begin:stop], whole.starts
             else:
                 tokens = self._chunks.tokens(chunk, slice(begin, stop))
                 starts = self._chunks.starts(chunk)
@@ -217,7 +213,7 @@ class CorpusReader:
         return tokens.astype(np.int64), starts[first:last].astype(np.int64) - begin
 
     def locate(self, sample: int) -> SampleLocation:
-        """Where a sample's tokens lie. Reads the shard's index, no tokens. Raises DataError."""
+        """Where a sample's tokens are stored. Reads the shard's index, no tokens. Raises DataError."""
         chunk, begin = self._split(sample)
         with self._lock:
             shard, index = self._chunks.locate(chunk)
@@ -226,13 +222,12 @@ class CorpusReader:
         return SampleLocation(shard, offset, (self.seq_len + 1) * width)
 
     def close(self) -> None:
-        """Close the files and drop what is held."""
+        """Close the files and drop the chunks in memory."""
         with self._lock:
             self._files.close()
             if self._cache is not None:
                 self._cache.close()
-            self._held.clear()
-            self._held_bytes = 0
+            self._memory.clear()
 
     def __enter__(self) -> "CorpusReader":
         return self
@@ -246,28 +241,23 @@ class CorpusReader:
         self.close()
 
     def _split(self, sample: int) -> tuple[int, int]:
-        """Chunk and first token inside it."""
+        """The chunk of a sample and the offset of its first token in it."""
         assert 0 <= sample < self.num_samples, f"sample {sample} of {self.num_samples}"
         chunk, row = divmod(sample, self.samples_per_chunk)
         return chunk, row * self.seq_len
 
-    def _hold(self, chunk: int) -> _Held:
-        if chunk in self._held:
-            self._held.move_to_end(chunk)
-            return self._held[chunk]
-        room = self._memory_bytes - self._chunks.chunk_bytes(chunk)
-        while self._held and self._held_bytes > room:
-            self._held_bytes -= self._held.popitem(last=False)[1].nbytes
-        held = _Held(self._chunks.tokens(chunk), self._chunks.starts(chunk))
-        if held.nbytes <= self._memory_bytes:
-            self._held[chunk] = held
-            self._held_bytes += held.nbytes
-        return held
+    def _whole_chunk(self, chunk: int) -> _Chunk:
+        if (cached := self._memory.get(chunk)) is not None:
+            return cached
+        self._memory.make_room(self._chunks.chunk_bytes(chunk))  # before reading: bounds the memory
+        whole = _Chunk(self._chunks.tokens(chunk), self._chunks.starts(chunk))
+        self._memory.put(chunk, whole)
+        return whole
 
 
 def memory_needed(manifest: Manifest, chunks_in_use: int | None = None) -> int:
-    """Bytes that hold so many whole chunks (None: all of the corpus) and their document starts."""
+    """Bytes of so many whole chunks (None: all of the corpus) with their document starts."""
     chunks = manifest.num_chunks
     in_use = chunks if chunks_in_use is None else min(chunks_in_use, chunks)
-    starts = manifest.documents + chunks  # one that starts on a boundary is listed in both chunks
+    starts = manifest.documents + chunks  # a start on a boundary is listed in both chunks
     return in_use * manifest.chunk_bytes + -(-in_use * starts // max(1, chunks)) * START_BYTES

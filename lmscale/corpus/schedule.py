@@ -1,11 +1,13 @@
-"""Which chunks a node will read, in order of first use, from the functions by which its ranks read them.
+"""Which chunks a node reads, in order of first use, and which bytes each rank reads in which step.
 
-Two forms. By lanes, where every stream of the order stays with one node (streams that divide the batch or
-are divided by it, and most ranks): whole shuffle windows cost one permutation a chunk. Sample by sample
-else, and for windows that are read in part and the tail: 0.5 to 1 us a sample. Both go block by block, so
-that a plan of any length holds a few MB.
+Both are derived from the functions by which the ranks read (order.py). The chunks of a node come in two ways:
 
-Which bytes of which shard each rank reads in which step: what `lmscale plan --data` prints.
+    by lane           where every stream of the order stays with one node (the streams divide the batch or
+                      are divided by it, and most ranks): whole shuffle windows cost one permutation per chunk
+    sample by sample  otherwise, and for windows that are read in part and the tail: 0.5 to 1 us per sample
+
+Both work block by block, so that a plan of any length needs a few MB. `plan_rows` is what
+`lmscale plan --data` prints.
 """
 
 import math
@@ -18,13 +20,13 @@ import numpy as np
 from lmscale.corpus.order import Ints, Order, step_positions
 from lmscale.corpus.reader import CorpusReader
 
-_BLOCK = 1 << 16  # chunks or samples looked at together
-_LONGEST_PERIOD = 1 << 20  # samples after which streams and steps meet again
+_BLOCK = 1 << 16  # chunks or samples computed together
+_LONGEST_PERIOD = 1 << 20  # samples after which streams and steps have the same alignment again
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSplit:
-    """How a step's batch is dealt to nodes: as assign.step_positions deals it to data-parallel ranks."""
+    """How a step's batch is divided among nodes: as order.step_positions divides it among ranks."""
 
     global_batch_size: int
     nodes: int
@@ -35,7 +37,9 @@ class BatchSplit:
         assert min(self.global_batch_size, self.nodes, self.ranks_per_node, self.tp_size) >= 1, (
             f"{self}"
         )
-        assert self.nodes * self.ranks_per_node % self.tp_size == 0, f"{self}: broken tp groups"
+        assert self.nodes * self.ranks_per_node % self.tp_size == 0, (
+            f"{self}: incomplete tensor-parallel groups"
+        )
 
     @property
     def dp_size(self) -> int:
@@ -43,7 +47,7 @@ class BatchSplit:
         return self.nodes * self.ranks_per_node // self.tp_size
 
     def cuts(self) -> tuple[Ints, Ints]:
-        """[first, stop) of each node's part of a batch that is sorted by (lane, position).
+        """[first, stop) of each node's part of a batch that is sorted by (stream, position).
 
         Parts overlap where a tensor-parallel group spans nodes.
         """
@@ -56,11 +60,11 @@ class BatchSplit:
         )
 
     def readers(self) -> "Readers":
-        """The nodes that read each place of a sorted batch."""
+        """The nodes that read each index of a sorted batch."""
         first, stop = self.cuts()
-        place = np.arange(self.global_batch_size, dtype=np.int64)
+        index = np.arange(self.global_batch_size, dtype=np.int64)
         return Readers(
-            np.searchsorted(stop, place, side="right"), np.searchsorted(first, place, side="right")
+            np.searchsorted(stop, index, side="right"), np.searchsorted(first, index, side="right")
         )
 
 
@@ -72,14 +76,14 @@ class Readers(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """Chunks and the lanes (or places of the sorted batch) that read them; parallel arrays, no pair twice."""
+    """Chunks and the lanes (or indices of the sorted batch) that read them; parallel arrays of distinct pairs."""
 
     lanes: Ints
     chunks: Ints
 
 
 class RowRange(NamedTuple):
-    """Rows [first, stop) of the lanes in one epoch; row m of lane s is position m * streams + s of it."""
+    """Rows [first, stop) of the lanes in one epoch; row m of lane s is its position m * streams + s."""
 
     epoch: int
     first: int
@@ -92,8 +96,8 @@ def chunks_ahead(
 ) -> Iterator[Ints]:
     """The chunks that a node reads in `steps` steps from `position` on, in order of first use.
 
-    In blocks; a chunk comes again where a later block reads it again. The chunks of one shuffle window,
-    all of which its first samples touch, come in the order of the unshuffled window.
+    They come in blocks; a chunk is repeated where a later block reads it again. The first samples of a
+    shuffle window touch all its chunks, so these come in the order of the unshuffled window.
     """
     assert 0 <= node < split.nodes, f"node {node} of {split.nodes}"
     owners = stream_readers(split, order.streams, position=position)
@@ -111,23 +115,23 @@ def chunks_ahead(
 
 
 def stream_readers(split: BatchSplit, streams: int, *, position: int) -> Readers | None:
-    """The nodes that read each stream, [streams]; None where a stream goes from node to node.
+    """The nodes that read each stream, [streams]; None where a stream changes its node.
 
-    Steps start at `position`. Streams and steps meet again after lcm(streams, batch) samples; where that
-    is too far to look, None as well.
+    Steps start at `position`. Streams and steps have the same alignment again after lcm(streams, batch)
+    samples; where that period is too long to enumerate, the result is None as well.
     """
     batch = split.global_batch_size
     period = math.lcm(streams, batch)
     if period > _LONGEST_PERIOD:
         return None
     stream = (position + np.arange(period, dtype=np.int64)) % streams
-    by_place = np.sort(stream.reshape(-1, batch), axis=1).ravel()
-    by_stream = np.argsort(by_place, kind="stable")
-    place = by_stream % batch
-    found = Readers(*(nodes[place].reshape(streams, -1) for nodes in split.readers()))
-    if any((nodes != nodes[:, :1]).any() for nodes in found):
+    sorted_streams = np.sort(stream.reshape(-1, batch), axis=1).ravel()
+    by_stream = np.argsort(sorted_streams, kind="stable")
+    index = by_stream % batch
+    readers = Readers(*(nodes[index].reshape(streams, -1) for nodes in split.readers()))
+    if any((nodes != nodes[:, :1]).any() for nodes in readers):
         return None
-    return Readers(found.first[:, 0], found.stop[:, 0])
+    return Readers(readers.first[:, 0], readers.stop[:, 0])
 
 
 def row_ranges(
@@ -162,24 +166,24 @@ def range_reads(
 
 
 def step_reads(order: Order, split: BatchSplit, *, position: int, steps: int) -> Iterator[Reads]:
-    """What each place of the sorted batch reads, sample by sample, a block of steps at a time."""
+    """What each index of the sorted batch reads, sample by sample, one block of steps at a time."""
     batch = split.global_batch_size
     for block in _blocks(0, steps, size=max(1, _BLOCK // batch)):
         p = position + block[:, None] * batch + np.arange(batch, dtype=np.int64)
         sorting = np.argsort(p % order.streams, axis=1, kind="stable")
         chunks = order.samples_at(np.take_along_axis(p, sorting, axis=1).ravel())[1]
-        places = np.tile(np.arange(batch, dtype=np.int64), len(block))
-        yield _distinct(Reads(places, chunks // order.samples_per_chunk))
+        indices = np.tile(np.arange(batch, dtype=np.int64), len(block))
+        yield _distinct(Reads(indices, chunks // order.samples_per_chunk))
 
 
 def _row_ranges_of_epoch(
     order: Order, epoch: int, start: int, end: int, low: int, high: int
 ) -> Iterator[RowRange]:
-    """Cut the positions [start, end) of an epoch; lanes are between `low` and `high`."""
+    """Divide the positions [start, end) of an epoch; lanes are between `low` and `high`."""
     v, rows = order.streams, order.lane_chunks * order.samples_per_chunk
     window = order.window_chunks * order.samples_per_chunk
-    begun = max(0, -(-(start - low) // v))  # rows before which some lane may have read
-    done = max(0, (end - 1 - high) // v + 1)  # rows that every lane has reached
+    begun = max(0, -(-(start - low) // v))  # before this row some lane may have been read
+    done = max(0, (end - 1 - high) // v + 1)  # every lane reaches this row
     first = min(-(-begun // window) * window, rows)
     stop = rows if done >= rows else done // window * window
     last = -(-end // v)
@@ -217,7 +221,7 @@ class PlanRow(TypedDict):
     corpus: int  # index in data.corpora
     epoch: int
     sample: int
-    rank: int  # that computes it (of a tensor-parallel group the first)
+    rank: int  # that computes it (the first of its tensor-parallel group)
     shard: str  # path of the tar
     offset: int  # of its seq_len + 1 tokens in that file
     bytes: int
@@ -225,7 +229,7 @@ class PlanRow(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Steps of one global batch, from where it was set on."""
+    """Consecutive steps with the same global batch size."""
 
     global_batch_size: int
     step: int = 0  # steps done before it
@@ -233,8 +237,8 @@ class Phase:
 
 
 def step_start(step: int, phases: Sequence[Phase]) -> tuple[int, int]:
-    """Where a step begins, and its batch. Step 1 is the first; phases are in their order."""
-    phase = next(one for one in reversed(phases) if one.step < step)
+    """The first position of a step and its batch size. Step 1 is the first; phases are in order."""
+    phase = next(phase for phase in reversed(phases) if phase.step < step)
     return phase.position + (
         step - 1 - phase.step
     ) * phase.global_batch_size, phase.global_batch_size
@@ -251,9 +255,9 @@ def plan_rows(
 ) -> Iterator[PlanRow]:
     """The samples of `steps`, each step's in order of position.
 
-    `phases`: one, Phase(global_batch_size), for a run whose batch has always been the same. Ranks are those of
-    `dp_size`, also for steps that other numbers of ranks have computed. Reads the indexes of the shards that
-    hold the samples, no tokens. Raises DataError.
+    `phases`: a single Phase(global_batch_size) for a run that never changed its batch. Ranks are those of
+    `dp_size`, also for steps that other numbers of ranks computed. Reads the indexes of the shards that
+    contain the samples, no tokens. Raises DataError.
     """
     for step in steps:
         start, global_batch_size = step_start(step, phases)
@@ -262,21 +266,21 @@ def plan_rows(
         epochs, samples = order.samples_at(positions)
         columns = (positions, epochs, samples, ranks * tp_size)
         for position, epoch, sample, rank in zip(*(c.tolist() for c in columns), strict=True):
-            place = reader.locate(sample)
+            location = reader.locate(sample)
             yield PlanRow(
                 position=position,
                 corpus=order.corpus,
                 epoch=epoch,
                 sample=sample,
                 rank=rank,
-                shard=str(place.shard),
-                offset=place.offset,
-                bytes=place.bytes,
+                shard=str(location.shard),
+                offset=location.offset,
+                bytes=location.bytes,
             )
 
 
 def _dp_ranks(start: int, global_batch_size: int, *, streams: int, dp_size: int) -> Ints:
-    """The data-parallel rank of each position of a step, by the function that the loader uses."""
+    """The data-parallel rank of each position of a step, from the function that the loader uses."""
     ranks = np.empty(global_batch_size, dtype=np.int64)
     for rank in range(dp_size):
         mine = step_positions(

@@ -190,7 +190,7 @@ def stored_crc32c(data: bytes) -> int:
 
 
 def parse_index(data: bytes | memoryview, *, index_crc32c: int) -> ChunkIndex:
-    """Read an index that ends with the CRC32C `seal`. Raises ValueError with the reason."""
+    """Read an index whose last bytes are the CRC32C `index_crc32c`. Raises ValueError with the reason."""
     view = memoryview(data)
     if len(view) < _HEADER.size + _CRC.size:
         raise ValueError(f"the index has only {len(view)} bytes")

@@ -1,4 +1,4 @@
-"""What each node reads of a corpus, in numbers: shards, chunks and bytes, and where a node would starve."""
+"""What each node reads of a corpus, in numbers: shards, chunks and bytes, and whether a node reads nothing."""
 
 import math
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ from lmscale.corpus.schedule import (
 
 __all__ = ["BatchSplit", "ChunkLayout", "NodeShares", "node_shares"]
 
-_MOST_CHUNKS = 3 << 19  # that are looked up one by one: 0.5 to 1 s a million
-_MOST_SAMPLES = 1 << 20  # about 1 s a million
+_MAX_EXACT_CHUNKS = 3 << 19  # enumerated one by one: 0.5 to 1 s per million
+_MAX_EXACT_SAMPLES = 1 << 20  # about 1 s per million
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChunkLayout:
-    """Where a corpus' chunks lie, as far as its manifest tells."""
+    """How chunks are distributed over shards, as far as the manifest says."""
 
     firsts: Ints  # [shards + 1]: the first chunk of each shard, then the number of chunks
     chunk_bytes: int  # of the tokens of a whole chunk
@@ -49,8 +49,8 @@ class ChunkLayout:
         return int(self.firsts[-1])
 
     def shards(self, chunks: Ints) -> Ints:
-        """The shards that hold these chunks."""
-        if self.num_chunks <= _MOST_CHUNKS:  # a tenth of a search's time
+        """The shards that contain these chunks."""
+        if self.num_chunks <= _MAX_EXACT_CHUNKS:  # takes a tenth of the time of a search
             return np.repeat(np.arange(len(self.firsts) - 1), np.diff(self.firsts))[chunks]
         return np.searchsorted(self.firsts, chunks, side="right") - 1
 
@@ -60,14 +60,14 @@ class NodeShares:
     """What each node reads in `steps` steps from `position` on. Arrays are [nodes], int64."""
 
     position: int
-    steps: int  # covered: at most those asked for, see node_shares
+    steps: int  # covered: at most the requested ones, see node_shares
     samples: Ints
-    chunks: Ints  # different ones
-    shards: Ints  # different ones that hold them
-    bytes: Ints  # of the tokens of those chunks, as they are stored
+    chunks: Ints  # distinct chunks
+    shards: Ints  # distinct shards that contain them
+    bytes: Ints  # of the tokens of those chunks, as stored
     shared_chunks: int  # that more than one node reads
     exact: bool  # False: chunks, shards, bytes are expected values, usually within 1 %
-    streams_stay: bool  # False: streams go from node to node; most chunks have several readers
+    streams_stay: bool  # False: streams change nodes, so most chunks have several readers
 
     @property
     def largest(self) -> int:
@@ -90,39 +90,39 @@ def node_shares(
 ) -> NodeShares:
     """The share of each node in the steps from `position` on, at most those that end in the same epoch.
 
-        reader = Reader(path, seq_len=..., memory_bytes=0)      # or a Manifest and its two numbers
+        reader = CorpusReader(path, seq_len=..., memory_bytes=0)      # or a Manifest and its two numbers
         order = Order(reader.num_samples, reader.samples_per_chunk, streams, window_chunks=..., seed=...)
-        split = Split(global_batch_size, nodes=..., ranks_per_node=..., tp_size=cfg.parallel.tp)
-        shares = node_shares(order, Layout.of(reader.manifest), split, steps=total_steps)
+        split = BatchSplit(global_batch_size, nodes=..., ranks_per_node=..., tp_size=cfg.parallel.tp)
+        shares = node_shares(order, ChunkLayout.of(reader.manifest), split, steps=total_steps)
         shares.shards[shares.largest], shares.bytes.min(), len(shares.idle), shares.shared_chunks
 
-    Later epochs read the same chunks in other shares. Costs at most a few seconds and 200 MB: above 1.5
-    million chunks the numbers are expected values of the same permutations (`exact`), and where streams
-    go from node to node only the first million samples are looked at (`steps`).
+    Later epochs divide the same chunks in another way. The cost is at most a few seconds and 200 MB: above
+    1.5 million chunks the numbers are expected values of the same permutations (`exact` is False), and
+    where streams change nodes only the first million samples are enumerated (`steps`).
     """
     assert steps >= 1, f"{steps} steps"
     batch, size = split.global_batch_size, order.num_samples
     steps = min(steps, max(1, ((position // size + 1) * size - position) // batch))
     owners = stream_readers(split, order.streams, position=position)
     if owners is None:
-        steps = min(steps, max(1, _MOST_SAMPLES // batch))
+        steps = min(steps, max(1, _MAX_EXACT_SAMPLES // batch))
     span = _Span(order, split, position, position + steps * batch)
     exact = owners is None or span.cheap()
     if owners is None:
-        found = _counted(span, _pairs_by_steps(span), layout)
+        counts = _counted(span, _pairs_by_steps(span), layout)
     elif exact:
-        found = _counted(span, _pairs_by_lanes(span, owners), layout)
+        counts = _counted(span, _pairs_by_lanes(span, owners), layout)
     else:
-        found = _expected(span, owners, layout)
+        counts = _expected(span, owners, layout)
     first, stop = split.cuts()
     return NodeShares(
         position=position,
         steps=steps,
         samples=(stop - first) * steps,
-        chunks=found.chunks,
-        shards=found.shards,
-        bytes=found.bytes,
-        shared_chunks=found.shared,
+        chunks=counts.chunks,
+        shards=counts.shards,
+        bytes=counts.bytes,
+        shared_chunks=counts.shared,
         exact=exact,
         streams_stay=owners is not None,
     )
@@ -144,17 +144,17 @@ class _Span(NamedTuple):
     stop: int
 
     def row_ranges(self) -> Iterator[tuple[RowRange, Ints]]:
-        """The rows of all lanes."""
+        """The rows of all lanes, as schedule.row_ranges gives them."""
         streams = np.arange(self.order.streams, dtype=np.int64)
         return row_ranges(self.order, streams, position=self.position, stop=self.stop)
 
     def cheap(self) -> bool:
-        """Whether every chunk can be looked up."""
-        found = [(part.stop - part.first, part.whole) for part, _ in self.row_ranges()]
+        """Whether every chunk can be enumerated."""
+        ranges = [(part.stop - part.first, part.whole) for part, _ in self.row_ranges()]
         k, v = self.order.samples_per_chunk, self.order.streams
-        chunks = sum(rows // k * v for rows, whole in found if whole)
-        samples = sum(rows * v for rows, whole in found if not whole)
-        return chunks <= _MOST_CHUNKS and samples <= _MOST_SAMPLES
+        chunks = sum(rows // k * v for rows, whole in ranges if whole)
+        samples = sum(rows * v for rows, whole in ranges if not whole)
+        return chunks <= _MAX_EXACT_CHUNKS and samples <= _MAX_EXACT_SAMPLES
 
 
 def _pairs_by_steps(span: _Span) -> Iterator[Ints]:
@@ -183,54 +183,57 @@ def _pairs(readers: Readers, reads: Reads, order: Order) -> Ints:
 
 
 def _stored(order: Order) -> int:
-    """Chunks that hold a sample."""
+    """The number of chunks that contain a sample."""
     return -(-order.num_samples // order.samples_per_chunk)
 
 
 def _counted(span: _Span, blocks: Iterator[Ints], layout: ChunkLayout) -> _Counts:
-    """Exact numbers from every pair of node and chunk."""
+    """Exact numbers, from every pair of node and chunk."""
     nodes, num_shards = span.split.nodes, len(layout.firsts) - 1
-    node, chunk = np.divmod(_different(np.concatenate(list(blocks))), _stored(span.order))
+    node, chunk = np.divmod(_distinct_values(np.concatenate(list(blocks))), _stored(span.order))
     chunks = np.bincount(node, minlength=nodes)
     size = chunks * layout.chunk_bytes
     size[node[chunk == layout.num_chunks - 1]] += layout.last_bytes - layout.chunk_bytes
-    shards = _different(node * num_shards + layout.shards(chunk)) // num_shards
+    shards = _distinct_values(node * num_shards + layout.shards(chunk)) // num_shards
     several = np.sort(chunk)
-    shared = len(_different(several[1:][several[1:] == several[:-1]]))
+    shared = len(_distinct_values(several[1:][several[1:] == several[:-1]]))
     return _Counts(chunks, np.bincount(shards, minlength=nodes), size, shared)
 
 
-def _different(values: Ints) -> Ints:
-    """np.unique, whose hashing takes five times as long as a sort for millions of numbers."""
+def _distinct_values(values: Ints) -> Ints:
+    """As np.unique, whose hashing takes five times as long as this sort for millions of numbers."""
     values = np.sort(values)
     return values[np.diff(values, prepend=values[:1] - 1) > 0]
 
 
 def _expected(span: _Span, owners: Readers, layout: ChunkLayout) -> _Counts:
-    """Expected numbers: a permutation spreads what a node draws evenly over groups of equal size."""
+    """Expected numbers: a permutation spreads a node's samples evenly over groups of equal size."""
     order, nodes = span.order, span.split.nodes
     k, lane_rows = order.samples_per_chunk, order.lane_chunks * order.samples_per_chunk
     lanes = _lanes_of_nodes(owners, nodes)
     tail = order.num_samples - lane_rows * order.streams
-    in_lanes, in_tail = 0.0, np.zeros(nodes)  # chunks a lane, chunks a node
+    in_lanes, in_tail = 0.0, np.zeros(nodes)  # chunks per lane, chunks per node
     for rows, _ in span.row_ranges():
         if rows.whole:
             in_lanes += (rows.stop - rows.first) // k
             continue
         for chunks, drawn in _parts_of_windows(order, rows.first, min(rows.stop, lane_rows)):
-            in_lanes += float(_met(chunks, k, np.array([drawn]))[0])
+            in_lanes += float(_touched_groups(chunks, k, np.array([drawn]))[0])
         drawn_by = np.minimum((rows.stop - max(rows.first, lane_rows)) * lanes, tail)
-        in_tail += _met(-(-tail // k), k, np.maximum(drawn_by, 0))
-    found = np.rint(in_lanes * lanes + in_tail).astype(np.int64)
+        in_tail += _touched_groups(-(-tail // k), k, np.maximum(drawn_by, 0))
+    chunks_of_node = np.rint(in_lanes * lanes + in_tail).astype(np.int64)
     shards = np.zeros(nodes)
     for size, count in zip(*np.unique(np.diff(layout.firsts), return_counts=True), strict=True):
-        spread = _met(layout.num_chunks / int(size), int(size), found)
+        spread = _touched_groups(layout.num_chunks / int(size), int(size), chunks_of_node)
         shards += spread * count * int(size) / layout.num_chunks
     shared = (owners.stop - owners.first > 1).sum() * in_lanes
     if nodes > 1 and in_tail.any():
         shared += -(-tail // k)
     return _Counts(
-        found, np.rint(shards).astype(np.int64), found * layout.chunk_bytes, round(shared)
+        chunks_of_node,
+        np.rint(shards).astype(np.int64),
+        chunks_of_node * layout.chunk_bytes,
+        round(shared),
     )
 
 
@@ -241,23 +244,23 @@ def _lanes_of_nodes(owners: Readers, nodes: int) -> Ints:
 
 
 def _parts_of_windows(order: Order, first: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Chunks of each window that the rows [first, stop) of a lane meet, and how many rows lie in it."""
+    """Chunks of each window that the rows [first, stop) of a lane touch, and the number of those rows in it."""
     size = order.window_chunks * order.samples_per_chunk
     for begin in range(first // size * size, stop, size):
         chunks = min(order.window_chunks, order.lane_chunks - begin // order.samples_per_chunk)
         yield chunks, min(stop, begin + size) - max(first, begin)
 
 
-def _met(groups: float, size: int, drawn: Ints) -> NDArray[np.float64]:
-    """Groups that are met, on average, when so many of groups * size things are drawn."""
-    things = groups * size
+def _touched_groups(groups: float, size: int, drawn: Ints) -> NDArray[np.float64]:
+    """The expected number of groups that are touched when `drawn` of groups * size items are drawn."""
+    items = groups * size
     each, where = np.unique(drawn, return_inverse=True)
     met = np.empty(len(each))
     for index, number in enumerate(each.tolist()):
-        if number > things - size:
+        if number > items - size:
             met[index] = groups
             continue
-        missed = math.lgamma(things - size + 1) - math.lgamma(things - size - number + 1)
-        missed += math.lgamma(things - number + 1) - math.lgamma(things + 1)
+        missed = math.lgamma(items - size + 1) - math.lgamma(items - size - number + 1)
+        missed += math.lgamma(items - number + 1) - math.lgamma(items + 1)
         met[index] = groups * -math.expm1(missed)
     return met[where]

@@ -1,9 +1,7 @@
-"""A few threads that work through what they are handed, until it is done, one fails, or somebody stops them.
+"""Fill a node's cache with the chunks that it reads next, checked, until its space is used.
 
-Filling a node's cache: the chunks that it reads next, checked, until the room is used.
-
-Copies appear by rename, whole or not at all; a killed stager leaves at most scratch files, which the next
-one removes. Nothing is synced: after a power cut a copy may be torn, and its block CRCs tell.
+Copies appear by rename, complete or not at all; a killed stager leaves at most temporary files, which the
+next one removes. Nothing is synced: after a power cut a copy may be torn, which its block CRCs show.
 """
 
 import errno
@@ -38,19 +36,17 @@ from lmscale.corpus.reader import ChunkReader
 from lmscale.corpus.shard_format import START_BYTES
 
 _POLL_S = 0.1
-_PATIENCE_S = (
-    2.0  # for a thread that hangs in a read of a dead file system: it dies with the process
-)
+_JOIN_S = 2.0  # a thread that hangs in a read of a dead file system ends with the process
 
-Work = Callable[[int], bool]  # False: nothing more can be done, without that being an error
+Work = Callable[[int], bool]  # False: nothing more can be done, which is not an error
 Tick = Callable[[], None]
 
 
 class StagingPool:
-    """Hand over lists of items; each list is one thread's. Leaving the context ends the threads."""
+    """Threads that process lists of items, one list at a time each. Leaving the context ends them."""
 
     def __init__(self, worker: Callable[[], Work], stop: threading.Event, *, threads: int) -> None:
-        """`worker` is called once in each thread, for what must not be shared."""
+        """`worker` is called once in each thread, to make what threads must not share."""
         self._worker = worker
         self._stop = stop
         self._ended = threading.Event()
@@ -62,7 +58,10 @@ class StagingPool:
         ]
 
     def work(self, lists: Iterable[list[int]], tick: Tick) -> None:
-        """All of it, or as far as it goes; `tick` is called often. Raises what a thread raised."""
+        """Process the lists until all are done, a thread fails or `stop` is set; `tick` is called often.
+
+        Raises the exception of a thread.
+        """
         for items in itertools.chain(lists, [None] * len(self._threads)):
             while not self._over():
                 tick()
@@ -99,7 +98,7 @@ class StagingPool:
                         return
                     if not work(item):
                         self._ended.set()
-        except BaseException as error:  # handed to the caller, who raises it
+        except BaseException as error:  # the caller raises it
             self._errors.append(error)
             self._ended.set()
 
@@ -116,11 +115,11 @@ class StagingPool:
     ) -> None:
         self._ended.set()
         for thread in self._threads:
-            thread.join(_PATIENCE_S / len(self._threads))
+            thread.join(_JOIN_S / len(self._threads))
 
 
-THREADS = 3  # one waits for the shared file system, one checks, one writes
-_BATCH = 512  # chunks handed out together, those of a shard side by side
+THREADS = 3  # one waits for the shared file system while one checks and one writes
+_BATCH = 512  # chunks distributed together, grouped by shard
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Progress = Callable[[int, int], None]  # bytes staged, bytes to stage in all
@@ -128,19 +127,19 @@ Progress = Callable[[int, int], None]  # bytes staged, bytes to stage in all
 
 @dataclass(slots=True)
 class StagingResult:
-    """What a stager has done."""
+    """The result of staging so far."""
 
-    wanted: int = 0  # chunks that will be read next and fit
-    there: int = 0  # of those already in the cache
+    wanted: int = 0  # chunks that are read next and fit
+    present: int = 0  # of those already in the cache
     copied: int = 0
     copied_bytes: int = 0
     evicted: int = 0
-    all_fit: bool = True  # False: the run reads more than the room holds
-    stopped_by: str = ""  # what ended the copying early: a full or failing disk
+    all_fit: bool = True  # False: the run reads more chunks than fit
+    stopped_by: str = ""  # why copying ended early: a full or failing disk
 
 
 class Stager:
-    """Copies chunks of one corpus into a cache folder. Use while holding room.alone."""
+    """Copies chunks of one corpus into a cache folder. The caller holds node_cache.cache_lock."""
 
     def __init__(
         self, corpus: Path, manifest: Manifest, cache_dir: Path, *, cache_bytes: int | None
@@ -152,33 +151,33 @@ class Stager:
         remove_scratch_files(self._folder)
         self._sizes = copy_sizes(self._folder)
         self._used = sum(self._sizes.values())
-        self._room = self._used + free_cache_bytes(cache_dir, cache_bytes=cache_bytes)
+        self._capacity = self._used + free_cache_bytes(cache_dir, cache_bytes=cache_bytes)
         self._evictable: list[int] = []
-        self._lock = threading.Lock()  # of what the threads count
+        self._lock = threading.Lock()  # for the counters
         self.staged = StagingResult()
 
     def stage(
         self, blocks: Iterable[Ints], *, max_chunks: int, stop: threading.Event, progress: Progress
     ) -> StagingResult:
-        """Copy the chunks of `blocks`, in that order, until the room is used or `stop` is set.
+        """Copy the chunks of `blocks`, in that order, until the space is used or `stop` is set.
 
-        `most`: different chunks that the blocks can name at all. Raises DataError and RetryableError as
+        `max_chunks`: distinct chunks that the blocks can name. Raises DataError and RetryableError as
         reading the corpus does; whatever is wrong with the cache only ends the copying.
         """
         wanted = self._choose(blocks, max_chunks, stop)
-        there = np.fromiter(self._sizes, dtype=np.int64, count=len(self._sizes))
-        missing = wanted[~np.isin(wanted, there)]
+        present = np.fromiter(self._sizes, dtype=np.int64, count=len(self._sizes))
+        missing = wanted[~np.isin(wanted, present)]
         by_age = sorted(set(self._sizes) - set(wanted.tolist()), key=self._age, reverse=True)
-        self._evictable = by_age  # the oldest last: pop takes it
+        self._evictable = by_age  # the oldest is last, where pop takes it
         self.staged.wanted = len(wanted)
-        self.staged.there = len(wanted) - len(missing)
-        while self._used > self._room and self._evict_one():  # less is allowed than was
+        self.staged.present = len(wanted) - len(missing)
+        while self._used > self._capacity and self._evict_one():  # the limit may have been lowered
             pass
         self._copy_all(missing, stop, progress)
         return self.staged
 
     def _choose(self, blocks: Iterable[Ints], max_chunks: int, stop: threading.Event) -> Ints:
-        """The first chunks of the blocks that fit into the room, each once."""
+        """The first chunks of the blocks that fit, each once."""
         seen: NDArray[np.bool_] = np.zeros(self._manifest.num_chunks, dtype=bool)
         typical = self._typical_bytes()
         chosen: list[Ints] = []
@@ -189,7 +188,7 @@ class Stager:
             sizes = np.array(
                 [self._sizes.get(chunk, typical) for chunk in new.tolist()], dtype=np.int64
             )
-            fitting = int(np.searchsorted(total + np.cumsum(sizes), self._room, side="right"))
+            fitting = int(np.searchsorted(total + np.cumsum(sizes), self._capacity, side="right"))
             chosen.append(new[:fitting])
             count += fitting
             total += int(sizes[:fitting].sum())
@@ -200,7 +199,7 @@ class Stager:
         return np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
 
     def _typical_bytes(self) -> int:
-        """Of a copy; only its number of document starts varies."""
+        """Typical bytes of a copy; only the number of document starts varies."""
         manifest = self._manifest
         starts = manifest.documents * START_BYTES // max(1, manifest.num_chunks)
         return manifest.chunk_bytes + starts + trailer_bytes(manifest.chunk_bytes)
@@ -211,15 +210,15 @@ class Stager:
             pool.work(self._by_shard(missing), lambda: progress(self.staged.copied_bytes, total))
 
     def _by_shard(self, missing: Ints) -> Iterator[list[int]]:
-        """Chunks in order of first use, roughly: throughput wants those of a shard side by side."""
-        chunks = ChunkReader(self._corpus, self._manifest, CheckedFiles())  # shard_of reads nothing
+        """Chunks roughly in order of first use; those of a shard together, which reads faster."""
+        chunks = ChunkReader(self._corpus, self._manifest, CheckedFiles())  # shard_of does not read
         for begin in range(0, len(missing), _BATCH):
             batch = sorted(missing[begin : begin + _BATCH].tolist())
             for _, shard in itertools.groupby(batch, chunks.shard_of):
                 yield list(shard)
 
     def _copier(self) -> Work:
-        """What one thread does with a chunk."""
+        """The function with which one thread copies a chunk."""
         files = CheckedFiles()
         chunks = ChunkReader(self._corpus, self._manifest, files)
 
@@ -238,11 +237,11 @@ class Stager:
             try:
                 if (
                     free_disk_bytes(self._folder) < size
-                ):  # others write to it, too: a checkpoint, say
+                ):  # others write to this disk too, for instance checkpoints
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 write_copy(path, parts)
             except OSError as error:
-                self._give_back(size)
+                self._release(size)
                 full = error.errno in _FULL
                 if full and self._evict_one():
                     continue
@@ -257,17 +256,17 @@ class Stager:
         return False
 
     def _reserve(self, size: int) -> bool:
-        """Count bytes that are about to be written; old copies go where that needs it."""
+        """Reserve space for a copy; old copies are removed where that is needed."""
         while True:
             with self._lock:
-                if self._used + size <= self._room:
+                if self._used + size <= self._capacity:
                     self._used += size
                     return True
             if not self._evict_one():
                 self.staged.all_fit = False
                 return False
 
-    def _give_back(self, size: int) -> None:
+    def _release(self, size: int) -> None:
         with self._lock:
             self._used -= size
 
@@ -278,7 +277,7 @@ class Stager:
             chunk = self._evictable.pop()
             try:
                 chunk_path(self._folder, chunk).unlink(missing_ok=True)
-            except OSError:  # another user's, say: it stays, and stays counted
+            except OSError:  # for instance of another user: it stays, and stays counted
                 return bool(self._evictable)
             self._used -= self._sizes.pop(chunk)
             self.staged.evicted += 1

@@ -1,1 +1,1 @@
-"""Records -> Batch: objectives, the loader of training steps, held-out batches, the trace, counted baselines."""
+"""Records -> Batch: objectives, the loader of training steps with its trace, held-out batches, n-grams."""

@@ -1,9 +1,7 @@
-"""Held-out batches: a corpus in order, each sample exactly once for any number of ranks.
+"""Held-out batches, each sample once for any number of ranks, and the n-gram models that score them.
 
-What counting alone achieves: unigram and bigram models of the tokens a run was trained on.
-
-A language model that does not beat a bigram has learned little; both are scored on the very targets
-that validation scores, so the numbers compare.
+A language model that is not better than a bigram model has learned little. Unigram and bigram counts of the
+tokens that a run was trained on are scored on the same targets as validation, so the numbers compare.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,8 +26,8 @@ def held_out_batches(
 ) -> Iterator[Batch[np.ndarray]]:
     """This rank's contiguous share of the first `max_samples` samples (None: all).
 
-    Every rank yields the same number of batches, the last ones filled with rows without targets, so that
-    collectives match. A last piece shorter than seq_len belongs to no sample, as in training.
+    Every rank yields the same number of batches, the last ones with filler rows, so that collectives
+    match. A rest shorter than seq_len belongs to no sample, as in training.
     """
     total = reader.num_samples if max_samples is None else min(max_samples, reader.num_samples)
     first, last = (-(-total * rank // dp_size) for rank in (dp_rank, dp_rank + 1))
@@ -40,7 +38,7 @@ def held_out_batches(
         yield causal_batch(
             [Record(*reader.read_sample(int(sample))) for sample in mine],
             rows=micro_batch_size,
-            positions=mine,
+            sample_positions=mine,
             seq_len=reader.seq_len,
             documents=documents,
         )
@@ -59,7 +57,7 @@ class NgramCounts:
 
     vocab_size: int
     pairs: Ints  # distinct codes, ascending
-    times: Ints  # how often each was seen
+    times: Ints  # how often each occurs
 
     @property
     def total(self) -> int:
@@ -68,7 +66,7 @@ class NgramCounts:
 
 
 def count_ngrams(batches: Iterable[Batch[np.ndarray]], vocab_size: int) -> NgramCounts:
-    """Count every target that carries weight, with the token before it."""
+    """Count every target with a weight above 0, with the token before it."""
     codes = [
         (batch.inputs.tokens_BL * vocab_size + batch.targets_BL)[batch.weights_BL > 0]
         for batch in batches
@@ -81,21 +79,21 @@ def ngram_nats(counts: NgramCounts, batches: Iterable[Batch[np.ndarray]]) -> tup
     """Negative log likelihood of the weighted targets, summed: (unigram, bigram).
 
     Unigram: add-one. Bigram: P(w|h) = max(c(hw) - d, 0)/c(h) + d*T(h)/c(h) * P(w), T(h) = distinct
-    followers of h; an unseen context falls back to the unigram.
+    followers of h; a context without a count uses the unigram.
     """
     size = counts.vocab_size
     contexts, targets = np.divmod(counts.pairs, size)
-    seen = np.bincount(targets, weights=counts.times, minlength=size)
-    unigram = (seen + 1) / (seen.sum() + size)
+    target_counts = np.bincount(targets, weights=counts.times, minlength=size)
+    unigram = (target_counts + 1) / (target_counts.sum() + size)
     context_total = np.bincount(contexts, weights=counts.times, minlength=size)
     followers = np.bincount(contexts, minlength=size)
     unigram_nats = bigram_nats = 0.0
     for batch in batches:
-        real = batch.weights_BL > 0
-        context, target = batch.inputs.tokens_BL[real], batch.targets_BL[real]
+        has_target = batch.weights_BL > 0
+        context, target = batch.inputs.tokens_BL[has_target], batch.targets_BL[has_target]
         code = context * size + target
-        at = np.minimum(np.searchsorted(counts.pairs, code), len(counts.pairs) - 1)
-        times = np.where(counts.pairs[at] == code, counts.times[at], 0)
+        index = np.minimum(np.searchsorted(counts.pairs, code), len(counts.pairs) - 1)
+        times = np.where(counts.pairs[index] == code, counts.times[index], 0)
         base = unigram[target]
         total = np.maximum(context_total[context], 1)
         smooth = (np.maximum(times - DISCOUNT, 0) + DISCOUNT * followers[context] * base) / total

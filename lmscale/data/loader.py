@@ -1,9 +1,8 @@
-"""Training batches, one optimizer step at a time, from one integer: the position.
+"""Training batches, one optimizer step at a time, from one integer: the position of its first sample.
 
-What a step holds is a pure function of (position, dp_rank, dp_size), so nothing of the loader is in a
-checkpoint; the thread only computes ahead.
-
-The trace: what each rank really trained on, rebuilt from the Batch, to be held against `lmscale plan --data`.
+The content of a step is a pure function of (position, dp_rank, dp_size), so a checkpoint contains nothing of
+the loader; its thread only computes ahead. The trace is what each rank really trained on, rebuilt from the
+batch, to be compared with `lmscale plan --data`.
 """
 
 import queue
@@ -23,7 +22,7 @@ from lmscale.data.objective import Documents, Ints, Record, causal_batch, record
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """Which part of every step this data-parallel rank computes."""
+    """The part of every step that this data-parallel rank computes."""
 
     global_batch_size: int  # samples of one optimizer step over all ranks
     micro_batch_size: int  # rows of one forward on one rank
@@ -40,7 +39,7 @@ class StepBatch:
 
 
 class Loader:
-    """Reads this rank's rows of each step, a few steps ahead."""
+    """Reads this rank's samples of each step, a few steps ahead."""
 
     def __init__(
         self,
@@ -58,7 +57,7 @@ class Loader:
         self._prefetch_steps = prefetch_steps
 
     def step_batch(self, position: int) -> StepBatch:
-        """The step that starts at `position`. Raises DataError where a row cannot be read soundly."""
+        """The step that starts at `position`. Raises DataError where a sample is damaged or missing."""
         share = self._share
         mine = step_positions(
             position,
@@ -79,7 +78,7 @@ class Loader:
         return causal_batch(
             [Record(*self._reader.read_sample(int(sample))) for sample in samples],
             rows=rows,
-            positions=positions,
+            sample_positions=positions,
             seq_len=self._reader.seq_len,
             documents=self._documents,
         )
@@ -90,7 +89,7 @@ class Loader:
         return self._reader.seq_len
 
     def consumed_batches(self, position: int, *, rows: int = 64) -> Iterator[Batch[np.ndarray]]:
-        """The samples of the positions before `position`, in the order they lie in the corpus: fast to read."""
+        """The samples of all positions before `position`, in the corpus' own order, which is fast to read."""
         for begin in range(0, position, 65_536):
             block = np.arange(begin, min(begin + 65_536, position), dtype=np.int64)
             _, samples = self._order.samples_at(block)
@@ -113,7 +112,7 @@ class Loader:
 
 
 class _Ahead:
-    """A thread that computes steps ahead and hands over what it made or the error it met."""
+    """A thread that computes steps ahead; `take` returns a step or raises the thread's error."""
 
     def __init__(self, loader: Loader, position: int, stride: int, depth: int) -> None:
         self._queue: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=depth)
@@ -126,24 +125,24 @@ class _Ahead:
     def _run(self, loader: Loader, position: int, stride: int) -> None:
         while not self._closed.is_set():
             try:
-                made: StepBatch | BaseException = loader.step_batch(position)
-            except BaseException as error:  # handed to the consumer, who raises it
-                made = error
+                result: StepBatch | BaseException = loader.step_batch(position)
+            except BaseException as error:  # the consumer raises it
+                result = error
             while not self._closed.is_set():
                 try:
-                    self._queue.put(made, timeout=0.2)
+                    self._queue.put(result, timeout=0.2)
                     break
                 except queue.Full:
                     continue
-            if isinstance(made, BaseException):
+            if isinstance(result, BaseException):
                 return
             position += stride
 
     def take(self) -> StepBatch:
-        made = self._queue.get()
-        if isinstance(made, BaseException):
-            raise made
-        return made
+        result = self._queue.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def close(self) -> None:
         self._closed.set()
@@ -153,10 +152,10 @@ class _Ahead:
 def trace_lines(
     step_batch: StepBatch, *, step: int, attempt: int, order: Order, dtype: np.dtype[Any]
 ) -> Iterator[dict[str, int]]:
-    """One line a sample of this rank; fillers are left out.
+    """One line per sample of this rank, without fillers.
 
-    crc32c covers the L+1 tokens as the shard stores them (`dtype`), so the line shows that the right
-    bytes, not just the right number, reached the model.
+    crc32c covers the L+1 tokens as the shard stores them (`dtype`), so a line shows that the right bytes,
+    not only the right sample number, reached the model.
     """
     for batch in step_batch.micro_batches:
         real = np.flatnonzero(batch.rows_B >= 0)

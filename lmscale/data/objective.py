@@ -1,6 +1,6 @@
 """Objectives turn records into a Batch, on the CPU, as pure functions. Causal language modelling so far.
 
-Shapes: B rows, L tokens a row; a record is L+1 tokens, so that each input has its target.
+Shapes: B rows, L tokens per row; a record is L+1 tokens, so that each input has its target.
 """
 
 from collections.abc import Sequence
@@ -25,20 +25,25 @@ class Record:
 
 
 def causal_batch(
-    records: Sequence[Record], *, rows: int, positions: Ints, seq_len: int, documents: Documents
+    records: Sequence[Record],
+    *,
+    rows: int,
+    sample_positions: Ints,
+    seq_len: int,
+    documents: Documents,
 ) -> Batch[np.ndarray]:
     """The next token is the target; `rows - len(records)` filler rows without targets follow the records.
 
-    positions: the global sample position of each record.
-    documents: "separate" restarts positions at each document, gives each an id (attention stays inside
-    equal ids) and drops the target that would predict another document's first token. "joined" treats
-    a row as one text (documents_BL is None, which leaves attention on its plain causal kernel).
+    sample_positions: the global position of each record.
+    documents: "separate" restarts token offsets at each document, gives each document an id (attention
+    stays inside equal ids) and drops the target that would predict another document's first token.
+    "joined" treats a row as one text (documents_BL is None: attention uses its plain causal kernel).
     """
     tokens_BL1 = np.zeros((rows, seq_len + 1), np.int64)
     starts_BL1 = np.zeros((rows, seq_len + 1), bool)
     for row, record in enumerate(records):
         assert record.tokens.shape == (seq_len + 1,), (
-            "a shorter record would be spread over the row"
+            "a shorter record would be broadcast over the row"
         )
         tokens_BL1[row] = record.tokens
         starts_BL1[row, record.starts] = True
@@ -48,13 +53,15 @@ def causal_batch(
     offsets_BL = np.broadcast_to(np.arange(seq_len), (rows, seq_len))
     documents_BL: Ints | None = None
     if documents == "separate":
-        here_BL = starts_BL1[:, :-1]
-        documents_BL = np.cumsum(here_BL, axis=1, dtype=np.int64)
+        is_start_BL = starts_BL1[:, :-1]
+        documents_BL = np.cumsum(is_start_BL, axis=1, dtype=np.int64)
         documents_BL[filled:] = -1
         weights_BL[starts_BL1[:, 1:]] = 0
-        offsets_BL = offsets_BL - np.maximum.accumulate(np.where(here_BL, offsets_BL, 0), axis=1)
+        offsets_BL = offsets_BL - np.maximum.accumulate(
+            np.where(is_start_BL, offsets_BL, 0), axis=1
+        )
     rows_B = np.full(rows, -1, np.int64)
-    rows_B[:filled] = positions
+    rows_B[:filled] = sample_positions
     return Batch(
         inputs=Stream(
             tokens_BL1[:, :-1].copy(), np.ascontiguousarray(offsets_BL, np.int64), documents_BL

@@ -1,19 +1,15 @@
-"""The printable stand-ins that byte-level BPE writes for the 256 bytes in vocabularies and merges.
+"""Text to ids and back, without loss, with Hugging Face `tokenizers`.
 
-The table is GPT-2's (github.com/openai/gpt-2, encoder.py, bytes_to_unicode): bytes that print keep
-their own character, the others take the next free code points from U+0100 on.
+Text is always ordinary text: a document that contains "<eos>" or "<|endoftext|>" is encoded as those
+characters, never as the special token. The code that builds a token stream inserts special tokens as ids.
 
-Which ids play which part: beginning and end of document, padding and the like.
-
-Text to ids and back, without loss, over Hugging Face `tokenizers`.
-
-Text is always ordinary: a document that contains "<eos>" or "<|endoftext|>" is encoded as those
-characters, never as the special token. Specials are put in by who builds a stream, as ids.
+Byte-level BPE writes each of the 256 bytes as a printable character in vocabularies and merges. The table
+is GPT-2's (github.com/openai/gpt-2, encoder.py, bytes_to_unicode): printable bytes are their own
+character, the others take the next free code points from U+0100 on.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -23,12 +19,13 @@ from typing import Any
 import tokenizers
 
 from lmscale.base.errors import ConfigError
+from lmscale.base.fs import atomic_write
 
 
 def _stand_ins() -> tuple[str, ...]:
-    own = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
-    return tuple(chr(byte if byte in own else next(spare)) for byte in range(256))
+    return tuple(chr(byte if byte in printable else next(spare)) for byte in range(256))
 
 
 STAND_INS = _stand_ins()  # index: the byte
@@ -36,7 +33,7 @@ _BYTE_OF = {char: byte for byte, char in enumerate(STAND_INS)}
 
 
 def token_to_bytes(token: str) -> bytes:
-    """The bytes that a byte-level token stands for. Raises KeyError for any other character."""
+    """The bytes of a byte-level token. Raises KeyError for a character outside the table."""
     return bytes(_BYTE_OF[char] for char in token)
 
 
@@ -53,13 +50,13 @@ class SpecialTokens:
     cls: int | None = None
 
     def as_dict(self) -> dict[str, int | None]:
-        """Role -> id, as a corpus manifest holds it."""
+        """Role -> id, as a corpus manifest contains it."""
         return {role: getattr(self, role) for role in ROLES}
 
     def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What stands before and after each document in a token stream.
+        """The ids before and after each document in a token stream.
 
-        A vocabulary with one token for both ends (GPT-2's <|endoftext|>) gets it once, at the end.
+        Where one token has both roles (GPT-2's <|endoftext|>), it is written once, at the end.
         """
         before = () if self.bos is None or self.bos == self.eos else (self.bos,)
         return before, () if self.eos is None else (self.eos,)
@@ -74,7 +71,7 @@ RESERVED_NAMES: tuple[str, ...] = (
     *(f"<reserved_{index}>" for index in range(len(ROLES), NUM_RESERVED)),
 )
 
-# Names that published vocabularies use; the first that a vocabulary has wins.
+# Names in published vocabularies; the first one that a vocabulary has is used.
 _KNOWN_NAMES: Mapping[str, tuple[str, ...]] = {
     "bos": ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>"),
     "eos": ("<eos>", "</s>", "<|end_of_text|>", "<|endoftext|>"),
@@ -105,7 +102,7 @@ def find_special_tokens(ids: Mapping[str, int], config: Mapping[str, Any]) -> Sp
 
 
 def tokenizer_config_path(path: Path) -> Path:
-    """Where published tokenizers keep the roles of their special tokens."""
+    """The file in which published tokenizers keep the roles of their special tokens."""
     return path.with_name("tokenizer_config.json")
 
 
@@ -113,10 +110,10 @@ _BYTE_LEVEL, _SENTENCEPIECE = "byte-level", "sentencepiece"
 
 
 class Tokenizer:
-    """A vocabulary and its rules. Immutable; one thread a process is enough to keep encoding exact."""
+    """A vocabulary and its rules. Immutable."""
 
     def __init__(self, document: dict[str, Any], special: SpecialTokens | None = None) -> None:
-        # A file from elsewhere may cut at 512 tokens, pad, or drop merges at random: none of it here.
+        # A file from elsewhere may truncate, pad, or drop merges at random: all of it is switched off.
         self._document = {**document, "truncation": None, "padding": None}
         model = self._document.get("model")
         if isinstance(model, dict) and model.get("dropout"):
@@ -146,14 +143,14 @@ class Tokenizer:
                 f"{path} is not a tokenizer.json of Hugging Face tokenizers (no `model` in it); "
                 "give such a file, `bytes`, or `bpe:SIZE` to train one"
             )
-        beside = tokenizer_config_path(path)
-        if special is None and beside.exists():
+        config_path = tokenizer_config_path(path)
+        if special is None and config_path.exists():
             names = {
                 token["content"]: token["id"]
                 for token in document.get("added_tokens", ())
                 if token["special"]
             }
-            config = _read_json(beside)
+            config = _read_json(config_path)
             special = find_special_tokens(names, config if isinstance(config, Mapping) else {})
         try:
             return cls(document, special)
@@ -163,18 +160,13 @@ class Tokenizer:
             raise ConfigError(f"{path}: the tokenizers library cannot read it: {error}") from error
 
     def save(self, path: Path) -> None:
-        """Write a tokenizer.json that `load` and Hugging Face tokenizers read; appears whole or not at all."""
-        scratch = path.with_name(f"{path.name}.tmp")
-        with scratch.open("w", encoding="utf-8") as file:
-            json.dump(self._document, file, ensure_ascii=False, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.rename(path)
+        """Write a tokenizer.json that `load` and Hugging Face tokenizers read; durable. Raises OSError."""
+        text = json.dumps(self._document, ensure_ascii=False, indent=1) + "\n"
+        atomic_write(path, text.encode())
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what decides the ids of a text; layout of the file and library version do not."""
+        """SHA-256 over what determines the ids of a text; the file's layout and library version do not."""
         essence = {
             k: v for k, v in self._document.items() if k not in ("version", "post_processor")
         }
@@ -189,7 +181,7 @@ class Tokenizer:
 
     @property
     def cuttable(self) -> bool:
-        """Whether a long text may be encoded in pieces (text/pieces.py): nothing is added or normalised."""
+        """Whether a long text may be encoded in parts (split_text): nothing is added or normalised."""
         return (
             self._kind == _BYTE_LEVEL
             and self._document.get("normalizer") is None
@@ -208,7 +200,7 @@ class Tokenizer:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except TypeError:
             for text in texts:
-                text.encode()  # a lone surrogate: says where
+                text.encode()  # a lone surrogate: this error contains its place
             raise
         return [encoding.ids for encoding in encodings]
 
@@ -219,30 +211,30 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of the ids; specials are dropped."""
         if self._kind == _BYTE_LEVEL:
-            return b"".join(self._pieces[index] for index in ids)
+            return b"".join(self._bytes_of_ids[index] for index in ids)
         kept = [index for index in ids if index not in self._special_ids]
         text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
         return text.encode()
 
     def token_bytes(self) -> list[int]:
-        """For each id the number of UTF-8 bytes it stands for, 0 for specials: for bits per byte."""
-        return [len(piece) for piece in self._pieces]
+        """For each id the number of UTF-8 bytes of its text, 0 for special tokens: for bits per byte."""
+        return [len(piece) for piece in self._bytes_of_ids]
 
     @cached_property
-    def _pieces(self) -> list[bytes]:
-        pieces = [b""] * self.vocab_size
+    def _bytes_of_ids(self) -> list[bytes]:
+        texts = [b""] * self.vocab_size
         for token, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
             if index in self._special_ids:
                 continue
             if index in self._added:
-                pieces[index] = self._added[index].encode()
+                texts[index] = self._added[index].encode()
             elif self._kind == _BYTE_LEVEL:
-                pieces[index] = token_to_bytes(token)
+                texts[index] = token_to_bytes(token)
             elif token.startswith("<0x") and token.endswith(">") and len(token) == 6:
-                pieces[index] = bytes([int(token[3:5], 16)])
+                texts[index] = bytes([int(token[3:5], 16)])
             else:
-                pieces[index] = token.replace("▁", " ").encode()
-        return pieces
+                texts[index] = token.replace("▁", " ").encode()
+        return texts
 
 
 def _stages(document: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
@@ -268,12 +260,12 @@ def _kind(document: Mapping[str, Any]) -> str:
         return _SENTENCEPIECE
     raise ConfigError(
         f"tokenizer: a {document['model'].get('type')} model that is neither byte-level nor has byte fallback "
-        "loses text it does not know; use `bpe:SIZE`, `bytes` or a byte-level tokenizer.json"
+        "loses text outside its vocabulary; use `bpe:SIZE`, `bytes` or a byte-level tokenizer.json"
     )
 
 
 def _check_bytes(kind: str, tokenizer: tokenizers.Tokenizer) -> None:
-    """Every byte of UTF-8 needs an id of its own: what has none, the library drops without a word."""
+    """Every byte of UTF-8 needs an id: the library drops a byte without one silently."""
     never = {0xC0, 0xC1, *range(0xF5, 0x100)}
     missing = [
         byte

@@ -1,7 +1,4 @@
-"""Cut long texts where byte-level BPE starts a new word anyway, so that memory stays bounded.
-
-Vocabularies of our own: byte-level BPE learned from text, and plain bytes.
-"""
+"""Vocabularies of our own, byte-level BPE learned from text and plain bytes; and splitting long texts."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -12,36 +9,36 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from lmscale.base.errors import ConfigError
 from lmscale.tokenizer.tokenizer import NUM_RESERVED, RESERVED_NAMES, STAND_INS, Tokenizer
 
-PIECE_CHARS = 1 << 18  # encoding holds about 100 bytes a character
+PART_CHARS = 1 << 18  # encoding needs about 100 bytes of memory per character
 
 
-def split_text(blocks: Iterable[str], size: int = PIECE_CHARS) -> Iterator[str]:
-    """The text in pieces of at most `size` characters, cut after a word and before a space.
+def split_text(blocks: Iterable[str], size: int = PART_CHARS) -> Iterator[str]:
+    """The text in parts of at most `size` characters, cut after a word and before a space.
 
-    There the patterns of GPT-2 and of later vocabularies end a word whatever comes next, so the ids of the
-    pieces put together are the ids of the whole. (Not after a line break: where a run of white space
-    ends depends on what follows it; nor before one, which Llama-3's pattern binds to punctuation.) A
-    stretch of `size` characters without such a place is cut at its end: nothing is lost, one word
-    may be split. A function of the text alone, however it comes in blocks.
+    There the patterns of GPT-2 and of later vocabularies always end a word, so the concatenated ids of the
+    parts are the ids of the whole text. (Not after a line break: the end of a run of white space depends
+    on what follows it; nor before one, which Llama-3's pattern binds to punctuation.) A stretch of `size`
+    characters without such a place is cut at its end: nothing is lost, one word may be split. The result
+    depends on the text alone, not on its blocks.
     """
-    held = ""
+    rest = ""
     for block in blocks:
-        held += block
+        rest += block
         start = 0
-        while len(held) - start > size:
-            cut = _word_end(held, start, start + size)
-            yield held[start:cut]
+        while len(rest) - start > size:
+            cut = _word_end(rest, start, start + size)
+            yield rest[start:cut]
             start = cut
-        held = held[start:]
-    if held:
-        yield held
+        rest = rest[start:]
+    if rest:
+        yield rest
 
 
 def _word_end(text: str, start: int, stop: int) -> int:
-    """The last place in (start, stop] where a word ends before a space, else `stop`. text[stop] exists."""
-    for place in range(stop, start, -1):
-        if text[place] == " " and not text[place - 1].isspace():
-            return place
+    """The last offset in (start, stop] where a word ends before a space, else `stop`. text[stop] exists."""
+    for offset in range(stop, start, -1):
+        if text[offset] == " " and not text[offset - 1].isspace():
+            return offset
     return stop
 
 
@@ -52,8 +49,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     """Learn a byte-level BPE with at most `vocab_size` ids, 0-15 reserved.
 
     Deterministic: the same texts in any grouping that keeps words whole give the same merges, on any
-    number of threads (ties are broken by id). Fewer ids come out where the text has no more pairs to
-    merge. Costs about 4 s for 30 MB on two cores; memory grows with the distinct words, not the text.
+    number of threads (ties are broken by id). The vocabulary is smaller where the text has no more pairs
+    to merge. Costs about 4 s for 30 MB on two cores; memory grows with the distinct words, not the text.
     """
     if vocab_size < MIN_BPE_SIZE:
         raise ConfigError(
@@ -73,8 +70,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     trained = Tokenizer(json.loads(tokenizer.to_str()))
     sizes = trained.token_bytes()
-    assert not any(sizes[:NUM_RESERVED]), "ids 0-15 stand for no text"
-    assert all(sizes[NUM_RESERVED:]), "all others do"
+    assert not any(sizes[:NUM_RESERVED]), "ids 0-15 have no text"
+    assert all(sizes[NUM_RESERVED:]), "all other ids have text"
     return trained
 
 
@@ -83,7 +80,7 @@ def bytes_tokenizer() -> Tokenizer:
     vocab = {name: index for index, name in enumerate(RESERVED_NAMES)}
     vocab |= {char: NUM_RESERVED + byte for byte, char in enumerate(STAND_INS)}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    # The pattern only keeps the words short here: BPE is slow on a word as long as a document.
+    # The pattern only keeps words short: BPE is slow on a word as long as a document.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(RESERVED_NAMES))

@@ -66,7 +66,7 @@ def _batch(texts: list[list[int]], seq_len: int) -> Batch[np.ndarray]:
         records.append(Record(tokens, np.empty(0, np.int64)))
     positions = np.arange(len(texts), dtype=np.int64)
     return causal_batch(
-        records, rows=len(texts), positions=positions, seq_len=seq_len, documents="joined"
+        records, rows=len(texts), sample_positions=positions, seq_len=seq_len, documents="joined"
     )
 
 

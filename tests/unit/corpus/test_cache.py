@@ -92,7 +92,7 @@ def test_a_whole_cache_needs_nothing_of_the_corpus(
     made = make(tmp_path / "corpus", tokens=630, documents=documents)
     want = read_all(made.path)
     done = stage(made, tmp_path / "cache")
-    assert (done.copied, done.wanted, done.there, done.all_fit) == (CHUNKS, CHUNKS, 0, True)
+    assert (done.copied, done.wanted, done.present, done.all_fit) == (CHUNKS, CHUNKS, 0, True)
     without_tokens(made.path)
     assert read_all(made.path, tmp_path / "cache", memory_bytes=memory_bytes) == want
     with pytest.raises(DataError):
@@ -232,7 +232,7 @@ def test_what_is_read_first_gets_the_room_and_old_copies_go_first(
     stage(made, cache, 8, 9)
     done = stage(made, cache, 5, 9, 2, 7, 1, 6, cache_bytes=room)
     assert cached(made, cache) == {5, 9, 2, 7}
-    assert (done.wanted, done.there, done.copied, done.evicted) == (4, 1, 3, 1)
+    assert (done.wanted, done.present, done.copied, done.evicted) == (4, 1, 3, 1)
     assert not done.all_fit
     room = bytes_of(made, tmp_path / "all", 5, 2) + 20
     done = stage(made, cache, 5, 2, cache_bytes=room)  # less than is used
@@ -304,7 +304,7 @@ with cache_lock(cache, stop, say=lambda text: print("waiting", flush=True)):
     blocks = [np.arange(manifest.num_chunks)]
     done = stager.stage(blocks, max_chunks=manifest.num_chunks, stop=stop, progress=lambda a, b: None)
     time.sleep(float(sys.argv[3]))
-print(done.copied, done.there)
+print(done.copied, done.present)
 """
 
 

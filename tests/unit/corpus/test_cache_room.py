@@ -59,7 +59,7 @@ def test_an_empty_copy_counts_as_none(made: Made, tmp_path: Path) -> None:
     stage(made, cache, 0, 1, 2)
     chunk_path(corpus_cache_folder(cache, made.manifest), 1).write_bytes(b"")
     done = stage(made, cache, 0, 1, 2)
-    assert (done.there, done.copied) == (2, 1)
+    assert (done.present, done.copied) == (2, 1)
     assert chunk_path(corpus_cache_folder(cache, made.manifest), 1).stat().st_size
 
 

@@ -60,9 +60,9 @@ def test_memory_stays_below_its_bound(made: Made) -> None:
         assert reader.keeps_chunks
         for sample in np.random.default_rng(0).integers(0, reader.num_samples, 200):
             reader.read_sample(int(sample))
-            held = sum(h.tokens.nbytes + h.starts.nbytes for h in reader._held.values())
-            assert held == reader._held_bytes <= bound
-        assert len(reader._held) >= 2
+            stored = sum(chunk.nbytes for chunk in reader._memory.values())
+            assert stored == reader._memory.used <= bound
+        assert len(reader._memory.values()) >= 2
 
 
 def test_reader_holds_chunks_only_where_those_in_use_fit(made: Made) -> None:

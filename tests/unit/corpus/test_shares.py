@@ -158,8 +158,8 @@ def test_expected_numbers_are_close_to_the_exact_ones(
     order, split = Order(320_777, 16, 64, seed=3), BatchSplit(64, 4, 2)
     layout = layout_of(order, shard_chunks=5)
     exact = node_shares(order, layout, split, position=position, steps=steps)
-    monkeypatch.setattr(shares_module, "_MOST_CHUNKS", 0)
-    monkeypatch.setattr(shares_module, "_MOST_SAMPLES", 0)
+    monkeypatch.setattr(shares_module, "_MAX_EXACT_CHUNKS", 0)
+    monkeypatch.setattr(shares_module, "_MAX_EXACT_SAMPLES", 0)
     expected = node_shares(order, layout, split, position=position, steps=steps)
     assert exact.exact
     assert not expected.exact
@@ -173,7 +173,7 @@ def test_expected_numbers_are_close_to_the_exact_ones(
 def test_streams_that_wander_are_counted_for_the_first_steps_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shares_module, "_MOST_SAMPLES", 150)
+    monkeypatch.setattr(shares_module, "_MAX_EXACT_SAMPLES", 150)
     order = Order(4000, 8, 16)
     got = node_shares(order, layout_of(order), BatchSplit(15, 4, 1), steps=100)
     assert (got.steps, got.exact, got.samples.sum()) == (10, True, 150)

@@ -11,7 +11,11 @@ from lmscale.data.objective import Record, causal_batch
 def batch(tokens: list[int], starts: tuple[int, ...] = ()) -> Batch[np.ndarray]:
     record = Record(np.array(tokens), np.array(starts, np.int64))
     return causal_batch(
-        [record], rows=2, positions=np.array([0]), seq_len=len(tokens) - 1, documents="separate"
+        [record],
+        rows=2,
+        sample_positions=np.array([0]),
+        seq_len=len(tokens) - 1,
+        documents="separate",
     )
 
 

@@ -23,7 +23,9 @@ def records(draw: st.DrawFn) -> tuple[list[Record], int, int]:
 def build(case: tuple[list[Record], int, int], documents: str) -> Batch[np.ndarray]:
     made, seq_len, rows = case
     positions = np.arange(100, 100 + len(made))
-    return causal_batch(made, rows=rows, positions=positions, seq_len=seq_len, documents=documents)
+    return causal_batch(
+        made, rows=rows, sample_positions=positions, seq_len=seq_len, documents=documents
+    )
 
 
 @settings(max_examples=60, deadline=None)
