@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from lmscale.base.errors import ConfigError, ExitCode, LmscaleError, Problem, UsageError
 from lmscale.base.fs import storage_errors
-from lmscale.checks.corpora import missing_corpora
-from lmscale.checks.resume import finished_message, finished_step
+from lmscale.checks.corpus_checks import missing_corpora
+from lmscale.checks.resume_checks import finished_message, finished_step
 from lmscale.config import rules as checks
 from lmscale.config.run_file import load
 from lmscale.config.schema import RunConfig

@@ -53,7 +53,7 @@ def _rest(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.checkpoint.asynchronous:
         yield _not_yet("checkpoint.async", True, "use false")
     if cfg.train.init_from is not None:
-        nearest = "use null; train.resume=CHECKPOINT goes on with weights, moments and position"
+        nearest = "use null; train.resume=CHECKPOINT continues with weights, moments and position"
         yield _not_yet("train.init_from", cfg.train.init_from, nearest)
     for tracker in cfg.log.trackers:
         if tracker != "tensorboard":

@@ -12,7 +12,7 @@ import torch
 from lmscale.base.errors import ConfigError, ExitCode, Problem
 from lmscale.base.fs import atomic_write, storage_errors
 from lmscale.base.world import World
-from lmscale.checks.resume import check_identity
+from lmscale.checks.resume_checks import check_identity
 from lmscale.config.identity import total_steps
 from lmscale.config.model_spec import decoder_spec
 from lmscale.config.run_file import dump

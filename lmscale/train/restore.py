@@ -18,7 +18,7 @@ from typing import Any
 from lmscale.base.errors import CheckpointError, ConfigError, Problem, RetryableError, UsageError
 from lmscale.checkpoint.load import load_checkpoint
 from lmscale.checkpoint.torch_dcp import Mismatch
-from lmscale.checks.resume import check_identity, read_checkpoint
+from lmscale.checks.resume_checks import check_identity, read_checkpoint
 from lmscale.config.identity import differing, fingerprint, identity, placement
 from lmscale.config.schema import RunConfig
 from lmscale.engine.base import Engine

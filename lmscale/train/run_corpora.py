@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmscale.base.errors import ConfigError
-from lmscale.checks.corpora import corpus_problems, missing_corpora
+from lmscale.checks.corpus_checks import corpus_problems, missing_corpora
 from lmscale.config.schema import RunConfig
 from lmscale.corpus.manifest import Manifest, corpus_folder, tokenizer_path
 from lmscale.corpus.order import Order, chunks_in_use

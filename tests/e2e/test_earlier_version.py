@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lmscale.base.errors import ConfigError
-from lmscale.checks.resume import check_identity, read_checkpoint
+from lmscale.checks.resume_checks import check_identity, read_checkpoint
 from lmscale.config.earlier_keys import translate_config
 from lmscale.config.identity import fingerprint
 from lmscale.config.run_file import load

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lmscale.base.errors import ConfigError, Problem, UsageError
-from lmscale.checks.resume import resume_problems
+from lmscale.checks.resume_checks import resume_problems
 from lmscale.config.run_file import load
 from lmscale.config.schema import RunConfig
 from lmscale.run_folder.bad_nodes import read_bad_nodes

@@ -180,7 +180,7 @@ def _planned_steps(
 
 
 def _steps_of(path: Path) -> int | None:
-    from lmscale.checks.corpora import corpus_samples
+    from lmscale.checks.corpus_checks import corpus_samples
     from lmscale.config.identity import total_steps
 
     try:

@@ -11,8 +11,8 @@ from typing import Any
 
 from lmscale.base.errors import ConfigError, ExitCode, Problem
 from lmscale.base.fs import create_exclusively, lock_folder, storage_errors
-from lmscale.checks.corpora import missing_corpora
-from lmscale.checks.resume import finished_message, finished_step
+from lmscale.checks.corpus_checks import missing_corpora
+from lmscale.checks.resume_checks import finished_message, finished_step
 from lmscale.config.run_file import dump, load
 from lmscale.config.schema import RunConfig
 from lmscale.run_folder.liveness import live, refusal, wait_for_silence

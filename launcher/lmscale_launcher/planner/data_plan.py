@@ -37,7 +37,7 @@ def corpus_facts(cfg: RunConfig) -> CorpusFacts:
     path = cfg.data.corpora[0].path
     if not Path(path).exists():
         return CorpusFacts(path, None, None, *_vocabulary(cfg))
-    from lmscale.checks.corpora import too_few_samples
+    from lmscale.checks.corpus_checks import too_few_samples
     from lmscale.corpus.manifest import load_part
 
     _, manifest = load_part(Path(path))

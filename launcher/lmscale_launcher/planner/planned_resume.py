@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmscale.base.errors import ConfigError, Problem
-from lmscale.checks.resume import identity_problem, read_checkpoint
+from lmscale.checks.resume_checks import identity_problem, read_checkpoint
 from lmscale.config.schema import RunConfig
 from lmscale.run_folder.checkpoints import newest_valid
 from lmscale.run_folder.paths import RunFolder

@@ -15,7 +15,7 @@ from lmscale.checkpoint.load import load_checkpoint, load_weights_one_process
 from lmscale.checkpoint.retention import retain
 from lmscale.checkpoint.save import save_checkpoint
 from lmscale.checkpoint.torch_dcp import Mismatch
-from lmscale.checks.resume import read_checkpoint
+from lmscale.checks.resume_checks import read_checkpoint
 from lmscale.run_folder.attempts import claim
 from lmscale.run_folder.checkpoints import damage, listing
 from lmscale.run_folder.paths import RunFolder

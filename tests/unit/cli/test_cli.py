@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from lmscale import __version__
 from lmscale.base.errors import ConfigError, UsageError
 from lmscale.base.units import show_bytes, show_count
-from lmscale.checks.resume import finished_step
+from lmscale.checks.resume_checks import finished_step
 from lmscale.cli import entry
 from lmscale.cli.app import app
 from lmscale.config.identity import identity

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lmscale.base.errors import ConfigError, Problem
-from lmscale.checks.corpora import corpus_samples
+from lmscale.checks.corpus_checks import corpus_samples
 from lmscale.config.earlier_keys import translate_manifest
 from lmscale.config.identity import ORDER_KEYS, differing, identity, total_steps
 from lmscale.config.schema import RunConfig

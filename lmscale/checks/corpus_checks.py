@@ -32,7 +32,11 @@ def corpus_samples(cfg: RunConfig) -> int:
 
 
 def corpus_problems(
-    cfg: RunConfig, manifest: "Manifest", *, tokenizer_file: Path, held_out: "Mapping[str, Manifest]"
+    cfg: RunConfig,
+    manifest: "Manifest",
+    *,
+    tokenizer_file: Path,
+    held_out: "Mapping[str, Manifest]",
 ) -> Iterator[Problem]:
     """What of the corpora does not fit the run file.
 
@@ -80,7 +84,12 @@ def _other_tokenizer(cfg: RunConfig, manifest: "Manifest") -> Iterator[Problem]:
 
 
 def _held_out(
-    cfg: RunConfig, index: int, path: str, part: "Manifest", training: "Manifest", tokenizer_file: Path
+    cfg: RunConfig,
+    index: int,
+    path: str,
+    part: "Manifest",
+    training: "Manifest",
+    tokenizer_file: Path,
 ) -> Iterator[Problem]:
     key, expected = f"eval.corpora[{index}]", training.tokenizer.fingerprint
     if part.tokenizer.fingerprint != expected:
