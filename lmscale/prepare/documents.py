@@ -1,6 +1,5 @@
-"""The documents of an input, one after the other, as streams of text blocks.
-
-The text that a vocabulary is trained on: all of a small input, an even sample of a large one.
+"""The documents of an input, one after the other, as streams of text blocks; and the text that a vocabulary
+is trained on: all of a small input, an even sample of a large one.
 """
 
 import codecs

@@ -1,6 +1,6 @@
-"""Which files are read, in which order, and in which slices workers share them.
+"""Which files are read, in which order, in which slices workers share them, and how they are decompressed.
 
-Compressed input as a stream of bytes that never ends early in silence.
+A truncated compressed file is an error: its end is never taken for the end of the text.
 """
 
 import gzip

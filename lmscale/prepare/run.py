@@ -1,6 +1,4 @@
-"""One stage of a run: jobs of known size, done by workers, told to whoever watches.
-
-`prepare`: raw text in, corpora out. The order of the passes.
+"""`prepare`: raw text in, corpora out. The order of the passes, and whether OUT is new, finished or unfinished.
 
     input -> slices -> [workers: raw ids in scratch] -> cuts -> [workers: shards] -> manifests
 

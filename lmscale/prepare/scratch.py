@@ -1,15 +1,13 @@
-"""OUT/.prepare: what a killed run leaves behind, so that the next one goes on from there.
+"""OUT/.prepare: what a killed run leaves, so that the next one resumes from there.
 
-lock             held (flock) by the run and by each of its workers
-job.json         which input and options the rest belongs to
+lock             locked (flock) by the run and by each of its workers
+job.json         the input and options that the other files belong to
 tokenizer.json
-slices/000012.json               last file of a finished slice; says what the others hold
+slices/000012.json               the last file of a finished slice; describes the other two
 slices/000012-0003.tokens        raw ids of whole documents, framed by bos and eos
-slices/000012-0003.documents     int64 pairs: ids, bytes of text; one pair a document
-cuts.json        where the documents of each part lie
-train/ heldout/  the parts, moved to OUT when they are whole
-
-Whose OUT is this? New, finished, left by a killed run of the same job, or somebody else's.
+slices/000012-0003.documents     int64 pairs: ids, bytes of text; one pair per document
+cuts.json        which documents each part contains
+train/ heldout/  the parts, moved to OUT when they are complete
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""One stage of a run: jobs of known size, done by workers, told to whoever watches."""
+"""One stage of a run: jobs of known size, which workers do, with progress in bytes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

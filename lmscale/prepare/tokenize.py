@@ -1,7 +1,4 @@
-"""First pass: a slice of the input becomes raw ids in scratch files. One call is one piece of work of a worker.
-
-Second pass: the shards and the manifest of one part, moved to OUT when they are whole.
-"""
+"""First pass: a slice of the input becomes raw ids in scratch files. One call is one job of a worker."""
 
 from array import array
 from collections.abc import Callable, Iterator

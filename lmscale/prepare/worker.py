@@ -1,6 +1,6 @@
-"""One worker process: reads pieces of work as JSON lines, answers with JSON lines.
+"""One worker process: reads jobs as JSON lines and answers with JSON lines.
 
-Started as `python -m lmscale.prepare.worker PARENT_PID` by pool.py. It never outlives its parent.
+workers.py starts it as `python -m lmscale.prepare.worker PARENT_PID`. It ends when its parent ends.
 """
 
 import json

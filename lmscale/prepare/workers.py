@@ -1,9 +1,8 @@
-"""The three kinds of work a worker does, called by plain JSON values.
+"""The jobs of `prepare`, as calls with plain JSON values, and a few worker processes that do them.
 
-A few worker processes that take pieces of work from a list. One worker = this process itself.
-
-Processes of our own rather than multiprocessing: nothing of the caller's __main__ is imported again,
-no semaphores are left behind, a dead worker is seen at once, and Ctrl-C reaches only the parent.
+With one worker the jobs run in this process. The worker processes are our own rather than multiprocessing's:
+the caller's __main__ is not imported again, no semaphores are left behind, a dead worker is noticed at once,
+and Ctrl-C reaches only the parent.
 """
 
 import json
