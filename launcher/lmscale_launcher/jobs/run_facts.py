@@ -20,6 +20,7 @@ from lmscale.run_folder import events
 from lmscale.run_folder.attempts import Fence, fence
 from lmscale.run_folder.checkpoints import MANIFEST
 from lmscale.run_folder.paths import RunFolder, parse_checkpoint_name
+from lmscale.run_folder.status_file import StatusRecord, read_status
 from lmscale_launcher.clusters.job import JobRecord
 from lmscale_launcher.clusters.kinds import cluster_of
 from lmscale_launcher.jobs.job_plan import newest_record
@@ -63,6 +64,7 @@ class RunFacts:
     finished: int | None = None  # the step at which that attempt completed the run
     stop: str | None = None  # RUN/stop: what it says
     record: JobRecord | None = None
+    status: StatusRecord | None = None  # RUN/status.json of the newest start
     end: JobEnd | None = None  # None: the script is at work, or did not get to write it
     planned_steps: int | None = None  # by the run file; None where it cannot be told
     trouble: str = ""  # what could not be read
@@ -138,6 +140,7 @@ def _read(folder: RunFolder) -> RunFacts:
         finished=rule.attempts[attempt].finished if attempt else None,
         stop=_text(folder.stop),
         record=record,
+        status=read_status(folder),
         end=_job_end(folder, record) if record is not None else None,
         planned_steps=_planned_steps(folder, record, written),
     )
@@ -207,7 +210,7 @@ def _alive(events: tuple[Event, ...]) -> bool | None:
 def _signature(folder: RunFolder) -> object:
     """Changes with everything that `_read` looks at, for a few calls of stat."""
     single = (
-        folder.metrics, folder.stop, folder.config, folder.attempts, folder.checkpoints, folder.jobs,
+        folder.metrics, folder.stop, folder.status, folder.config, folder.attempts, folder.checkpoints, folder.jobs,
     )  # fmt: skip
     starts = []
     if folder.events.is_dir():

@@ -245,6 +245,13 @@ def _living(facts: RunFacts, start: StartRecord, *, now: float) -> Verdict:
         return "running", f"but its process on {start.host} has disappeared"
     if age_s >= STALE_S:
         return "running", f"but no heartbeat for {_silence(facts, start, now=now)} ({start.host})"
+    written = facts.status
+    if written is not None and written.start == start.name:
+        # While the heartbeat is fresh this is the supervisor's own state.
+        if written.state == "saving" or (written.state == "waiting" and written.reason):
+            return written.state, written.reason
+        if written.state == "running" and written.reason:
+            return "running", written.reason
     if start.restart is not None:
         return "waiting", end_in_words(start)
     if facts.stop is not None:

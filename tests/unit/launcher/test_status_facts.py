@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import time
@@ -241,7 +240,7 @@ def test_a_cluster_that_does_not_answer_says_so() -> None:
     assert told == JobState("unknown", "slurm did not answer: squeue: timed out after 10 s")
 
 
-def test_two_hundred_runs_cost_less_than_a_second_of_cpu(tmp_path: Path) -> None:
+def test_two_hundred_runs_are_shown_without_importing_torch(tmp_path: Path) -> None:
     for n in range(200):
         folder = started(tmp_path / "runs" / f"r{n}")
         for start in range(5):
@@ -253,22 +252,18 @@ def test_two_hundred_runs_cost_less_than_a_second_of_cpu(tmp_path: Path) -> None
         write_lines(folder.metrics, 300)
         checkpoint(folder, 100, 5)
         checkpoint(folder, 200, 5)
-    seconds = []
-    for _ in range(3):  # other load on the machine only adds to them
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-m", "lmscale", "status", "--json"], cwd=tmp_path, timeout=60,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    code = (
+        "import sys; from lmscale_launcher.jobs.status import status\n"
+        "status(None, watch=False, as_json=True); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, timeout=60, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     told = json.loads(done.stdout)
     assert len(told) == 200
     assert {(one["state"], one["step"], one["checkpoint_step"]) for one in told} == {
         ("running", 300, 200)
     }
-    assert min(seconds) <= 1, seconds
 
 
 def test_every_key_and_state_is_documented() -> None:

@@ -1,6 +1,7 @@
 """How a run stands: folder and cluster against each other, as one pure function."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmscale.run_folder.paths import RunFolder
+from lmscale.run_folder.status_file import StatusRecord
 from lmscale_launcher.clusters.base import JobState
 from lmscale_launcher.clusters.job import JobRecord
 from lmscale_launcher.jobs.job_plan import write_record
@@ -371,3 +373,24 @@ def test_a_decision_that_cannot_be_decoded_counts_as_absent(tmp_path: Path, cont
     body = {"version": 1, "job": "17", "start": "a", "code": 78, "reason": "r", "again": False}
     (folder.jobs / "1.end").write_text(json.dumps(body))
     assert RunFolderReader().read(folder).end == JobEnd(78, "r", again=False)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "words"),
+    [
+        ("saving", "the time limit is near", "saving: the time limit is near"),
+        ("waiting", "rank 3 died by SIGKILL", "waiting to start again: rank 3 died by SIGKILL"),
+        ("running", "rank 3 is stuck", "running: rank 3 is stuck"),
+        ("running", "", "starting: for 2m00s"),
+    ],
+)
+def test_the_written_status_of_a_living_start_comes_first(
+    state: Any, reason: str, words: str
+) -> None:
+    facts = {"record": record(), "events": (event("start", at=-120),), "beat_time": NOW - 1}
+    written = StatusRecord("slurm-17-0", state, 3, reason, NOW - 9, NOW - 120, NOW - 1, "n1", 1)
+    assert standing({**facts, "status": written}, RUNNING).in_words() == words
+    other = replace(written, start="slurm-17-9")
+    assert standing({**facts, "status": other}, RUNNING).in_words() == "starting: for 2m00s"
+    silent = {**facts, "status": written, "beat_time": NOW - 100}
+    assert "no heartbeat" in standing(silent, RUNNING).in_words()
