@@ -57,7 +57,7 @@ from lmscale.base.errors import ConfigError
 from lmscale.config.run_file import load
 from lmscale_launcher.clusters.kinds import cluster_of
 from lmscale_launcher.jobs.job_plan import plan_job
-from lmscale_launcher.planner.topology import placed, room_of
+from lmscale_launcher.planner.topology import available_host_bytes, planned_topology
 
 root = Path(sys.argv[1])
 for package in (lmscale, lmscale_launcher):
@@ -67,8 +67,8 @@ keys = ["cluster.kind=toy", "cluster.nodes=2", "cluster.toy.queue=gpu", "cluster
 cfg = load("smoke", [*keys, "cluster.ranks_per_node=1"], cwd=root)
 plan = plan_job(cfg, number=1, cwd=root)
 print(cluster_of("toy").preview(plan), end="")
-place = placed(cfg, os.environ)
-assert (place.nodes, room_of(place, os.environ, cfg)) == (2, None)
+topology = planned_topology(cfg, os.environ)
+assert (topology.nodes, available_host_bytes(topology, cfg)) == (2, None)
 for refused in (keys, [*keys, "cluster.ranks_per_node=1", "cluster.time_limit=30"]):
     try:
         plan_job(load("smoke", refused, cwd=root), number=1, cwd=root)
