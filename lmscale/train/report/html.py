@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from html import escape
 
 from lmscale.base.units import show_count, show_seconds
-from lmscale.train.report.read import Evaluation, Event, RunHistory
+from lmscale.train.report.read import Evaluation, RecordedEvent, RunHistory
 from lmscale.train.report.words import (
     Status,
     Tile,
@@ -46,7 +46,7 @@ def tile_list(tiles: Iterable[Tile]) -> str:
 
 def samples(record: RunHistory) -> str:
     """The newest text of each prompt."""
-    newest: dict[str, Event] = {}
+    newest: dict[str, RecordedEvent] = {}
     for event in record.of_kind("sample"):
         newest[str(event.fields.get("prompt", ""))] = event
     if not newest:
@@ -127,7 +127,7 @@ def attempts(record: RunHistory) -> str:
     return f"<section{kind}><h2>Attempts</h2>{_table(head, rows)}</section>"
 
 
-def from_step(event: Event) -> int | None:
+def from_step(event: RecordedEvent) -> int | None:
     """The step that an attempt resumes from."""
     step = event.number("from", "from_step", "step")
     return None if step is None else int(step)
@@ -147,7 +147,7 @@ def events(record: RunHistory) -> str:
     found = [e for e in record.events if e.kind not in ("sample", "environment")]
     if not found:
         return ""
-    head = [("", "Time (UTC)"), ("", "Event"), ("n", "Step"), ("", "Details")]
+    head = [("", "Time (UTC)"), ("", "RecordedEvent"), ("n", "Step"), ("", "Details")]
     left_out = len(found) - _MOST_EVENTS
     if left_out > 0:
         found = found[: _MOST_EVENTS // 4] + found[left_out + _MOST_EVENTS // 4 :]
@@ -178,7 +178,7 @@ def footer(record: RunHistory) -> str:
     )
 
 
-def _quote(event: Event) -> str:
+def _quote(event: RecordedEvent) -> str:
     prompt, text = (str(event.fields.get(name, "")) for name in ("prompt", "text"))
     step = event.number("step")
     where = "" if step is None else f"<p>Step {step:,.0f}</p>"
@@ -215,7 +215,7 @@ def _table(head: Sequence[Cell], rows: Iterable[tuple[str, Sequence[Cell]]]) -> 
     )
 
 
-def _end(of_start: Sequence[Event], *, is_newest: bool) -> str:
+def _end(of_start: Sequence[RecordedEvent], *, is_newest: bool) -> str:
     code = next((c for e in reversed(of_start) if (c := exit_code(e)) is not None), None)
     if code is not None:
         return how_it_ended(code)
@@ -224,7 +224,7 @@ def _end(of_start: Sequence[Event], *, is_newest: bool) -> str:
     return "–" if is_newest else "died without an exit event"
 
 
-def _where(attempt: Event, of_start: Sequence[Event]) -> str:
+def _where(attempt: RecordedEvent, of_start: Sequence[RecordedEvent]) -> str:
     """Facts of the attempt and of the start it belongs to, each once."""
     told = [e.fields for e in of_start if e.kind == "start"] + [attempt.fields]
     known = {key: value for fields in told for key, value in fields.items()}
@@ -232,7 +232,7 @@ def _where(attempt: Event, of_start: Sequence[Event]) -> str:
     return _pairs({key: value for key, value in known.items() if key not in shown_elsewhere})
 
 
-def _details(event: Event, *, without: Sequence[str]) -> str:
+def _details(event: RecordedEvent, *, without: Sequence[str]) -> str:
     return escape(_pairs({k: v for k, v in event.fields.items() if k not in without}))
 
 

@@ -17,7 +17,7 @@ from lmscale.base.units import show_count
 from lmscale.run_folder.paths import RunFolder
 from lmscale.train.report import charts, html, words
 from lmscale.train.report.charts import Drawn, Frame, Marks, Series
-from lmscale.train.report.read import Event, RunHistory, read_record
+from lmscale.train.report.read import RecordedEvent, RunHistory, read_record
 from lmscale.train.report.shape import smooth, wants_log_x
 
 _MOST_CORPORA = 6  # with a chart of their own
@@ -98,7 +98,7 @@ def marks(record: RunHistory) -> Marks:
     return Marks(sorted(saves), sorted(s for s in restarts if s > 0))
 
 
-def _restart_step(event: Event) -> int:
+def _restart_step(event: RecordedEvent) -> int:
     return html.from_step(event) or 0
 
 

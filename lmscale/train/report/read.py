@@ -22,7 +22,7 @@ COLUMNS = ("loss", "tokens", "lr", "grad_norm", "tokens_per_s", "mfu")
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class RecordedEvent:
     """One line of events/START.jsonl."""
 
     start: str  # the file's stem: which start of the run wrote it
@@ -54,7 +54,7 @@ class RunHistory:
     columns: Mapping[str, np.ndarray]  # float64, one for each of COLUMNS, as long as steps
     evaluations: tuple[Evaluation, ...]  # by corpus in the order of appearance, then by step
     baselines: Mapping[str, Mapping[str, float]]  # corpus -> unigram | bigram -> bits per byte
-    events: tuple[Event, ...]  # by time
+    events: tuple[RecordedEvent, ...]  # by time
     config_text: str
     config_tree: object  # the same, decoded; None where it is missing or cannot be
 
@@ -70,7 +70,7 @@ class RunHistory:
         """Corpora with an evaluation, in the order of appearance."""
         return list(dict.fromkeys(e.corpus for e in self.evaluations))
 
-    def of_kind(self, *kinds: str) -> list[Event]:
+    def of_kind(self, *kinds: str) -> list[RecordedEvent]:
         """Events of these kinds, by time."""
         return [event for event in self.events if event.kind in kinds]
 
@@ -147,11 +147,11 @@ def _evaluations(path: Path) -> tuple[tuple[Evaluation, ...], dict[str, dict[str
     return found, baselines
 
 
-def _events(path: Path) -> Iterator[Event]:
+def _events(path: Path) -> Iterator[RecordedEvent]:
     for line in readable_lines(path):
         kind = str(line.get("kind", ""))
         # host and pid stand in every line; a `start` is about them, and the environment names the host
         apart = {"kind", "time", "start", "ticks"}
         apart |= set() if kind == "start" else {"pid"} if kind == "environment" else {"pid", "host"}
         fields = {key: value for key, value in line.items() if key not in apart}
-        yield Event(path.stem, kind, finite(line.get("time")), fields)
+        yield RecordedEvent(path.stem, kind, finite(line.get("time")), fields)

@@ -8,7 +8,7 @@ import numpy as np
 
 from lmscale.base.errors import ExitCode
 from lmscale.base.units import show_count, show_seconds
-from lmscale.train.report.read import Evaluation, Event, RunHistory
+from lmscale.train.report.read import Evaluation, RecordedEvent, RunHistory
 from lmscale.train.report.shape import half_width, smooth
 
 _ENDS = {
@@ -65,7 +65,7 @@ def how_it_ended(code: int) -> str:
     return f"died by signal {code - 128}" if code > 128 else f"exit code {code}"
 
 
-def exit_code(event: Event) -> int | None:
+def exit_code(event: RecordedEvent) -> int | None:
     """The code that the last event of a start holds."""
     code = event.number("code", "exit_code") if event.kind in ("exit", "stop") else None
     return None if code is None else int(code)
@@ -241,7 +241,7 @@ def _seconds_in_steps(record: RunHistory) -> float | None:
     return float(known.sum()) if len(known) else None
 
 
-def _since_newest_start(record: RunHistory) -> list[Event]:
+def _since_newest_start(record: RunHistory) -> list[RecordedEvent]:
     newest = record.of_kind("start", "attempt")
     return [e for e in record.events if not newest or e.start == newest[-1].start]
 
