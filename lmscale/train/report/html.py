@@ -147,7 +147,7 @@ def events(record: RunHistory) -> str:
     found = [e for e in record.events if e.kind not in ("sample", "environment")]
     if not found:
         return ""
-    head = [("", "Time (UTC)"), ("", "RecordedEvent"), ("n", "Step"), ("", "Details")]
+    head = [("", "Time (UTC)"), ("", "Event"), ("n", "Step"), ("", "Details")]
     left_out = len(found) - _MOST_EVENTS
     if left_out > 0:
         found = found[: _MOST_EVENTS // 4] + found[left_out + _MOST_EVENTS // 4 :]
