@@ -83,6 +83,15 @@ def fsync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_file(path: Path) -> None:
+    """Make the content of a file that is closed already survive a power cut. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def atomic_write(path: Path, data: bytes, *, durable: bool = True, mode: int | None = None) -> None:
     """Give the file this content by rename, as `atomic_writer` does. Raises OSError."""
     with atomic_writer(path, durable=durable, mode=mode) as file:

@@ -32,6 +32,7 @@ class Limits:
     max_bytes: int = 1 << 26
     max_depth: int = 64  # of lists and objects within each other
     max_number_chars: int = 64
+    wide_integers: bool = False  # whole numbers beyond 64 bits too, as some foreign files have
 
 
 DEFAULT_LIMITS = Limits()
@@ -46,7 +47,7 @@ def parse_json(
             raise ValueError(f"{len(data)} bytes, at most {limits.max_bytes} are allowed")
         text = data if isinstance(data, str) else data.decode("utf-8")
         _check_depth(text, limits.max_depth)
-        return _decoder(limits.max_number_chars).decode(text)
+        return _decoder(limits.max_number_chars, limits.wide_integers).decode(text)
     except UnicodeDecodeError as error:
         fact = f"not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
@@ -71,11 +72,11 @@ def _check_depth(text: str, max_depth: int) -> None:
 
 
 @lru_cache(maxsize=8)
-def _decoder(max_number_chars: int) -> json.JSONDecoder:
+def _decoder(max_number_chars: int, wide_integers: bool) -> json.JSONDecoder:
     def whole(text: str) -> int:
-        # 20 digits are enough for 64 bits, and int() of many takes quadratic time.
-        number = int(text) if len(text) <= 20 else None
-        if number is None or not SMALLEST <= number <= LARGEST:
+        # int() of many digits takes quadratic time, and 20 are enough for 64 bits.
+        number = int(text) if len(text) <= (max_number_chars if wide_integers else 20) else None
+        if number is None or not (wide_integers or SMALLEST <= number <= LARGEST):
             raise ValueError(f"the number {shortened(text)} is beyond 64 bits")
         return number
 

@@ -8,7 +8,6 @@ import errno
 import logging
 import math
 import os
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from crc32c import crc32c
 from torch.distributed.checkpoint.planner import ReadItem
 
 from lmscale.base.errors import CheckpointError, RetryableError
-from lmscale.base.fs import storage_error
+from lmscale.base.fs import USER_ERRORS, UnsuitableFile, storage_error
+from lmscale.base.retry import retry
+from lmscale.base.storage import LocalFile
 from lmscale.checkpoint.tensor_format import (
     TensorBox,
     TensorLocation,
@@ -116,7 +117,7 @@ class BlockReader:
         self._size: int = entry["bytes"]
         self._block_bytes: int = entry["block_bytes"]
         self._sums: list[int] = entry["crc32c"]
-        self._descriptor = -1
+        self._file: LocalFile | None = None
         self._buffer = bytearray()
         self._buffered = range(0)  # the checked bytes of the file that are in the buffer
 
@@ -128,9 +129,9 @@ class BlockReader:
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _fill_buffer(self, first: int, last: int) -> None:
         begin, end = first * self._block_bytes, min(last * self._block_bytes, self._size)
@@ -151,36 +152,44 @@ class BlockReader:
         self._buffered = range(begin, end)
 
     def _read_with_retries(self, view: memoryview, begin: int) -> None:
-        for wait_s in (*_RETRY_AFTER_S, None):
-            try:
-                self._read_full(view, begin)
-                return
-            except FileNotFoundError as error:
-                raise self._missing() from error
-            except OSError as error:
-                self.close()  # a stale NFS handle has to be opened again
-                problem = storage_error(f"reading {self._path}", error)
-                if wait_s is None or not isinstance(problem, RetryableError):
-                    raise problem from error
-                logger.warning("%s: %s; retrying", self._path, error.strerror)
-                time.sleep(wait_s)
+        try:
+            retry(
+                lambda: self._read_full(view, begin),
+                waits_s=_RETRY_AFTER_S,
+                is_transient=_is_transient,
+                before_retry=self._reopen,
+            )
+        except UnsuitableFile as error:
+            raise CheckpointError(f"{error}: damaged; {_NEXT}") from error
+        except FileNotFoundError as error:
+            raise self._missing() from error
+        except OSError as error:
+            raise storage_error(f"reading {self._path}", error) from error
+
+    def _reopen(self, error: Exception) -> None:
+        """Close the file: a stale NFS handle has to be opened again."""
+        self.close()
+        logger.warning("%s: %s; retrying", self._path, error)
 
     def _read_full(self, view: memoryview, begin: int) -> None:
-        if self._descriptor < 0:
-            self._descriptor = os.open(self._path, os.O_RDONLY)
-        size = os.fstat(self._descriptor).st_size
-        if size != self._size:
+        if self._file is None:
+            self._file = LocalFile(self._path)
+        if (size := self._file.size) != self._size:
             raise CheckpointError(
                 f"{self._path}: {size} bytes, expected {self._size}: damaged; {_NEXT}"
             )
-        while view:
-            count = os.preadv(self._descriptor, [view], begin)
-            if count == 0:
-                raise OSError(errno.EIO, f"file ended early at byte {begin}")
-            view, begin = view[count:], begin + count
+        if (count := self._file.read_into(view, begin)) < len(view):
+            raise OSError(errno.EIO, f"file ended early at byte {begin + count}")
 
     def _missing(self) -> CheckpointError | RetryableError:
         if self._path.parent.exists():
             return CheckpointError(f"{self._path}: missing: damaged; {_NEXT}")
         # This does not prove damage: another attempt may have deleted the folder, or the disk is unmounted.
         return RetryableError(f"{self._path.parent} is gone; list the checkpoints again")
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether the same read may succeed later: every failure of the storage but a missing file."""
+    if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+        return False
+    return error.errno not in USER_ERRORS

@@ -6,7 +6,7 @@ prefix sums over the segments of the first pass, so any worker can write any sha
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,14 @@ class PartSize:
     documents: int
     tokens: int
     text_bytes: int
+
+
+class _CutsFile(TypedDict):
+    every: int
+    total: int
+    segments: list[list[int]]
+    starts: dict[str, list[int]]
+    sizes: dict[str, tuple[int, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,8 @@ class Cuts:
     @classmethod
     def load(cls, scratch: Scratch) -> "Cuts":
         """Read cuts.json."""
-        value = read_json(scratch.cuts)
+        value = read_json(scratch.cuts, _CutsFile)
+        assert value is not None, f"{scratch.cuts} was written by this run"
         sizes = {name: PartSize(*row) for name, row in value["sizes"].items()}
         return cls(value["every"], value["total"], value["segments"], value["starts"], sizes)
 

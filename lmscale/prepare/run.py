@@ -212,7 +212,7 @@ def adopt_or_reset(
         "sources": hashlib.sha256(listing).hexdigest(),
         "versions": [lmscale.__version__, tokenizers.__version__],
     }
-    left = read_json(scratch.job)
+    left = read_json(scratch.job, dict[str, Any])
     if left == job:
         log.info("going on where an earlier run stopped")
         return
@@ -268,7 +268,7 @@ def _shards(run: PrepareRun, cuts: Cuts, part: str, tokenizer: Tokenizer) -> lis
     entries = {}
     missing = []
     for shard in range(-(-num_chunks(tokens, options.chunk_tokens) // options.shard_chunks)):
-        known = read_json(run.scratch.shard_entry(part, shard))
+        known = read_json(run.scratch.shard_entry(part, shard), ShardEntry)
         if entry := finished_shard(known, run.scratch.part(part)):
             entries[shard] = entry
         else:

@@ -11,21 +11,22 @@ train/ heldout/  the parts, moved to OUT when they are complete
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
-import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lmscale.base.decoding import Limits, RecordError, decode_file
 from lmscale.base.errors import RetryableError, UsageError
+from lmscale.base.fs import FULL_ERRORS, atomic_writer, lock_folder, storage_error
+
+T = TypeVar("T")
 
 SCRATCH_NAME = ".prepare"
+_LIMITS = Limits(max_bytes=1 << 30)
 _LOCK_PATIENCE_S = 5.0  # workers of a run killed just now need a moment to die
 
 
@@ -68,65 +69,29 @@ class Scratch:
     def locked(self) -> Iterator[int]:
         """Hold the folder against a second run; gives the descriptor that workers keep open too.
 
-        A file system without locks (some NFS) goes unguarded.
+        A file system without locks (some NFS) is not guarded, which is logged.
         """
-        descriptor = os.open(self.lock, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            self._take(descriptor)
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    def _take(self, descriptor: int) -> None:
-        deadline = time.monotonic() + _LOCK_PATIENCE_S
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UsageError(
-                        f"{self.path.parent}: another `lmscale prepare` is at work here; "
-                        "let it finish or end it, then run the command again"
-                    ) from None
-                time.sleep(0.05)
-            except OSError:
-                return
+        with lock_folder(self.lock, timeout_s=_LOCK_PATIENCE_S) as lock:
+            if not lock.acquired:
+                raise UsageError(
+                    f"{self.path.parent}: another `lmscale prepare` is at work here; "
+                    "let it finish or end it, then run the command again"
+                )
+            yield lock.descriptor
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that appears whole or not at all, also after a power cut."""
-    with replaced_atomically(path) as scratch:
-        scratch.write_text(json.dumps(value))
+    with atomic_writer(path, single_writer=True) as file:
+        file.write(json.dumps(value).encode())
 
 
-def read_json(path: Path) -> Any:  # what write_json wrote
-    """The value of a JSON file, None where there is none or it is broken."""
+def read_json(path: Path, spec: type[T]) -> T | None:
+    """The value of a JSON file of this scratch folder; None where it is missing or not of the spec."""
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        return decode_file(spec, path, limits=_LIMITS)
+    except (FileNotFoundError, RecordError):
         return None
-
-
-@contextmanager
-def replaced_atomically(path: Path) -> Iterator[Path]:
-    """A name to write to that becomes `path` at the end; removed after an error."""
-    scratch = path.with_name(f"{path.name}.tmp")
-    try:
-        yield scratch
-        flush(scratch)
-        scratch.rename(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """fsync a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -136,7 +101,7 @@ def write_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename or out
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in FULL_ERRORS:
             free = 0
             with contextlib.suppress(OSError):
                 free = shutil.disk_usage(out).free
@@ -145,10 +110,7 @@ def write_errors(out: Path) -> Iterator[None]:
                 f"{free >> 20} MiB free at {out}). Make room for about twice the size of the corpus and run "
                 "the same command again: it goes on where it stopped"
             ) from error
-        raise RetryableError(
-            f"{place}: writing failed: {error.strerror or error}; "
-            "run the same command again, it goes on where it stopped"
-        ) from error
+        raise storage_error(f"writing {place}", error) from error
 
 
 log = logging.getLogger(__name__)

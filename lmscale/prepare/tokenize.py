@@ -4,15 +4,16 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 import crc32c
 import numpy as np
 
+from lmscale.base.fs import fsync_file
 from lmscale.corpus.shard_format import DTYPES, dtype_for
 from lmscale.prepare.documents import documents, slice_sha256
 from lmscale.prepare.inputs import Slice
-from lmscale.prepare.scratch import Scratch, flush, read_json, write_json
+from lmscale.prepare.scratch import Scratch, read_json, write_json
 from lmscale.tokenizer.tokenizer import Tokenizer
 from lmscale.tokenizer.training import split_text
 
@@ -79,9 +80,14 @@ def tokenize(
     return result
 
 
+class _SliceFile(TypedDict):
+    source: str
+    segments: list[tuple[int, int, int, int, int]]  # the fields of Segment after the numbers
+
+
 def finished_slice(number: int, scratch: Scratch, itemsize: int) -> SliceResult | None:
     """The result of an earlier run, None if it is not all there."""
-    value = read_json(scratch.slice(number))
+    value = read_json(scratch.slice(number), _SliceFile)
     if value is None:
         return None
     segments = tuple(Segment(number, index, *row) for index, row in enumerate(value["segments"]))
@@ -164,7 +170,7 @@ class _Segments:
             self._files = None
         if keep:
             for path in self._paths():
-                flush(path)
+                fsync_file(path)
             totals = (*self._totals, *self._sums)
             self.done.append(Segment(self._number, len(self.done), *totals))
             self._totals, self._sums = [0, 0, 0], [0, 0]

@@ -83,13 +83,12 @@ def _shard(
     return asdict(entry)
 
 
-def finished_shard(entry: dict[str, Any] | None, folder: Path) -> ShardEntry | None:
+def finished_shard(entry: ShardEntry | None, folder: Path) -> ShardEntry | None:
     """The entry of a shard that an earlier run wrote, None if the file is not there whole."""
     if entry is None:
         return None
-    found = ShardEntry(**entry)
-    path = folder / found.name
-    return found if path.is_file() and path.stat().st_size == found.bytes else None
+    path = folder / entry.name
+    return entry if path.is_file() and path.stat().st_size == entry.bytes else None
 
 
 @lru_cache(maxsize=1)

@@ -18,8 +18,9 @@ from typing import Any
 
 import tokenizers
 
+from lmscale.base.decoding import Limits, RecordError, decode_file
 from lmscale.base.errors import ConfigError
-from lmscale.base.fs import atomic_write
+from lmscale.base.fs import UnsuitableFile, atomic_writer
 
 
 def _stand_ins() -> tuple[str, ...]:
@@ -63,6 +64,9 @@ class SpecialTokens:
 
 
 ROLES: tuple[str, ...] = tuple(field.name for field in fields(SpecialTokens))
+
+# tokenizer_config.json of many published models has model_max_length 10^30.
+_LIMITS = Limits(max_bytes=1 << 28, wide_integers=True)
 
 NUM_RESERVED = 16
 # Ids 0-15 of every vocabulary trained here. No text is ever encoded to them.
@@ -162,7 +166,9 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write a tokenizer.json that `load` and Hugging Face tokenizers read; durable. Raises OSError."""
         text = json.dumps(self._document, ensure_ascii=False, indent=1) + "\n"
-        atomic_write(path, text.encode())
+        # A fixed temporary name: `verify` would report what a killed `prepare` left under another one.
+        with atomic_writer(path, single_writer=True) as file:
+            file.write(text.encode())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -281,10 +287,10 @@ def _check_bytes(kind: str, tokenizer: tokenizers.Tokenizer) -> None:
         )
 
 
-def _read_json(path: Path) -> Any:  # whatever the file holds
+def _read_json(path: Path) -> object:
     try:
-        return json.loads(path.read_bytes())
+        return decode_file(object, path, limits=_LIMITS, hint="name another tokenizer.json")
     except OSError as error:
         raise ConfigError(f"tokenizer {path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"tokenizer {path}: not JSON: {error}") from error
+    except (RecordError, UnsuitableFile) as error:
+        raise ConfigError(f"tokenizer {error}") from error

@@ -3,7 +3,6 @@
 A report is a pure function of the run folder: written twice of the same files it is the same bytes.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
@@ -13,6 +12,7 @@ from string import Template
 
 import numpy as np
 
+from lmscale.base.fs import atomic_write
 from lmscale.base.units import show_count
 from lmscale.run_folder.paths import RunFolder
 from lmscale.train.report import charts, html, words
@@ -64,9 +64,7 @@ def write_report(folder: RunFolder) -> Path:
     Takes about a second, and some seconds for a million steps.
     """
     page = render(read_record(folder))
-    unfinished = folder.report.with_name(f".{folder.report.name}.tmp")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, folder.report)
+    atomic_write(folder.report, page.encode(), durable=False)  # it can be made again
     return folder.report
 
 

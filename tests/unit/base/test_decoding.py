@@ -162,6 +162,8 @@ def test_the_limits_themselves_are_allowed() -> None:
         (1 << 64) - 1,
         -(1 << 63),
     ]
+    assert parse_json(b"[%d]" % 10**30, where="x", limits=Limits(wide_integers=True)) == [10**30]
+    assert "beyond" in refused(Any, b"9" * 65, limits=Limits(wide_integers=True))
     parse_json(b"[" * 64 + b"]" * 64, where="x")
     parse_json(json.dumps(["[{" * 1000, '\\"[[' * 1000, "[]"] * 40), where="x")
     assert refused(Any, b"[1, 2]", limits=Limits(max_bytes=5)) == "6 bytes, at most 5 are allowed"

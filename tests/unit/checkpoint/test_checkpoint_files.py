@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -187,7 +188,7 @@ def test_a_read_that_fails_is_tried_again_and_is_never_damage(blocks, monkeypatc
 
     waits = []
     monkeypatch.setattr(read.os, "preadv", flaky)
-    monkeypatch.setattr(read.time, "sleep", waits.append)
+    monkeypatch.setattr("lmscale.base.retry.time.sleep", waits.append)
     assert bytes(reader.read(0, 1024)) == data
     assert len(waits) == 2
     failures += [OSError(5, "Input/output error")] * 3
@@ -195,3 +196,10 @@ def test_a_read_that_fails_is_tried_again_and_is_never_damage(blocks, monkeypatc
         BlockReader.read(
             BlockReader(reader._path, {"bytes": 1024, "block_bytes": 100, "crc32c": []}), 0, 9
         )
+
+
+def test_a_fifo_in_place_of_a_file_is_damage_and_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    entry = {"bytes": 10, "block_bytes": 10, "crc32c": [0]}
+    with pytest.raises(CheckpointError, match="FIFO"):
+        BlockReader(tmp_path / "a.safetensors", entry).read(0, 10)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 
-MODULE = '''
+MODULE = """
 from torch import Tensor
 
 from lmscale.engine.base import EngineInputs
@@ -24,7 +24,7 @@ class ToyEngine(TorchEngine):
 
     def _offset(self, parameter: Tensor) -> int:
         return 0
-'''
+"""
 ROW = 'EngineKind(name="toy", module="lmscale.engine.toy", class_name="ToyEngine"),\n        '
 FIRST_ROW = "EngineKind(\n"
 TRAIN = """

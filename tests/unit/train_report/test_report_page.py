@@ -201,7 +201,12 @@ def test_a_failed_write_leaves_the_old_report(folder, monkeypatch) -> None:
     full(folder)
     before = write_report(folder).read_bytes()
     folder.write_metrics(50)
-    (folder.path / ".report.html.tmp").mkdir()  # the new page cannot be written
-    with pytest.raises(OSError, match="report"):
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lmscale.base.fs.os.replace", full_disk)
+    with pytest.raises(OSError, match="No space"):
         write_report(folder)
     assert folder.report.read_bytes() == before
+    assert not list(folder.path.glob(".report*"))
