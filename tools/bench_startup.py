@@ -2,9 +2,9 @@
 
     python tools/bench_startup.py [--rounds 15] [--against CHECKOUT] [--json FILE]
 
-Each round runs every command once per checkout, in a random order. CPU time is user and system time of the process
-and its children. The ratio is the median over rounds of this checkout's time over the other's. `null` is the same command of
-this checkout once more: how far its ratio is from 1 is the noise.
+Each round runs every command once per checkout, in a random order. CPU time is user and system time of the process and
+its children. The ratio is the median over rounds of this checkout's time over the other's. `null` runs the command of
+this checkout once more: the distance of its ratio from 1 is the noise.
 """
 
 import argparse
