@@ -147,7 +147,7 @@ def main() -> int:
     if not (ROOT / "data" / "smoke" / "manifest.json").exists():
         raise SystemExit("data/smoke is missing: make data/smoke/manifest.json")
     with tempfile.TemporaryDirectory() as scratch:
-        # Always in folders of their own: a run that is there already would be gone on with.
+        # Always in folders of their own: a run that is there already would be resumed.
         runs = Path(tempfile.mkdtemp(dir=args.runs)) if args.runs else Path(scratch)
         curves = {
             name: curves_of(name, steps=args.steps, runs=runs, lr=args.lr) for name in args.only

@@ -1,4 +1,4 @@
-"""The whole product, crossed: saved by one engine on some ranks, gone on by another on others.
+"""The whole product, crossed: saved by one engine on some ranks, resumed by another on others.
 
     python tools/matrix.py [--minutes 55] [--only NAME]
 
@@ -154,7 +154,7 @@ def page(lines: Sequence[Line]) -> Iterator[str]:
     yield "Written by `make matrix`; do not edit."
     yield f"**{passed} of {len(found)} crossings passed** (the whole matrix has 81)."
     yield facts(provenance())
-    yield "## Whole runs: saved by the left, gone on by the top"
+    yield "## Whole runs: saved by the left, resumed by the top"
     yield (
         f"{STEPS} steps in fp32; the first {SAVED_AT} on the left engine and ranks, the others on the top's with "
         "another micro_batch, against one process that did all. A cell: largest relative difference of any step's "

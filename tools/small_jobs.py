@@ -46,7 +46,7 @@ class SharedJobs:
 
 @dataclass(frozen=True)
 class Started:
-    """A start of a job, its output in a file: nobody reads a pipe while it is killed."""
+    """A start of a job, its output in a file: a pipe would have no reader while it is killed."""
 
     process: "subprocess.Popen[bytes]"
     number: int

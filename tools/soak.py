@@ -34,7 +34,7 @@ SAME_EVAL = ("step", "corpus", "metric", "value", "count")
 
 
 class Reference:
-    """An engine's run that nobody disturbed: what every trial is held against. Made once, kept in build/soak."""
+    """An engine's undisturbed run, with which every trial is compared. Made once, kept in build/soak."""
 
     def __init__(self, shared: SharedJobs, engine: str) -> None:
         self.job = shared.finished(f"reference-{engine}", run_file(shared.corpus, engine))
@@ -121,8 +121,8 @@ def page(lines: Sequence[Line], seed: int) -> Iterator[str]:
     yield (
         "Written by `make soak`; do not edit. Each trial starts a run of 60 steps on two ranks (fp32, dropout, "
         "`train.deterministic`), SIGKILLs it one to three times in a row, and starts the same command again. Passed: "
-        "one line a step; loss, grad_norm, lr and position of every step, and all of eval.jsonl, bitwise those of the "
-        "run that nobody disturbed; the trace equal to `lmscale plan --data --json`, down to the CRC of the bytes; the "
+        "one line a step; loss, grad_norm, lr and position of every step, and all of eval.jsonl, bitwise those of an "
+        "undisturbed run; the trace equal to `lmscale plan --data --json`, down to the CRC of the bytes; the "
         "expected exit codes; every checkpoint sound; no process, no .tmp folder and nothing in /dev/shm left over."
     )
     yield f"**{passed} of {len(lines)} trials passed, with {kills} kills.**"

@@ -24,7 +24,7 @@ GONE_S, HANG_S = 20.0, 150.0
 
 @dataclass(frozen=True)
 class Usual:
-    """How long things take in the run that nobody disturbs."""
+    """How long things take in an undisturbed run."""
 
     steps: int
     start_s: float  # from the command to the first attempt

@@ -1,1 +1,1 @@
-"""The roof: the `lmscale` console script. Sees the ground and floor 1 only, so it never loads torch."""
+"""Start, supervise, plan and observe jobs. Imports the torch-free packages only."""

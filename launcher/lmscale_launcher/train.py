@@ -82,7 +82,7 @@ def _job(source: str, overrides: Sequence[str]) -> "SupervisorJob":
 
 
 def _placeholder_job(nodes: tuple[int, int, str | None], num_ranks: int) -> "SupervisorJob":
-    """A job without a run, with which the other nodes can be told of an error of the run file."""
+    """A job without a run, by which the other nodes receive an error of the run file."""
     from lmscale_launcher.supervisor.context import SupervisorJob
     from lmscale_launcher.supervisor.rank_process import NodeTopology
 

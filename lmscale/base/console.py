@@ -97,7 +97,7 @@ class StatusLine:
         return not self.in_place and self._log is None
 
     def due(self) -> bool:
-        """Whether it is time for the next text; so that texts nobody sees are not made."""
+        """Whether it is time for the next text; so that texts that are not shown are not made."""
         return not self.silent and self._clock() - self._shown_s >= self._every_s
 
     def show(self, text: str) -> None:

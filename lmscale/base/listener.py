@@ -1,7 +1,7 @@
-"""The socket at which ranks meet, opened by whoever tells them the port and inherited by rank 0.
+"""The listening socket of the ranks' rendezvous, opened by the process that starts them and inherited by rank 0.
 
-A port that was free a moment ago, told as a mere number, is lost now and then: rank 0 needs seconds to
-import torch, and Linux gives the same numbers to outgoing connections.
+A port number alone is not enough: rank 0 needs seconds to import torch, and meanwhile Linux can give a free port to an
+outgoing connection.
 """
 
 import errno

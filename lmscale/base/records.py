@@ -155,7 +155,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             damaged = number
     if damaged:
         raise DataError(
-            f"{path}: line {damaged} is not a JSON object; restore the file, or let the run go on "
+            f"{path}: line {damaged} is not a JSON object; restore the file, or resume the run "
             "from a checkpoint, which drops unreadable lines"
         )
 

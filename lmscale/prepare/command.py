@@ -17,8 +17,8 @@ from lmscale.base.errors import ExitCode, UsageError
 from lmscale.base.units import parse_count, parse_percent, show_bytes, show_count, show_seconds
 from lmscale.prepare.cuts import HELDOUT, TRAIN
 from lmscale.prepare.options import PrepareOptions
+from lmscale.prepare.pass_progress import PrepareProgress
 from lmscale.prepare.run import Summary, prepare
-from lmscale.prepare.stages import PrepareProgress
 
 
 def parse_options(

@@ -31,8 +31,8 @@ from lmscale.prepare.cuts import HELDOUT, TRAIN, Cuts, compute_cuts
 from lmscale.prepare.documents import sample_text
 from lmscale.prepare.inputs import InputFile, Slice, discover, slices
 from lmscale.prepare.options import PrepareOptions
+from lmscale.prepare.pass_progress import PrepareProgress, PrepareRun, ProgressCallback, run_stage
 from lmscale.prepare.scratch import SCRATCH_NAME, Scratch, read_json, write_errors, write_json
-from lmscale.prepare.stages import PrepareProgress, PrepareRun, ProgressCallback, run_stage
 from lmscale.prepare.tokenize import SliceResult, finished_slice
 from lmscale.prepare.workers import finished_shard
 from lmscale.tokenizer.tokenizer import Tokenizer

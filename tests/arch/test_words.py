@@ -13,7 +13,6 @@ from tests.arch.test_layers import ROOT, SOURCES
 WORDS = {
     r"\b(the|this|its|our) (house|roof|lobby|crew|ears)\b": "name the package or the component",
     r"\bfloors?\b(?! of|\()": "layer (or the mathematical floor as `floor(x)`)",
-    r"\bearshot\b|\blisteners?\b(?! socket)": "callback",
     r"\bheirs?\b": "newer attempt",
     r"\b(is|are|was|were|be|been|gets?) told\b|\btells?\b": "is configured with, reports, receives, shows",
     r"\bwithout a word\b|\bin a word\b|\bin words\b": "without an exit event; as text",
@@ -25,7 +24,7 @@ WORDS = {
     r"\banew\b": "again",
     r"\b(goes|going|gone|went|go) on\b(?! to\b)": "resume, continue",
     r"\bcareful\b": "warning",
-    r"\bis no (run|corpus|checkpoint|number|count|time|file|folder|node|rank|job)\b": "is not a ...",
+    r"(?<!there )\bis no (run|corpus|checkpoint|number|count|time|file|folder|node|rank|job)\b": "is not a ...",
     r"\b(vouche?s?|insists?|owes?)\b": "a verb for what the program does",
 }
 # Words that quote what another program prints, or that are terms of art where they stand.

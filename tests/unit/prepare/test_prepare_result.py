@@ -9,8 +9,8 @@ from lmscale.corpus.integrity import verify
 from lmscale.corpus.manifest import Manifest
 from lmscale.prepare import inputs, tokenize
 from lmscale.prepare.options import PrepareOptions
+from lmscale.prepare.pass_progress import PrepareProgress
 from lmscale.prepare.run import prepare
-from lmscale.prepare.stages import PrepareProgress
 from lmscale.tokenizer.tokenizer import Tokenizer
 from tests.support.prepared_text import (
     SMALL,
