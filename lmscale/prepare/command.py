@@ -93,7 +93,7 @@ def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
 
 @contextmanager
 def _messages() -> Iterator[None]:
-    """Let this room's log lines reach standard error, whoever has configured logging or not."""
+    """Send the log lines of lmscale.prepare to standard error where logging is not configured."""
     logger = logging.getLogger("lmscale.prepare")
     if logger.hasHandlers():
         yield

@@ -50,7 +50,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A piece of work: spans of the input, the same whoever works on them."""
+    """A piece of work: spans of the input, the same for any number of workers."""
 
     number: int
     spans: tuple[Span, ...]
@@ -205,7 +205,7 @@ _ZSTD_BLOCK = 1 << 15
 
 
 class _ZstdFile(io.RawIOBase):
-    """Frames of zstd, one after the other. zstandard's own stream_reader ends at a cut without a word."""
+    """Frames of zstd, one after the other. zstandard's own stream_reader ends at a cut without an error."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -253,7 +253,7 @@ def read_errors(source: InputFile, stream: BinaryIO) -> Iterator[None]:
     """Turn what the libraries raise while reading a source into words.
 
     Damage inside a compressed file often shows as strange text first: its checksum comes last. So
-    before a complaint about the text goes out, the rest is read, and damage found there is what is told.
+    before an error about the text is raised, the rest is read, and damage there is reported instead.
     """
     with _libraries(source):
         try:
@@ -270,14 +270,14 @@ def _libraries(source: InputFile) -> Iterator[None]:
         yield
     except EOFError as error:
         raise DataError(
-            f"input {source.path}: truncated, the {source.compression} stream has no end; fetch it anew"
+            f"input {source.path}: truncated, the {source.compression} stream has no end; download it again"
         ) from error
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
-            f"input {source.path}: not sound {source.compression} data: {error}; fetch it anew"
+            f"input {source.path}: not sound {source.compression} data: {error}; download it again"
         ) from error
     except OSError as error:
         raise RetryableError(
             f"input {source.path}: reading failed: {error.strerror or error}; "
-            "run the same command again, it goes on where it stopped"
+            "run the same command again: it resumes where it stopped"
         ) from error

@@ -56,7 +56,7 @@ def prepare(
 ) -> Summary:
     """Write the corpora OUT/train and OUT/heldout, and OUT/manifest.json, which comes last.
 
-    Goes on where a killed run stopped. On a finished OUT it checks that input and options are the
+    Resumes where a killed run stopped. On a finished OUT it checks that input and options are the
     same and does nothing; raises UsageError if they are not. Raises DataError for bad input,
     RetryableError for a full disk.
     """
@@ -105,8 +105,8 @@ def _given_tokenizer(options: PrepareOptions) -> Tokenizer | None:
     tokenizer = Tokenizer.load(path)
     if tokenizer.special.frame() == ((), ()):
         raise ConfigError(
-            f"--tokenizer {path}: knows neither a bos nor an eos token, so documents cannot be told "
-            "apart; put its tokenizer_config.json (with bos_token or eos_token) beside it"
+            f"--tokenizer {path}: has neither a bos nor an eos token, so documents cannot be "
+            "separated; put its tokenizer_config.json (with bos_token or eos_token) beside it"
         )
     return tokenizer
 
@@ -214,10 +214,12 @@ def adopt_or_reset(
     }
     left = read_json(scratch.job, dict[str, Any])
     if left == job:
-        log.info("going on where an earlier run stopped")
+        log.info("resuming where an earlier run stopped")
         return
     if left is not None:
-        log.info("input or options have changed since an unfinished run: starting anew")
+        log.info(
+            "input or options have changed since an unfinished run: starting from the beginning"
+        )
     for part in (TRAIN, HELDOUT):  # before job.json goes, so that a kill here is seen again
         shutil.rmtree(scratch.path.parent / part, ignore_errors=True)
     scratch.clear()

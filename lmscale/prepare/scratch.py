@@ -108,7 +108,7 @@ def write_errors(out: Path) -> Iterator[None]:
             raise RetryableError(
                 f"{place}: the disk is full or a limit on file sizes is reached ({error.strerror}; "
                 f"{free >> 20} MiB free at {out}). Make room for about twice the size of the corpus and run "
-                "the same command again: it goes on where it stopped"
+                "the same command again: it resumes where it stopped"
             ) from error
         raise storage_error(f"writing {place}", error) from error
 

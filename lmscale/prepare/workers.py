@@ -93,7 +93,7 @@ def finished_shard(entry: ShardEntry | None, folder: Path) -> ShardEntry | None:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path, fingerprint: str, special: SpecialTokens) -> Tokenizer:
-    """Loaded once a process; the fingerprint tells two at the same path apart."""
+    """Loaded once per process; the fingerprint distinguishes two tokenizers at the same path."""
     tokenizer = Tokenizer.load(path, special)
     assert tokenizer.fingerprint == fingerprint, f"{path} is not the tokenizer of this run"
     return tokenizer
@@ -185,7 +185,7 @@ class _Worker:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             raise errors.RetryableError(
                 f"a worker process died ({how}). If memory ran out, use fewer --workers; "
-                "run the same command again, it goes on where it stopped"
+                "run the same command again: it resumes where it stopped"
             )
         message: dict[str, Any] = json.loads(line)
         if "error" in message:

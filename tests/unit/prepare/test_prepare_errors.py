@@ -73,7 +73,7 @@ def test_bad_input_is_explained(tmp_path: Path, name: str, content: bytes, words
 def test_damage_inside_gzip_is_noticed(tmp_path: Path) -> None:
     content = bytearray(gzip.compress(BIG, mtime=0))
     content[len(content) // 2] ^= 0x10
-    assert "fetch it anew" in _refused(tmp_path, "a.jsonl.gz", bytes(content))
+    assert "download it again" in _refused(tmp_path, "a.jsonl.gz", bytes(content))
 
 
 def test_the_line_number_is_right_in_every_slice(

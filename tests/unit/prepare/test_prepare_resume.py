@@ -75,7 +75,7 @@ def test_killed_in_the_middle_the_same_command_gives_the_same_bytes(
         corpus_folder(out)
     again = run(out, source, *FLAGS, slice_bytes=6_000)
     assert again.returncode == 0, again.stderr
-    assert "going on where an earlier run stopped" in again.stderr
+    assert "resuming where an earlier run stopped" in again.stderr
     assert contents(out) == want
 
 
@@ -237,6 +237,6 @@ def test_ctrl_c_ends_the_workers_and_says_how_to_go_on(tmp_path: Path, source: P
     process.send_signal(signal.SIGINT)
     _, words = process.communicate(timeout=10)
     assert process.returncode == 85
-    assert "it goes on where it stopped" in words
+    assert "it resumes where it stopped" in words
     assert "Traceback" not in words
     assert not psutil.wait_procs(workers, timeout=5)[1]
