@@ -11,9 +11,9 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Self, TypeVar, overload
+from typing import Any, BinaryIO, TypeVar, overload
 
+from lmscale.base.closing import Closing
 from lmscale.base.decoding import Limits, RecordError, convert, parse_json
 from lmscale.base.errors import DataError
 from lmscale.base.fs import atomic_writer, open_regular
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 # ---- appending -----------------------------------------------------------------------------------
 
 
-class LineFile:
+class LineFile(Closing):
     """Appends JSON objects to a file that is opened once and kept open.
 
     After a newer attempt has cut the file (copy and rename), this one's descriptor points to a file
@@ -86,17 +86,6 @@ class LineFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _rewritten(path: Path, lines: Iterable[bytes]) -> int:

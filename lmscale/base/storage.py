@@ -9,9 +9,9 @@ import errno
 import os
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
+from lmscale.base.closing import Closing
 from lmscale.base.fs import (
     atomic_write,
     create_exclusively,
@@ -84,7 +84,7 @@ class Storage(Protocol):
         ...
 
 
-class LocalFile:
+class LocalFile(Closing):
     """An open regular file; see RangeReader."""
 
     def __init__(self, path: Path, max_bytes: int | None = None) -> None:
@@ -110,17 +110,6 @@ class LocalFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class LocalStorage:

@@ -11,12 +11,12 @@
 
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lmscale.base.closing import Closing
 from lmscale.base.lru import LruCache
 from lmscale.corpus.checked_files import ByteRange, Bytes, CheckedFiles
 from lmscale.corpus.manifest import Manifest
@@ -156,7 +156,7 @@ class _Chunk(NamedTuple):
         return self.tokens.nbytes + self.starts.nbytes
 
 
-class CorpusReader:
+class CorpusReader(Closing):
     """One corpus, cut into samples of seq_len targets. Threads may share it; a lock lets one read at a time."""
 
     def __init__(
@@ -228,17 +228,6 @@ class CorpusReader:
             if self._cache is not None:
                 self._cache.close()
             self._memory.clear()
-
-    def __enter__(self) -> "CorpusReader":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _split(self, sample: int) -> tuple[int, int]:
         """The chunk of a sample and the offset of its first token in it."""

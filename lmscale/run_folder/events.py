@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NotRequired, Self, TypedDict
 
+from lmscale.base.closing import Closing
 from lmscale.base.fs import storage_errors
 from lmscale.base.proc import started_ticks, this_host
 from lmscale.base.records import LineFile, readable_lines
@@ -40,7 +40,7 @@ class Event(TypedDict):
     reason: NotRequired[str | None]
 
 
-class EventLog:
+class EventLog(Closing):
     """Appends to events/START.jsonl; node 0's supervisor and rank 0 write into the same file.
 
     As a context manager it also beats every 10 s from a daemon thread, which does not keep the
@@ -82,14 +82,6 @@ class EventLog:
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
         self._thread.start()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _beat_on(self) -> None:
         while not self._ended.wait(BEAT_S):

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from lmscale.base.closing import Closing
 from lmscale.base.errors import Diverged
 from lmscale.base.records import LineFile
 from lmscale.engine.step import StepResult
@@ -125,7 +125,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-class TensorBoard:
+class TensorBoard(Closing):
     """Writes scalars of rank 0 to the run's tensorboard/ folder.
 
     An attempt that resumes from step s first purges what earlier files contain about steps after s:
@@ -170,17 +170,6 @@ class TensorBoard:
         if (writer := self._writer) is not None:
             self._attempt(writer.close)
             self._writer = None
-
-    def __enter__(self) -> "TensorBoard":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _scalar(self, tag: str, value: object, step: int) -> None:
         if isinstance(value, (int, float)) and not math.isnan(value):
