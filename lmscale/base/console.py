@@ -80,7 +80,7 @@ class StatusLine:
         *,
         log: Callable[[str], None] | None = None,
         log_s: float = 10.0,
-        terminal_s: float = 0.1,
+        terminal_s: float = 0.1,  # as often as eyes follow
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stream = stream
@@ -96,6 +96,11 @@ class StatusLine:
         """Whether nothing is ever shown here."""
         return not self.in_place and self._log is None
 
+    @property
+    def width(self) -> int | None:
+        """Columns of a text; None where texts are not cut."""
+        return columns_of(self._stream) if self.in_place else None
+
     def due(self) -> bool:
         """Whether it is time for the next text; so that texts that are not shown are not made."""
         return not self.silent and self._clock() - self._shown_s >= self._every_s
@@ -104,7 +109,7 @@ class StatusLine:
         """Show a text now, cut to the width of the terminal."""
         self._shown_s = self._clock()
         if self.in_place:
-            self._stream.write(_ERASE + text[: columns_of(self._stream)])
+            self._stream.write(_ERASE + text[: self.width])
             self._stream.flush()
             self._on_screen = True
         elif self._log is not None:

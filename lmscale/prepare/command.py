@@ -4,20 +4,15 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
+from lmscale.base.console import stage_bars
 from lmscale.base.errors import ExitCode, UsageError
-from lmscale.base.units import parse_count, parse_percent, show_bytes, show_count, show_seconds
+from lmscale.base.units import parse_count, parse_percent, show_count, show_seconds
 from lmscale.prepare.cuts import HELDOUT, TRAIN
 from lmscale.prepare.options import PrepareOptions
-from lmscale.prepare.pass_progress import PrepareProgress
 from lmscale.prepare.run import Summary, prepare
 
 
@@ -48,8 +43,10 @@ def prepare_verb(
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with _bar() as progress, _messages():
-            summary = prepare(out, inputs, options, progress)
+        with stage_bars(sys.stderr, announce=_announce) as show, _messages():
+            summary = prepare(
+                out, inputs, options, lambda now: show(now.stage, now.done, now.total)
+            )
     except KeyboardInterrupt:
         sys.stderr.write("stopped; run the same command again to resume\n")
         return ExitCode.SAVED
@@ -72,23 +69,9 @@ def _share(text: str) -> float:
         raise UsageError(f"--heldout {text}: write a share, e.g. 1% or 0.01") from error
 
 
-@contextmanager
-def _bar() -> Iterator[Callable[[PrepareProgress], None]]:
-    """A bar a stage on standard error; on what is no terminal, a line at the end of each stage."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), DownloadColumn(True),
-               TimeRemainingColumn())  # fmt: skip
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(progress: PrepareProgress) -> None:
-            if progress.stage not in tasks:
-                tasks[progress.stage] = bar.add_task(progress.stage, total=progress.total)
-                if not console.is_terminal:
-                    sys.stderr.write(f"{progress.stage}: {show_bytes(progress.total)}\n")
-            bar.update(tasks[progress.stage], completed=progress.done)
-
-        yield show
+def _announce(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 @contextmanager

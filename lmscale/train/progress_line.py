@@ -2,17 +2,16 @@
 
 import logging
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TextIO
 
+from lmscale.base.console import StatusLine
 from lmscale.base.units import show_count, show_seconds
 
 _GAP = "  "
-_TERMINAL_S = 0.1  # ten a second is as much as eyes follow
 _WINDOW = (
     100  # updates behind the time left: some hold an evaluation or a save, which take time too
 )
@@ -68,16 +67,16 @@ class ProgressLine:
         saved_step: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._stream = stream
         self.total = total
         self._clock = clock
-        self._in_place = stream.isatty()
+        self._line = StatusLine(
+            stream, log=lambda text: _write_line(stream, text), log_s=0.0, clock=clock
+        )
         self._every_steps = every_steps
         self._saved_step = saved_step
         self._seen: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
-        self._written_at = -math.inf
         self._latest: ProgressState | None = None  # not yet written
-        self._on_screen = False
+        self._first = True
 
     def update(
         self, step: int, loss: float, tokens_per_s: float | None = None, mfu: float | None = None
@@ -90,9 +89,9 @@ class ProgressLine:
         self._latest = ProgressState(
             step, self.total, loss, speed, known_mfu, self._left_s(), self._saved_step
         )
-        wait = now - self._written_at < _TERMINAL_S if self._in_place else step % self._every_steps
-        if not wait or self._written_at == -math.inf:
-            self._write(now)
+        due = self._line.due() if self._line.in_place else step % self._every_steps == 0
+        if due or self._first:
+            self._write()
 
     def saved(self, step: int) -> None:
         """A checkpoint of this step stands."""
@@ -100,27 +99,15 @@ class ProgressLine:
         if self._latest is not None:
             self._latest = replace(self._latest, saved_step=step)
 
-    def clear(self) -> None:
-        """Erase the line, so that something else can be written; the next update brings it back."""
-        if self._on_screen:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
-            self._on_screen = False
-            self._written_at = -math.inf
-
     def close(self) -> None:
-        """Write the last standing and leave the cursor on a fresh line."""
+        """Write the newest state and leave the cursor on a fresh line."""
         if self._latest is not None:
-            self._write(self._clock())
-        if self._on_screen:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._on_screen = False
+            self._write()
+        self._line.finish()
 
     def makes_room(self, record: logging.LogRecord) -> bool:
-        """A logging filter that lets everything pass and erases the line before."""
-        self.clear()
-        return True
+        """A logging filter that lets every record pass and erases the line before it is written."""
+        return self._line.clears_for(record)
 
     def _left_s(self) -> float | None:
         (first_at, first), (last_at, last) = self._seen[0], self._seen[-1]
@@ -128,18 +115,15 @@ class ProgressLine:
             return None
         return (last_at - first_at) / (last - first) * max(self.total - last, 0)
 
-    def _write(self, now: float) -> None:
+    def _write(self) -> None:
         assert self._latest is not None
-        if self._in_place:
-            # the last column stays free: some terminals wrap when it is filled
-            width = max(shutil.get_terminal_size().columns - 1, 1)
-            self._stream.write(f"\r\x1b[K{progress_line(self._latest, width)}")
-        else:
-            self._stream.write(progress_line(self._latest) + "\n")
-        self._stream.flush()
-        self._on_screen = self._in_place
-        self._written_at = now
-        self._latest = None
+        self._line.show(progress_line(self._latest, self._line.width))
+        self._latest, self._first = None, False
+
+
+def _write_line(stream: TextIO, text: str) -> None:
+    stream.write(text + "\n")
+    stream.flush()
 
 
 def _known(value: float | None, show: Callable[[float], str]) -> str:

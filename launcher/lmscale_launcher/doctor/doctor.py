@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lmscale import __version__
+from lmscale.base.console import columns_of, has_colour, is_terminal
 from lmscale.base.errors import ExitCode, UsageError
 from lmscale.base.units import show_bytes
 from lmscale.config.cluster_schema import ClusterConfig
@@ -157,9 +158,8 @@ class _Table:
     """Prints groups of findings, wrapped to the terminal; without wrapping where the output is not a terminal."""
 
     def __init__(self, stream: object) -> None:
-        self._on_screen = bool(getattr(stream, "isatty", lambda: False)())
-        self._width = shutil.get_terminal_size().columns if self._on_screen else 10_000
-        self._coloured = self._on_screen and "NO_COLOR" not in os.environ
+        self._width = columns_of(stream) if is_terminal(stream) else 10_000
+        self._coloured = has_colour(stream)
 
     def print_group(self, group: Group) -> None:
         """Print one group."""

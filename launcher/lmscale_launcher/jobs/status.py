@@ -1,7 +1,6 @@
 """`lmscale status [RUN] [--watch] [--json]`: the states of runs in one table that fits the terminal."""
 
 import json
-import os
 import shutil
 import sys
 import textwrap
@@ -12,6 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
+from lmscale.base.console import (
+    LiveBlock,
+    columns_of,
+    escape_foreign,
+    has_colour,
+    is_terminal,
+)
 from lmscale.base.errors import ExitCode
 from lmscale.base.units import show_count, show_seconds
 from lmscale.run_folder.paths import RunFolder
@@ -158,7 +164,7 @@ _LEFT = ("RUN", "STATE", "CHECKPOINT")
 
 def _plain(text: str) -> str:
     """One line that cannot move the cursor, whatever a folder or an error is named."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return escape_foreign(" ".join(text.split()))
 
 
 def _cells(text: str) -> int:
@@ -182,7 +188,6 @@ def _cut(text: str, width: int) -> str:
 
 _LOOK_S = 2.0  # between looks into folders
 _TELL_S = 30.0  # between tables where no terminal is redrawn and only numbers have moved
-_PLAIN_WIDTH = 120  # without a terminal, and without COLUMNS
 
 
 class StatusBoard:
@@ -238,23 +243,20 @@ def _shown(
         return json.dumps(objects[0] if alone else objects) + "\n"
     if not standings:
         return f"no runs in {Path('runs').absolute()}; `lmscale train` and `lmscale submit` make them there\n"
-    lines = table(standings, width=_width(stream), height=height, colour=_colourful(stream))
+    lines = table(
+        standings, width=max(columns_of(stream), 20), height=height, colour=has_colour(stream)
+    )
     return "\n".join(lines) + "\n"
 
 
 def _watch(board: StatusBoard, stream: TextIO, *, as_json: bool, alone: bool) -> None:
     """Until Ctrl-C: in place on a terminal, else a table whenever a state or a checkpoint changes."""
-    if as_json or not stream.isatty() or os.environ.get("TERM") == "dumb":
+    if as_json or not is_terminal(stream):
         _tell(board, stream, as_json=as_json, alone=alone)
-    drawn, size = 0, None
+    block = LiveBlock(stream)
     while True:
-        standings, now = board.look(), shutil.get_terminal_size()
-        text = _shown(standings, stream, as_json=False, alone=alone, height=max(now.lines - 1, 2))
-        # After a change of size nobody knows on which line the old table begins.
-        back = f"\x1b[{drawn}F\x1b[J" if drawn and now == size else "\x1b[H\x1b[2J" if drawn else ""
-        stream.write(back + text)
-        stream.flush()
-        drawn, size = text.count("\n"), now
+        height = max(shutil.get_terminal_size().lines - 1, 2)
+        block.show(_shown(board.look(), stream, as_json=False, alone=alone, height=height))
         time.sleep(_LOOK_S)
 
 
@@ -282,13 +284,3 @@ def _name(path: Path) -> str:
 
 def _order(one: RunStatus) -> tuple[bool, float, str]:
     return not one.active, 0.0 if one.active else (one.heard_s or 0.0), one.run
-
-
-def _width(stream: TextIO) -> int:
-    # The last column stays free: some terminals wrap when it is filled.
-    columns = shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns
-    return max(columns - 1, 20) if stream.isatty() else max(columns, 20)
-
-
-def _colourful(stream: TextIO) -> bool:
-    return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

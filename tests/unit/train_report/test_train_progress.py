@@ -31,6 +31,11 @@ class Terminal(io.StringIO):
         return lines
 
 
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+
 class Clock:
     now = 0.0
 
