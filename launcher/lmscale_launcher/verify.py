@@ -5,10 +5,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lmscale.base.console import byte_progress
+from lmscale.base.decoding import Limits, RecordError, decode_file
 from lmscale.base.errors import ConfigError, ExitCode, LmscaleError, Problem
+from lmscale.base.fs import UnsuitableFile
 from lmscale.base.records import read_lines
 from lmscale.run_folder.checkpoints import MANIFEST, damage, listing, read_manifest, unknown_files
 from lmscale.run_folder.paths import RunFolder
@@ -76,10 +78,10 @@ def kind_of(path: Path) -> Kind:
 
 def _is_checkpoint(manifest: Path) -> bool:
     try:
-        body = json.loads(manifest.read_bytes())
-    except (OSError, ValueError):
+        body = decode_file(dict[str, Any], manifest, limits=Limits(max_bytes=1 << 30))
+    except (OSError, RecordError, UnsuitableFile):
         return any(manifest.parent.glob("*.safetensors"))
-    return isinstance(body, dict) and {"step", "files"} <= body.keys()
+    return {"step", "files"} <= body.keys()
 
 
 def _checkpoints(paths: list[Path], progress: Progress) -> VerifyResult:

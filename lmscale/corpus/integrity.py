@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lmscale.base.errors import LmscaleError
+from lmscale.base.fs import UnsuitableFile, open_regular
 from lmscale.corpus.checked_files import CheckedFiles
 from lmscale.corpus.manifest import (
     MANIFEST_NAME,
@@ -101,6 +102,9 @@ def _shard(folder: Path, manifest: Manifest, number: int) -> Iterator[str]:
     path = folder / entry.name
     try:
         size, digest = _digest(path)
+    except UnsuitableFile as error:
+        yield str(error)
+        return
     except OSError as error:
         yield f"{path} cannot be read: {error.strerror or error}"
         return
@@ -117,7 +121,7 @@ def _shard(folder: Path, manifest: Manifest, number: int) -> Iterator[str]:
 
 def _digest(path: Path) -> tuple[int, str]:
     sha256, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while data := file.read(_READ_BYTES):
             sha256.update(data)
             size += len(data)

@@ -18,13 +18,14 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from lmscale.base.decoding import convert
+from lmscale.base.decoding import Limits, convert, parse_json
 from lmscale.base.errors import ConfigError, DataError, Problem
-from lmscale.base.fs import atomic_writer, open_regular, storage_errors
+from lmscale.base.fs import atomic_writer, read_regular, storage_errors
 from lmscale.corpus.shard_format import DTYPES, Dtype, ShardEntry, num_chunks
 from lmscale.corpus.shard_table import Ints, ShardTable
 
 MANIFEST_NAME = "manifest.json"
+_LIMITS = Limits(max_bytes=1 << 30)  # version 1 lists 3 million shards in that
 TABLE_NAME = "shards.npy"
 FORMAT = "lmscale-corpus"
 VERSION = 1  # with a list of shards; also what every fingerprint covers
@@ -342,10 +343,7 @@ def _read(folder: Path) -> _ManifestText:
             f"{path}: its {len(raw)} bytes do not match the digest in its last line: "
             f"it is damaged; {_RESTORE}"
         )
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}; {_RESTORE}") from error
+    body = parse_json(raw, where=path, limits=_LIMITS, hint=_RESTORE)
     found = (body.get("format"), body.get("version")) if isinstance(body, dict) else (None, None)
     if found not in ((FORMAT, VERSION), (FORMAT, TABLE_VERSION)):
         raise DataError(
@@ -357,8 +355,7 @@ def _read(folder: Path) -> _ManifestText:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        with open_regular(path) as file:
-            data = file.read()
+        data = read_regular(path, _LIMITS.max_bytes)
     except FileNotFoundError:
         raise DataError(
             f"{path} is missing: the corpus is damaged or was never finished; {_RESTORE}"

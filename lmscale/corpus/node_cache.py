@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lmscale.base.errors import ConfigError, DataError, LmscaleError, Problem
-from lmscale.base.fs import lock_folder
+from lmscale.base.fs import atomic_writer, lock_folder
 from lmscale.base.lru import LruCache
 from lmscale.corpus.checked_files import ByteRange, Bytes, CheckedFiles
 from lmscale.corpus.manifest import Manifest
@@ -185,7 +185,7 @@ def _reason(error: Exception) -> str:
 
 
 _LOCK = ".staging.lock"  # not .lock, which run folders have
-_SCRATCH = ".tmp"
+_SCRATCH = ".tmp"  # the suffix of the temporary files of base/fs.py
 _MARGIN_FRAC, _MAX_MARGIN_BYTES = 0.05, 10 << 30  # of the disk, kept free for logs and checkpoints
 # The user has to name another folder or get a permission; other errors are failures of the disk.
 _USER_ERRORS = {
@@ -266,17 +266,8 @@ def remove_scratch_files(folder: Path) -> None:
 
 def write_copy(path: Path, parts: list[memoryview]) -> None:
     """Write a file that appears under its name complete or not at all; not durable. Raises OSError."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}{_SCRATCH}")
-    try:
-        with open(scratch, "wb", buffering=0) as file:
-            for part in parts:
-                done = 0
-                while done < len(part):
-                    done += file.write(part[done:])
-        os.rename(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
+    with atomic_writer(path, durable=False) as file:
+        file.writelines(parts)
 
 
 def _tree_bytes(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """Faults put into real files: what a run reads raises, and verify names every one."""
 
+import hashlib
 import os
 import random
 import re
@@ -268,3 +269,40 @@ def test_a_piece_is_never_shorter_than_asked_for(tmp_path: Path) -> None:
     assert len(files.blocks(path, "x", extent, block_bytes=BLOCK_BYTES, cut=slice(90, 100))) == 10
     with pytest.raises(DataError, match="only 100 bytes"):
         files.blocks(path, "x", extent, block_bytes=BLOCK_BYTES, cut=slice(90, 101))
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "shards.npy", "tokenizer.json", "shard-000000.tar"]
+)
+@pytest.mark.parametrize("kind", ["fifo", "zero", "folder"])
+def test_a_file_that_blocks_or_never_ends_is_a_problem(copy: Path, name: str, kind: str) -> None:
+    (copy / name).unlink()
+    match kind:
+        case "fifo":
+            os.mkfifo(copy / name)
+        case "zero":
+            (copy / name).symlink_to("/dev/zero")
+        case "folder":
+            (copy / name).mkdir()
+    assert any("not a regular file" in problem for problem in verify(copy))
+    with pytest.raises(DataError, match="not a regular file"):
+        read_all(copy, 0)
+
+
+def test_a_huge_manifest_is_refused_without_reading_it(copy: Path) -> None:
+    os.truncate(copy / "manifest.json", 1 << 40)
+    (problem,) = verify(copy)
+    assert "at most" in problem
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b'{"format": ' + b"9" * 5000 + b"}", b"[]", b"\xff"]
+)
+def test_a_manifest_with_a_good_digest_that_makes_no_sense(copy: Path, text: bytes) -> None:
+    covered = text + b"\n"
+    digest = hashlib.sha256(covered).hexdigest()
+    (copy / "manifest.json").write_bytes(covered + f' "digest": "{digest}"\n}}\n'.encode())
+    (problem,) = verify(copy)
+    assert "manifest.json" in problem
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        read_all(copy, 0)
