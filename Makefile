@@ -76,6 +76,7 @@ matrix: setup
 	$(BIN)/python tools/gradient_matrix.py --minutes 30
 	$(BIN)/python tools/gradient_matrix.py --mutations
 	$(BIN)/python tools/matrix.py --minutes 24
+	LMSCALE_TEST_WHOLE=1 $(BIN)/pytest -m slow tests/e2e/test_earlier_version.py
 	$(MAKE) release-check
 
 clean:

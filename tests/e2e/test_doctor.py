@@ -20,7 +20,7 @@ def test_a_machine_that_can_train(tmp_path: Path) -> None:
     assert (code, failing) == (0, []), said
     assert list(dict.fromkeys(one["group"] for one in found)) == GROUPS
     facts = {(one["group"], one["what"]): one["fact"] for one in found}
-    assert "two processes met" in facts["torch", "gloo"]
+    assert "two processes connected" in facts["torch", "gloo"]
     assert "imports" in facts["deepspeed", "deepspeed"]
     assert "flock keeps a second start out" in facts["storage", "locks"]
     assert all(one["hint"] for one in found if one["level"] == "warn"), "each with what to do"
@@ -41,7 +41,7 @@ def test_what_fails_is_named_with_78(tmp_path: Path) -> None:
     failing = {one["what"]: one for one in found if one["level"] == "fail"}
     assert code == 78
     assert set(failing) == {"gloo", "scratch"}
-    assert "gloo takes one name" in failing["gloo"]["fact"]
+    assert "gloo accepts one name" in failing["gloo"]["fact"]
     assert all(one["hint"] for one in failing.values())
 
 

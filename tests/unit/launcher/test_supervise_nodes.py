@@ -196,13 +196,15 @@ def test_a_signal_while_waiting_for_a_restart_ends_it_on_all_nodes(start: Start)
 
 def test_ports_in_use_are_passed_over_and_strangers_are_sent_away(start: Start) -> None:
     """A program that says nothing, one that talks, and another job's supervisors, on neighbouring ports."""
-    other = Nodes(start, "pass", start="other").launch(0)
+    other = Nodes(start, "pass", start="other")
     nodes = Nodes(start, "pass")
     with socket.socket() as silent, socket.socket() as lost:
-        taken = int(other.master.rpartition(":")[2])
-        nodes.master = f"127.0.0.1:{taken - 1}"
-        silent.bind(("", taken - 1))
+        silent.bind(("", free_port()))  # first, so that no other test can take it meanwhile
         silent.listen()
+        port = silent.getsockname()[1]
+        nodes.master, other.master = f"127.0.0.1:{port}", f"127.0.0.1:{port + 1}"
+        other.launch(0)
+        taken = port + 1
         until(lambda: lost.connect_ex(("127.0.0.1", taken)) == 0, "the other job listens")
         lost.sendall(b"GET / HTTP/1.1\r\n\r\n")
         codes, said = nodes.launch().end(timeout=40)
