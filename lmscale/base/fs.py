@@ -314,6 +314,14 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     return b"".join(parts)
 
 
+def read_text(path: Path, max_bytes: int = 1 << 20) -> str:
+    """The text of a small file that people or other hosts write; bytes that are not UTF-8 become U+FFFD.
+
+    Raises UnsuitableFile and OSError as `open_regular` does.
+    """
+    return read_regular(path, max_bytes).decode("utf-8", "replace")
+
+
 def _refusal(path: Path, kind: str) -> str:
     return f"{path} is {kind}, not a regular file; remove it, or name another path"
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmscale.base.fs import atomic_write, storage_errors
+from lmscale.base.fs import UnsuitableFile, atomic_write, read_text, storage_errors
 from lmscale.run_folder.paths import RunFolder
 
 _NO_REASON = "no reason given"
@@ -26,9 +26,11 @@ def read_bad_nodes(folder: RunFolder) -> list[BadNode]:
     for path in sorted(folder.bad_nodes.glob("[!.]*")):  # .nfs0001 is a file of NFS
         try:
             written_ns = path.stat().st_mtime_ns
-            why = next(iter(path.read_text(errors="replace").strip().splitlines()), _NO_REASON)
+            why = next(iter(read_text(path).strip().splitlines()), _NO_REASON)
         except FileNotFoundError:
             continue
+        except UnsuitableFile as error:
+            written_ns, why = 0, str(error)
         except OSError as error:
             written_ns, why = 0, f"its file cannot be read: {error.strerror}"
         found.append(BadNode(path.name, why, path, written_ns))

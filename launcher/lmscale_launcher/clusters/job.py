@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lmscale.config.cluster_schema import ClusterConfig
 from lmscale.run_folder.paths import RunFolder
@@ -71,6 +71,17 @@ class JobPlan:
         return f"{nodes} x {ranks}{gpus}"
 
 
+class JobFacts(TypedDict, total=False):
+    """What a cluster kind records of its jobs."""
+
+    name: str  # of the job in the queue
+    said: str  # what the site printed
+    host: str  # whose pid `job` is, with its pid namespace
+    ticks: int | None  # start time of that process
+    hosts: list[str]
+    code: int | None  # where it ended within seconds
+
+
 @dataclass(frozen=True, slots=True)
 class JobRecord:
     """One submission of a run."""
@@ -83,4 +94,4 @@ class JobRecord:
     nodes: int
     min_nodes: int
     ranks_per_node: int
-    facts: Mapping[str, Any] = field(default_factory=dict)  # of its kind: ticks of a pid, ...
+    facts: Mapping[str, Any] = field(default_factory=dict)  # see JobFacts

@@ -6,13 +6,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from lmscale.base.decoding import Limits, RecordError, decode_file
+from lmscale.base.decoding import Limits, RecordError, convert, decode_file
 from lmscale.base.errors import ConfigError, Problem
 from lmscale.base.fs import UnsuitableFile, atomic_write, storage_errors
 from lmscale.config import rules as checks
 from lmscale.config.schema import RunConfig
 from lmscale.run_folder.paths import RunFolder
-from lmscale_launcher.clusters.job import JobPlan, JobRecord
+from lmscale_launcher.clusters.job import JobFacts, JobPlan, JobRecord
 from lmscale_launcher.clusters.kinds import cluster_of
 
 
@@ -96,7 +96,11 @@ def read_records(folder: RunFolder) -> list[JobRecord]:
             continue
         hint = "restore the file, or remove it if the job has ended"
         try:
-            found.append(decode_file(JobRecord, path, limits=_LIMITS, hint=hint, closed=True))
+            record = decode_file(JobRecord, path, limits=_LIMITS, hint=hint, closed=True)
+            facts = convert(JobFacts, record.facts, where=path, hint=hint)
+            if "ticks" in facts and not record.job.isdecimal():
+                raise RecordError(f"{path}: job: {record.job[:20]!r} is not a pid; {hint}")
+            found.append(record)
         except (RecordError, UnsuitableFile) as error:
             raise ConfigError(f"not the record of a job: {error}") from error
     return sorted(found, key=lambda record: record.number)

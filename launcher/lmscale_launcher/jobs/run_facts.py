@@ -13,6 +13,7 @@ from typing import Any
 
 from lmscale.base.decoding import Limits, convert, decode_file
 from lmscale.base.errors import ConfigError, DataError, LmscaleError, Problem
+from lmscale.base.fs import read_text
 from lmscale.base.proc import is_alive, this_host
 from lmscale.base.records import ends_of, first_line, newest_lines
 from lmscale.config.run_file import load
@@ -230,7 +231,7 @@ def _time(path: Path) -> float | None:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(errors="replace").strip()
+        return read_text(path).strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
 

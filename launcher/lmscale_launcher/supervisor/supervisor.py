@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from lmscale.base.errors import ExitCode, LmscaleError, RetryableError, decisive
-from lmscale.base.fs import atomic_write, storage_errors
+from lmscale.base.fs import atomic_write, read_text, storage_errors
 from lmscale.base.listener import listen
 from lmscale.base.proc import adopt_orphans
 from lmscale.run_folder.bad_nodes import BadNode, read_bad_nodes, write_bad_nodes
@@ -103,7 +103,7 @@ def _reason_not_to_start(job: SupervisorJob) -> str:
     if job.by_hand or not job.folder.stop.exists():
         return job.finished_message
     with storage_errors(f"reading {job.folder.stop}"):
-        reason = job.folder.stop.read_text(errors="replace").strip()
+        reason = read_text(job.folder.stop).strip()
     return (
         f"stopped by {reason or '`lmscale stop`'}: run `lmscale resume`, or remove {job.folder.stop}, to "
         "continue"

@@ -26,6 +26,7 @@ from lmscale.base.fs import (
     lock_folder,
     open_regular,
     read_regular,
+    read_text,
     storage_error,
     storage_errors,
 )
@@ -286,6 +287,11 @@ def test_the_size_is_bounded_also_where_it_is_not_known(tmp_path: Path) -> None:
         open_regular(tmp_path / "absent")
     path.write_bytes(b"")
     assert read_regular(path, 0) == b""
+
+
+def test_text_that_is_not_utf_8_is_text(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"a\xffb\n")
+    assert read_text(tmp_path / "x") == "a\ufffdb\n"
 
 
 def test_a_sparse_file_of_a_terabyte_is_refused_without_reading(tmp_path: Path) -> None:

@@ -451,7 +451,11 @@ def test_without_locks_two_submits_are_two_jobs_or_one_refusal(
      json.dumps({"number": 1, "kind": "slurm", "job": 7, "host": "h", "time": 0, "nodes": 1,
                  "min_nodes": 1, "ranks_per_node": 1}).encode(),
      json.dumps({"number": 1, "kind": "slurm", "job": "7", "host": "h", "time": 0, "nodes": 1,
-                 "min_nodes": 1, "ranks_per_node": 1, "later": 1}).encode()],
+                 "min_nodes": 1, "ranks_per_node": 1, "later": 1}).encode(),
+     json.dumps({"number": 1, "kind": "local", "job": "7", "host": "h", "time": 0, "nodes": 1,
+                 "min_nodes": 1, "ranks_per_node": 1, "facts": {"ticks": "x"}}).encode(),
+     json.dumps({"number": 1, "kind": "local", "job": "x", "host": "h", "time": 0, "nodes": 1,
+                 "min_nodes": 1, "ranks_per_node": 1, "facts": {"ticks": 1}}).encode()],
 )  # fmt: skip
 def test_a_file_that_is_not_a_job_record_is_named(tmp_path: Path, text: bytes) -> None:
     folder = RunFolder(tmp_path)

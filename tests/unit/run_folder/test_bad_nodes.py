@@ -1,5 +1,6 @@
 """Hosts that the next start leaves out: written by the run, read by whatever starts it."""
 
+import os
 from pathlib import Path
 
 from lmscale.run_folder.bad_nodes import read_bad_nodes, write_bad_nodes
@@ -36,3 +37,12 @@ def test_strange_files_are_no_trouble(tmp_path: Path) -> None:
     assert found.keys() == {"node3", "node4", "node5"}
     assert found["node4"] == "no reason given"
     assert "Is a directory" in found["node5"]
+
+
+def test_a_fifo_among_the_bad_nodes_still_names_its_host(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.bad_nodes.mkdir()
+    os.mkfifo(folder.bad_nodes / "n1")
+    (node,) = read_bad_nodes(folder)
+    assert node.host == "n1"
+    assert "FIFO" in node.why
