@@ -85,8 +85,8 @@ def test_a_screen_shows_charts_and_nothing_is_refused(report: Path, tmp_path: Pa
     width, height, rows = pixels(png)
     assert (width, height) == (1280, 2400)
     colours = {row[i : i + 3] for row in rows for i in range(0, len(row), 3)}
-    assert bytes.fromhex("1d4fd7") in colours  # the training line
-    assert bytes.fromhex("c2410c") in colours  # the validation line
+    assert bytes.fromhex("2f6fed") in colours  # the training line
+    assert bytes.fromhex("d9591b") in colours  # the validation line
     # nothing sticks out of the column: the outer margins are empty paper
     assert all(set(row[: 3 * 140]) == set(row[-3 * 140 :]) == {255} for row in rows)
 

@@ -1,7 +1,7 @@
-"""What a run folder says, read into one value.
+"""The files of a run folder that a report shows, read into a RunHistory.
 
-Tolerant on purpose: a report is also written of runs that are still going, that were killed in the
-middle of a line, or that have no evaluation and no events at all.
+Reading is tolerant: a report is also written for runs that are still in progress, that were killed
+in the middle of a line, or that have no evaluations and no events.
 """
 
 import math
@@ -28,10 +28,10 @@ class RecordedEvent:
     start: str  # the file's stem: which start of the run wrote it
     kind: str
     time: float | None  # unix seconds
-    fields: Mapping[str, Any]  # all others that tell something of this event
+    fields: Mapping[str, Any]  # all other fields that are about this event
 
     def number(self, *names: str) -> float | None:
-        """The first of these fields that holds a finite number."""
+        """The first of these fields that is a finite number."""
         return next((v for n in names if (v := finite(self.fields.get(n))) is not None), None)
 
 
@@ -56,10 +56,10 @@ class RunHistory:
     baselines: Mapping[str, Mapping[str, float]]  # corpus -> unigram | bigram -> bits per byte
     events: tuple[RecordedEvent, ...]  # by time
     config_text: str
-    config_tree: object  # the same, decoded; None where it is missing or cannot be
+    config_tree: object  # the same, decoded; None if it is missing or not YAML
 
     def config(self, path: str) -> Any:
-        """A key of the run file such as "train.steps"; None where there is none."""
+        """A key of the run file such as "train.steps"; None if it is absent."""
         node: Any = self.config_tree
         for part in path.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
@@ -76,7 +76,7 @@ class RunHistory:
 
 
 def read_record(folder: RunFolder) -> RunHistory:
-    """Read all that a report shows; a missing file is an empty one."""
+    """Read all that a report shows; a missing file counts as empty."""
     steps, columns = _metrics(folder.metrics)
     evaluations, baselines = _evaluations(folder.eval)
     events = [e for path in sorted(folder.events.glob("*.jsonl")) for e in _events(path)]
@@ -102,7 +102,7 @@ def finite(value: object) -> float | None:
 
 
 def _tree(text: str) -> object:
-    """The configuration; None where it is not YAML. Names of an earlier version become today's."""
+    """The configuration; None if it is not YAML. Keys of an earlier version are translated."""
     return translate_config(parse(text, name="config.yaml").value)
 
 
@@ -118,7 +118,7 @@ def _metrics(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
             value = finite(line.get(name))
             column.append(math.nan if value is None else value)
     steps_S = np.array(steps, np.int64)
-    # a line written twice: the later one stands
+    # of a step that was written twice, the later line counts
     unique_S, from_end_S = np.unique(steps_S[::-1], return_index=True)
     keep_S = len(steps_S) - 1 - from_end_S
     return unique_S, {name: np.array(c, np.float64)[keep_S] for name, c in columns.items()}
@@ -139,19 +139,21 @@ def _evaluations(path: Path) -> tuple[tuple[Evaluation, ...], dict[str, dict[str
             of_step[metric] = math.nan if value is None else value
             if metric == "loss":
                 counts[corpus, int(step)] = finite(line.get("count"))
-    found = tuple(
+    evaluations = tuple(
         Evaluation(step, corpus, metrics, counts.get((corpus, step)))
         for corpus, by_step in values.items()
         for step, metrics in sorted(by_step.items())
     )
-    return found, baselines
+    return evaluations, baselines
 
 
 def _events(path: Path) -> Iterator[RecordedEvent]:
     for line in readable_lines(path):
         kind = str(line.get("kind", ""))
-        # host and pid stand in every line; a `start` is about them, and the environment names the host
-        apart = {"kind", "time", "start", "ticks"}
-        apart |= set() if kind == "start" else {"pid"} if kind == "environment" else {"pid", "host"}
-        fields = {key: value for key, value in line.items() if key not in apart}
+        # host and pid are in every line; only a start is about them, and the environment names the host
+        excluded = {"kind", "time", "start", "ticks"}
+        excluded |= (
+            set() if kind == "start" else {"pid"} if kind == "environment" else {"pid", "host"}
+        )
+        fields = {key: value for key, value in line.items() if key not in excluded}
         yield RecordedEvent(path.stem, kind, finite(line.get("time")), fields)

@@ -8,8 +8,8 @@ import numpy as np
 
 from lmscale.base.errors import ExitCode
 from lmscale.base.units import show_count, show_seconds
+from lmscale.train.report.charts import half_width, smooth
 from lmscale.train.report.read import Evaluation, RecordedEvent, RunHistory
-from lmscale.train.report.shape import half_width, smooth
 
 _ENDS = {
     ExitCode.DONE: "done",
@@ -26,7 +26,7 @@ _ENDS = {
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """How the run stands; mood is "good", "bad" or ""."""
+    """The state of the run; mood is "good", "bad" or "" (neutral)."""
 
     text: str
     mood: str = ""
@@ -41,24 +41,24 @@ class Tile:
     below: str = ""
 
 
-def status(record: RunHistory) -> Status:
+def status(history: RunHistory) -> Status:
     """Finished, stopped, failed or running: by the steps done and the newest start's events."""
-    last = int(record.steps[-1]) if len(record.steps) else 0
-    total = total_steps(record)
+    last = int(history.steps[-1]) if len(history.steps) else 0
+    total = total_steps(history)
     if total and last >= total:
         return Status("finished", "good")
-    newest = _since_newest_start(record)
+    newest = _since_newest_start(history)
     code = next((c for e in reversed(newest) if (c := exit_code(e)) is not None), None)
     if code is not None:
         mood = "" if code in (ExitCode.DONE, ExitCode.SAVED) else "bad"
-        end = f"stopped at step {last:,}" if code == ExitCode.DONE else how_it_ended(code)
+        end = f"stopped at step {last:,}" if code == ExitCode.DONE else end_text(code)
         return Status(end, mood)
     if any(event.kind == "stop" for event in newest):
         return Status(f"stopped at step {last:,}")
     return Status(f"at step {last:,} of {total:,}" if total else f"at step {last:,}")
 
 
-def how_it_ended(code: int) -> str:
+def end_text(code: int) -> str:
     """An exit code as text."""
     if code in _ENDS:
         return _ENDS[ExitCode(code)]
@@ -66,40 +66,40 @@ def how_it_ended(code: int) -> str:
 
 
 def exit_code(event: RecordedEvent) -> int | None:
-    """The code that the last event of a start holds."""
+    """The exit code in the last event of a start; None for other events."""
     code = event.number("code", "exit_code") if event.kind in ("exit", "stop") else None
     return None if code is None else int(code)
 
 
-def total_steps(record: RunHistory) -> int | None:
-    """How many steps the run is meant to take, where the run file or an event says so."""
-    told = [e.number("total_steps") for e in record.of_kind("attempt", "start")]
-    for value in [record.config("train.steps"), *reversed(told)]:
+def total_steps(history: RunHistory) -> int | None:
+    """The configured number of steps, from the run file or else from an event."""
+    values = [e.number("total_steps") for e in history.of_kind("attempt", "start")]
+    for value in [history.config("train.steps"), *reversed(values)]:
         if isinstance(value, (int, float)) and value > 0:
             return int(value)
     return None
 
 
-def verdict(record: RunHistory) -> list[str]:
+def verdict(history: RunHistory) -> list[str]:
     """Sentences; text between asterisks is for emphasis."""
-    if not len(record.steps):
+    if not len(history.steps):
         return ["No step has finished yet."]
-    return [_training(record), *_not_finite(record), *_validation(record)]
+    return [_training(history), *_not_finite(history), *_validation(history)]
 
 
-def tiles(record: RunHistory) -> list[Tile]:
+def tiles(history: RunHistory) -> list[Tile]:
     """Steps, tokens, wall time, speed, size and best validation."""
-    steps = int(record.steps[-1]) if len(record.steps) else 0
-    total, tokens = total_steps(record), tokens_seen(record)
-    speed = median(record.columns["tokens_per_s"])
-    mfu = median(record.columns["mfu"])
-    wall, in_steps = wall_seconds(record), _seconds_in_steps(record)
-    parameters = parameter_count(record)
-    best = best_evaluation(record)
+    steps = int(history.steps[-1]) if len(history.steps) else 0
+    total, tokens = total_steps(history), tokens_seen(history)
+    speed = median(history.columns["tokens_per_s"])
+    mfu = median(history.columns["mfu"])
+    wall, in_steps = wall_seconds(history), _seconds_in_steps(history)
+    parameters = parameter_count(history)
+    best = best_evaluation(history)
     unknown = "–"
     return [
         Tile("Steps", _whole(steps), f"of {_whole(total)}" if total else ""),
-        Tile("Tokens", show_count(tokens), _per_step(record)),
+        Tile("Tokens", show_count(tokens), _per_step(history)),
         Tile(
             "Wall time",
             unknown if wall is None else show_seconds(wall),
@@ -117,49 +117,49 @@ def tiles(record: RunHistory) -> list[Tile]:
     ]
 
 
-def tokens_seen(record: RunHistory) -> float:
+def tokens_seen(history: RunHistory) -> float:
     """Tokens after the last step."""
-    known = record.columns["tokens"][np.isfinite(record.columns["tokens"])]
-    return float(known[-1]) if len(known) else 0.0
+    finite = history.columns["tokens"][np.isfinite(history.columns["tokens"])]
+    return float(finite[-1]) if len(finite) else 0.0
 
 
 def median(values: np.ndarray) -> float | None:
-    """Of the known values; None where there is none."""
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else None
+    """The median of the finite values; None if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else None
 
 
-def parameter_count(record: RunHistory) -> float | None:
+def parameter_count(history: RunHistory) -> float | None:
     """The number of parameters, from the newest event that has it."""
-    told = [e.number("parameters") for e in record.of_kind("environment", "start", "attempt")]
-    return next((value for value in reversed(told) if value is not None), None)
+    values = [e.number("parameters") for e in history.of_kind("environment", "start", "attempt")]
+    return next((value for value in reversed(values) if value is not None), None)
 
 
-def wall_seconds(record: RunHistory) -> float | None:
+def wall_seconds(history: RunHistory) -> float | None:
     """First to last event of each start, added up: waiting in a queue is not counted."""
     by_start: dict[str, list[float]] = {}
-    for event in record.events:
+    for event in history.events:
         if event.time is not None:
             by_start.setdefault(event.start, []).append(event.time)
     spans = [times[-1] - times[0] for times in by_start.values()]
     return sum(spans) if any(span > 0 for span in spans) else None
 
 
-def best_evaluation(record: RunHistory) -> tuple[Evaluation, str] | None:
+def best_evaluation(history: RunHistory) -> tuple[Evaluation, str] | None:
     """The lowest bits per byte of the first corpus (else the lowest loss), and which of the two."""
     for metric in ("bits_per_byte", "loss"):
-        known = [
-            e for e in of_first_corpus(record) if math.isfinite(e.values.get(metric, math.nan))
+        finite = [
+            e for e in of_first_corpus(history) if math.isfinite(e.values.get(metric, math.nan))
         ]
-        if known:
-            return min(known, key=lambda e: e.values[metric]), metric
+        if finite:
+            return min(finite, key=lambda e: e.values[metric]), metric
     return None
 
 
-def of_first_corpus(record: RunHistory) -> list[Evaluation]:
-    """The evaluations the verdict speaks of."""
-    corpora = record.corpora
-    return [e for e in record.evaluations if e.corpus == corpora[0]] if corpora else []
+def of_first_corpus(history: RunHistory) -> list[Evaluation]:
+    """The evaluations of the corpus that the verdict is about."""
+    corpora = history.corpora
+    return [e for e in history.evaluations if e.corpus == corpora[0]] if corpora else []
 
 
 def short_corpus(corpus: str) -> str:
@@ -167,35 +167,35 @@ def short_corpus(corpus: str) -> str:
     return "/".join(corpus.replace("\\", "/").rstrip("/").split("/")[-2:]) or "corpus"
 
 
-def _training(record: RunHistory) -> str:
-    steps, count = int(record.steps[-1]), len(record.steps)
-    loss = float(smooth(record.columns["loss"])[-1])
+def _training(history: RunHistory) -> str:
+    steps, count = int(history.steps[-1]), len(history.steps)
+    loss = float(smooth(history.columns["loss"])[-1])
     behind = half_width(count) + 1
     over = f" (mean of the last {behind:,} steps)" if behind > 1 else ""
     plural = "step" if steps == 1 else "steps"
     value = f"*{loss:.3f}* nats per token{over}" if math.isfinite(loss) else "*not finite*"
-    tokens = show_count(tokens_seen(record))
+    tokens = show_count(tokens_seen(history))
     return f"After {steps:,} {plural} and {tokens} tokens the training loss is {value}."
 
 
-def _not_finite(record: RunHistory) -> list[str]:
-    count = int((~np.isfinite(record.columns["loss"])).sum())
+def _not_finite(history: RunHistory) -> list[str]:
+    count = int((~np.isfinite(history.columns["loss"])).sum())
     return [f"The loss was not finite at {count:,} of the steps."] if count else []
 
 
-def _validation(record: RunHistory) -> list[str]:
-    evaluations, best = of_first_corpus(record), best_evaluation(record)
+def _validation(history: RunHistory) -> list[str]:
+    evaluations, best = of_first_corpus(history), best_evaluation(history)
     if not evaluations or best is None:
         return ["No validation was measured."]
     best_at, metric = best
     last = evaluations[-1].values.get(metric, math.nan)
-    where = f" on {short_corpus(best_at.corpus)}" if len(record.corpora) > 1 else ""
+    where = f" on {short_corpus(best_at.corpus)}" if len(history.corpora) > 1 else ""
     if not math.isfinite(last):
         first = f"The last validation{where} is *not finite*."
     elif metric == "loss":
         first = f"The validation loss{where} is *{last:.3f}* nats per token."
     else:
-        beside = _against(last, record.baselines.get(best_at.corpus, {}))
+        beside = _against(last, history.baselines.get(best_at.corpus, {}))
         first = f"Validation{where} is at *{last:.3f}* bits per byte{beside}."
     lowest = best_at.values[metric]
     if math.isfinite(last) and last <= lowest * 1.002:
@@ -205,14 +205,14 @@ def _validation(record: RunHistory) -> list[str]:
 
 def _against(value: float, baselines: Mapping[str, float]) -> str:
     """How far below or above the baselines, as text."""
-    said = []
+    comparisons = []
     for name, what in (("unigram", "single tokens"), ("bigram", "pairs of tokens")):
         level = baselines.get(name)
         if level:
             share = 100 * (1 - value / level)
             side = f"{abs(share):.0f} % {'below' if share >= 0 else 'above'}"
-            said.append(f"{side} the {level:.3f} of counting {what} ({name})")
-    return ": " + " and ".join(said) if said else ""
+            comparisons.append(f"{side} the {level:.3f} of counting {what} ({name})")
+    return ": " + " and ".join(comparisons) if comparisons else ""
 
 
 def _best_tile(best: tuple[Evaluation, str] | None) -> Tile:
@@ -227,23 +227,23 @@ def _best_tile(best: tuple[Evaluation, str] | None) -> Tile:
     )
 
 
-def _per_step(record: RunHistory) -> str:
-    known = record.columns["tokens"][np.isfinite(record.columns["tokens"])]
-    if len(known) < 2 or known[-1] <= known[-2]:
+def _per_step(history: RunHistory) -> str:
+    finite = history.columns["tokens"][np.isfinite(history.columns["tokens"])]
+    if len(finite) < 2 or finite[-1] <= finite[-2]:
         return ""
-    return f"{show_count(float(known[-1] - known[-2]))} a step"
+    return f"{show_count(float(finite[-1] - finite[-2]))} per step"
 
 
-def _seconds_in_steps(record: RunHistory) -> float | None:
-    tokens, speed = record.columns["tokens"], record.columns["tokens_per_s"]
+def _seconds_in_steps(history: RunHistory) -> float | None:
+    tokens, speed = history.columns["tokens"], history.columns["tokens_per_s"]
     seconds = np.diff(tokens, prepend=0.0) / np.where(speed > 0, speed, np.nan)
-    known = seconds[np.isfinite(seconds)]
-    return float(known.sum()) if len(known) else None
+    finite = seconds[np.isfinite(seconds)]
+    return float(finite.sum()) if len(finite) else None
 
 
-def _since_newest_start(record: RunHistory) -> list[RecordedEvent]:
-    newest = record.of_kind("start", "attempt")
-    return [e for e in record.events if not newest or e.start == newest[-1].start]
+def _since_newest_start(history: RunHistory) -> list[RecordedEvent]:
+    newest = history.of_kind("start", "attempt")
+    return [e for e in history.events if not newest or e.start == newest[-1].start]
 
 
 def _whole(count: int) -> str:

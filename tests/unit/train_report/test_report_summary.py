@@ -1,7 +1,7 @@
 import pytest
 
 from lmscale.train.report.read import read_record
-from lmscale.train.report.words import status, tiles, verdict
+from lmscale.train.report.summary import status, tiles, verdict
 
 
 def told(folder) -> str:
@@ -80,7 +80,7 @@ def test_tiles(folder) -> None:
     folder.write_events("b", [{"kind": "start", "time": 5000}, {"kind": "stop", "time": 5005}])
     found = {tile.label: (tile.value, tile.below) for tile in tiles(read_record(folder))}
     assert found["Steps"] == ("100", "of 100")
-    assert found["Tokens"] == ("100K", "1K a step")
+    assert found["Tokens"] == ("100K", "1K per step")
     assert found["Wall time"] == ("1m05s", "50s in steps")
     assert found["Tokens/s"][0] == "2K" and "40.0" in found["Tokens/s"][1]
     assert found["Parameters"][0] == "–"

@@ -1,10 +1,8 @@
-from itertools import pairwise
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmscale.train.report.shape import limits, sample, smooth, spread, thin, wants_log_x
+from lmscale.train.report.charts import limits, sample, smooth, thin, wants_log_x
 
 numbers = st.floats(-1e6, 1e6)
 
@@ -89,14 +87,3 @@ def test_limits_hold_what_must_be_seen() -> None:
     assert found.low < 0 and found.high > 5
     for nothing in (np.array([]), np.array([np.nan]), np.array([3.0])):
         assert limits(nothing).low < limits(nothing).high
-
-
-@given(st.lists(st.floats(0, 300), max_size=8))
-@settings(max_examples=100, deadline=None)
-def test_labels_keep_order_and_distance(places: list[float]) -> None:
-    moved = spread(places, 17)
-    by_place = [moved[i] for i in sorted(range(len(places)), key=places.__getitem__)]
-    assert all(b - a >= 17 - 1e-6 for a, b in pairwise(by_place))
-    order = sorted(places)
-    if all(b - a >= 17 for a, b in pairwise(order)):
-        assert moved == places
