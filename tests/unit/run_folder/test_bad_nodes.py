@@ -36,7 +36,7 @@ def test_strange_files_are_no_trouble(tmp_path: Path) -> None:
     found = {bad.host: bad.why for bad in read_bad_nodes(folder)}
     assert found.keys() == {"node3", "node4", "node5"}
     assert found["node4"] == "no reason given"
-    assert "Is a directory" in found["node5"]
+    assert "is a folder" in found["node5"]
 
 
 def test_a_fifo_among_the_bad_nodes_still_names_its_host(tmp_path: Path) -> None:
