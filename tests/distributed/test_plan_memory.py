@@ -10,6 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -111,8 +113,15 @@ def peak(case: Case, accumulation: int) -> tuple[int, int]:
 
 
 def everything() -> int:
+    """Bytes of all tensors of this process. What torch.compile keeps of earlier cases as fake tensors has no bytes."""
     gc.collect()
-    return storage_bytes(o for o in gc.get_objects() if isinstance(o, Tensor))
+    tensors = (o for o in gc.get_objects() if isinstance(o, Tensor))
+    return storage_bytes(tensor for tensor in tensors if not _is_fake(tensor))
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    local = getattr(tensor, "_local_tensor", tensor)
+    return isinstance(local, FakeTensor | FunctionalTensor)
 
 
 def planned_mesh(case: Case, size: int) -> MeshSizes:

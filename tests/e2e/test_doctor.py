@@ -22,7 +22,7 @@ def test_a_machine_that_can_train(tmp_path: Path) -> None:
     facts = {(one["group"], one["what"]): one["fact"] for one in found}
     assert "two processes connected" in facts["torch", "gloo"]
     assert "imports" in facts["deepspeed", "deepspeed"]
-    assert "flock keeps a second start out" in facts["storage", "locks"]
+    assert "flock excludes a second start" in facts["storage", "locks"]
     assert all(one["hint"] for one in found if one["level"] == "warn"), "each with what to do"
     assert not list(tmp_path.iterdir()), "it leaves nothing behind"
 
