@@ -1,4 +1,4 @@
-"""`lmscale prepare`: the command line, its progress bar and what it says at the end."""
+"""The verb `lmscale prepare`: options from their texts, progress, and the summary at the end."""
 
 import json
 import logging
@@ -48,9 +48,9 @@ def prepare_verb(
                 out, inputs, options, lambda now: show(now.stage, now.done, now.total)
             )
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; run the same command again to resume\n")
+        sys.stderr.write("stopped; run the same command again: it resumes where it stopped\n")
         return ExitCode.SAVED
-    sys.stdout.write(_json(summary) if as_json else _words(out, summary))
+    sys.stdout.write(_json(summary) if as_json else _text(out, summary))
     return ExitCode.DONE
 
 
@@ -62,7 +62,7 @@ def _count(flag: str, text: str) -> int:
 
 
 def _share(text: str) -> float:
-    """1%, 0.01 or 0 as a fraction."""
+    """The fraction that a text such as 1%, 0.01 or 0 stands for."""
     try:
         return parse_percent(text) if text.strip().endswith("%") else float(text)
     except ValueError as error:
@@ -103,19 +103,19 @@ def _json(summary: Summary) -> str:
         }
         for name, part in summary.parts.items()
     }
-    some = next(iter(summary.parts.values()))
-    facts = {
+    part = next(iter(summary.parts.values()))  # the same tokenizer and chunks in all
+    document = {
         "parts": parts,
-        "vocab_size": some.tokenizer.vocab_size,
-        "tokenizer": some.tokenizer.fingerprint,
-        "chunk_tokens": some.chunk_tokens,
+        "vocab_size": part.tokenizer.vocab_size,
+        "tokenizer": part.tokenizer.fingerprint,
+        "chunk_tokens": part.chunk_tokens,
         "seconds": round(summary.seconds, 3),
         "already": summary.already,
     }
-    return json.dumps(facts) + "\n"
+    return json.dumps(document) + "\n"
 
 
-def _words(out: Path, summary: Summary) -> str:
+def _text(out: Path, summary: Summary) -> str:
     lines = [f"{out} was finished before: same input, same options" if summary.already
              else f"{out} is ready after {show_seconds(summary.seconds)}"]  # fmt: skip
     for name in (TRAIN, HELDOUT):
@@ -125,12 +125,12 @@ def _words(out: Path, summary: Summary) -> str:
             continue
         lines.append(
             f"  {name:<8} {show_count(part.documents)} documents, {show_count(part.tokens)} tokens, "
-            f"{part.text_bytes / part.tokens:.2f} bytes a token, "
+            f"{part.text_bytes / part.tokens:.2f} bytes per token, "
             f"{len(part.shards)} {'shard' if len(part.shards) == 1 else 'shards'}"
         )
-    some = next(iter(summary.parts.values()))
+    manifest = next(iter(summary.parts.values()))
     lines.append(
-        f"  vocabulary of {some.tokenizer.vocab_size} ids, chunks of {some.chunk_tokens} tokens"
+        f"  vocabulary of {manifest.tokenizer.vocab_size} ids, chunks of {manifest.chunk_tokens} tokens"
     )
     lines.append(f"next: lmscale train RUN.yaml data.corpora={out}")
     return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
-"""Between the passes: which documents each part holds, and reading any stretch of a part's token stream.
+"""The cuts between the passes: which documents each part contains, and any range of a part's token stream.
 
-A part's stream is its documents in input order, end to end. Where a document lies follows from
+The stream of a part is its documents in input order, concatenated. The position of a document follows from
 prefix sums over the segments of the first pass, so any worker can write any shard.
 """
 
@@ -21,7 +21,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class PartSize:
-    """How much a part holds."""
+    """The size of a part."""
 
     documents: int
     tokens: int
@@ -38,12 +38,14 @@ class _CutsFile(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """Where the documents of all parts lie."""
+    """The positions of the documents of all parts."""
 
-    every: int
+    every: int  # every n-th document is held out; 0: none is
     total: int  # documents of all parts
-    segments: list[list[int]]  # slice, number in it, index of the first document
-    starts: dict[str, list[int]]  # part -> position in its stream of each segment, then its length
+    segments: list[list[int]]  # slice, number within the slice, index of the first document
+    starts: dict[
+        str, list[int]
+    ]  # part -> position of each segment in its stream, then the length of the stream
     sizes: dict[str, PartSize]
 
     def save(self, scratch: Scratch) -> None:
@@ -70,14 +72,15 @@ class Cuts:
 def heldout_mask(first: int, count: int, *, every: int, total: int) -> NDArray[np.bool_]:
     """Which of the documents first .. first + count - 1 are held out, of `total` in all.
 
-    Document i is when i mod every = every - 1; of two or more, but fewer than `every`, the last one is.
+    Document i is held out when i mod every = every - 1; of two or more documents, but fewer than `every`,
+    the last one is held out.
     """
-    documents = np.arange(first, first + count)
+    indices = np.arange(first, first + count)
     if every == 0:
         return np.zeros(count, bool)
     if 2 <= total < every:
-        return np.asarray(documents == total - 1)
-    return np.asarray(documents % every == every - 1)
+        return np.asarray(indices == total - 1)
+    return np.asarray(indices % every == every - 1)
 
 
 def compute_cuts(segments: Sequence[Segment], scratch: Scratch, *, every: int) -> Cuts:
@@ -90,14 +93,14 @@ def compute_cuts(segments: Sequence[Segment], scratch: Scratch, *, every: int) -
     for segment in segments:
         rows.append([segment.slice, segment.number, first])
         table = _table(scratch, segment.slice, segment.number)
-        held = heldout_mask(first, segment.documents, every=every, total=total)
-        for part, mask in ((TRAIN, ~held), (HELDOUT, held)):
+        heldout = heldout_mask(first, segment.documents, every=every, total=total)
+        for part, mask in ((TRAIN, ~heldout), (HELDOUT, heldout)):
             sums[part] += (mask.sum(), *table[mask].sum(axis=0))
             starts[part].append(int(sums[part][1]))
         first += segment.documents
     sizes = {part: PartSize(*map(int, row)) for part, row in sums.items()}
-    kept = {part: size for part, size in sizes.items() if size.documents}
-    return Cuts(every, total, rows, {part: starts[part] for part in kept}, kept)
+    sizes = {part: size for part, size in sizes.items() if size.documents}
+    return Cuts(every, total, rows, {part: starts[part] for part in sizes}, sizes)
 
 
 class PartStream:
@@ -107,12 +110,12 @@ class PartStream:
         self._scratch, self._cuts, self._part = scratch, cuts, part
         self._dtype = dtype
         self._starts = np.asarray(cuts.starts[part], np.int64)
-        self._held: tuple[int, Ints, Ints, Ints] | None = None
+        self._cache: tuple[int, Ints, Ints, Ints] | None = None  # `_documents` of one segment
 
     def read(self, start: int, stop: int) -> tuple[NDArray[np.unsignedinteger[Any]], Ints]:
-        """Tokens [start, stop) and where in them documents begin, counted from `start`."""
+        """Tokens [start, stop) and the positions where documents begin, counted from `start`."""
         tokens: list[NDArray[np.unsignedinteger[Any]]] = []
-        begins: list[Ints] = []
+        documents: list[Ints] = []
         index = int(np.searchsorted(self._starts, start, "right")) - 1
         while index < len(self._cuts.segments) and self._starts[index] < stop:
             if self._starts[index] < self._starts[index + 1]:
@@ -122,29 +125,29 @@ class PartStream:
                 tokens += self._ranges(
                     index, position[low:high], offset[low:high], length[low:high], (start, stop)
                 )
-                begins.append(position[low:high])
+                documents.append(position[low:high])
             index += 1
-        inside = np.concatenate(begins) if begins else np.zeros(0, np.int64)
-        inside = inside[inside >= start] - start
-        return np.concatenate(tokens), inside
+        begins = np.concatenate(documents) if documents else np.zeros(0, np.int64)
+        return np.concatenate(tokens), begins[begins >= start] - start
 
     def _documents(self, index: int) -> tuple[Ints, Ints, Ints]:
-        """Of this part's documents in a segment: position in the stream, offset in the file, length."""
-        if self._held is None or self._held[0] != index:
+        """Positions in the stream, offsets in the file and lengths of this part's documents of a segment."""
+        if self._cache is None or self._cache[0] != index:
             number, segment, first = self._cuts.segments[index]
             lengths = _table(self._scratch, number, segment)[:, 0]
-            held = heldout_mask(first, len(lengths), every=self._cuts.every, total=self._cuts.total)
-            mask = held if self._part == HELDOUT else ~held
+            mask = heldout_mask(first, len(lengths), every=self._cuts.every, total=self._cuts.total)
+            if self._part != HELDOUT:
+                mask = ~mask
             offset = (np.cumsum(lengths) - lengths)[mask]
             length = lengths[mask]
             position = self._starts[index] + np.cumsum(length) - length
-            self._held = index, position, offset, length
-        return self._held[1:]
+            self._cache = index, position, offset, length
+        return self._cache[1:]
 
     def _ranges(
         self, index: int, position: Ints, offset: Ints, length: Ints, bounds: tuple[int, int]
     ) -> Iterator[NDArray[np.unsignedinteger[Any]]]:
-        """The tokens of consecutive documents inside bounds; neighbours in the file are read at once."""
+        """The tokens of consecutive documents within bounds; documents adjacent in the file are read at once."""
         if not len(position):
             return
         number, segment, _ = self._cuts.segments[index]
@@ -153,12 +156,14 @@ class PartStream:
         for low, high in zip([0, *breaks], [*breaks, len(position)], strict=True):
             begin = max(int(position[low]), bounds[0])
             end = min(int(position[high - 1] + length[high - 1]), bounds[1])
-            where = int(offset[low]) + begin - int(position[low])
-            run = np.fromfile(path, self._dtype, end - begin, offset=where * self._dtype.itemsize)
-            assert len(run) == end - begin, f"{path} is shorter than the run found it at its start"
-            yield run
+            skipped = int(offset[low]) + begin - int(position[low])  # tokens of the file
+            tokens = np.fromfile(
+                path, self._dtype, end - begin, offset=skipped * self._dtype.itemsize
+            )
+            assert len(tokens) == end - begin, f"{path} has become shorter during the run"
+            yield tokens
 
 
 def _table(scratch: Scratch, number: int, segment: int) -> Ints:
-    """Ids and bytes of text of each document of a segment, [documents, 2]."""
+    """Number of ids and bytes of text of each document of a segment: [documents, 2]."""
     return np.fromfile(scratch.segment(number, segment, "documents"), np.int64).reshape(-1, 2)

@@ -1,5 +1,6 @@
-"""The documents of an input, one after the other, as streams of text blocks; and the text that a vocabulary
-is trained on: all of a small input, an even sample of a large one.
+"""The documents of an input in order, as streams of text blocks, and the text to train a vocabulary on.
+
+A vocabulary is trained on all of a small input and on an even sample of a large one.
 """
 
 import codecs
@@ -20,22 +21,24 @@ from lmscale.prepare.inputs import (
 )
 from lmscale.tokenizer.training import split_text
 
-Document = Iterator[str]  # blocks of one document; used up before the next document is asked for
+Document = Iterator[
+    str
+]  # blocks of one document; they must be consumed before the next document is requested
 
 _BLOCK_BYTES = 1 << 20
 _MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 
 
 def documents(
-    work: Slice, text_key: str, consumed: Callable[[int], None] = lambda _: None
+    input_slice: Slice, text_key: str, consumed: Callable[[int], None] = lambda _: None
 ) -> Iterator[Document]:
     """All documents of a slice in order, empty ones included.
 
-    `consumed` hears how many bytes on disk have been read, now and then. Raises DataError with file
-    and place: not UTF-8 (byte offset), broken JSON or no text (line number), damaged compression.
+    `consumed` is called repeatedly with the bytes on disk that have been read. Raises DataError with
+    file and place: not UTF-8 (byte offset), broken JSON or no text (line number), damaged compression.
     """
     done = 0
-    for span in work.spans:
+    for span in input_slice.spans:
         with open_source(span.source) as file:
             stream = decompressed(span.source, file)
             with read_errors(span.source, stream):
@@ -51,10 +54,10 @@ def documents(
         consumed(done)
 
 
-def slice_sha256(work: Slice) -> str:
-    """SHA-256 over the raw bytes of a slice and how they are read; names and times do not count."""
+def slice_sha256(input_slice: Slice) -> str:
+    """SHA-256 over the raw bytes of a slice and the way they are decoded; names and times have no influence."""
     total = hashlib.sha256()
-    for span in work.spans:
+    for span in input_slice.spans:
         source = span.source
         total.update(f"{source.format} {source.compression} {span.start} {span.stop}\n".encode())
         with open_source(source) as file, read_errors(source, file):
@@ -88,14 +91,14 @@ def _text(source: InputFile, stream: BinaryIO, read: Callable[[], None]) -> Docu
 
 
 def _lines(span: Span, stream: BinaryIO, text_key: str) -> Iterator[str]:
-    """The text of each JSON line that begins in the span; blank lines are none."""
+    """The text of each JSON line that begins in the span; blank lines are skipped."""
     source = span.source
     whole = bool(source.compression)
     if span.start:
         stream.seek(span.start - 1)
         stream.readline()
     offset = stream.tell() if span.start else 0
-    number = 0  # of the line within what this span has read
+    number = 0  # of the line, counted from the start of the span
     while whole or offset < span.stop:
         line = stream.readline()
         if not line:
@@ -110,8 +113,8 @@ def _line_text(
     source: InputFile, line: bytes, offset: int, text_key: str, number: int | None
 ) -> str:
     def wrong(fact: str) -> DataError:
-        known = number if number is not None else _line_number(source, offset)
-        return DataError(f"input {source.path}, line {known}: {fact}")
+        line_number = _line_number(source, offset) if number is None else number
+        return DataError(f"input {source.path}, line {line_number}: {fact}")
 
     try:
         decoded = line.decode()
@@ -120,17 +123,18 @@ def _line_text(
     if offset == 0:
         decoded = decoded.removeprefix("\ufeff")
     try:
+        # Not base/decoding: other keys of the record may contain anything that json.loads accepts.
         record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
-        raise wrong(f"not JSON: {error}; JSON Lines hold one object on each line") from error
+        raise wrong(f"not JSON: {error}; JSON Lines contain one object per line") from error
     if not isinstance(record, dict):
-        raise wrong(f'holds {_kind(record)}, not an object like {{"{text_key}": "..."}}')
+        raise wrong(f'contains {_kind(record)}, not an object like {{"{text_key}": "..."}}')
     if text_key not in record:
         keys = ", ".join(sorted(map(repr, record))[:8]) or "none"
         raise wrong(f"no key {text_key!r} (keys: {keys}); name the right one with --text-key")
     text = record[text_key]
     if not isinstance(text, str):
-        raise wrong(f"key {text_key!r} holds {_kind(text)}, not a text")
+        raise wrong(f"key {text_key!r} contains {_kind(text)}, not a text")
     if not text.isascii():
         try:
             text.encode()
@@ -143,7 +147,7 @@ def _line_text(
 
 
 def _line_number(source: InputFile, offset: int) -> int:
-    """The number, from 1, of the line that begins at a byte of a plain file; reads all before it."""
+    """The number, from 1, of the line that begins at a byte of a plain file; reads everything before it."""
     count, left = 1, offset
     with open(source.path, "rb") as file:
         while left and (block := file.read(min(left, _BLOCK_BYTES))):
@@ -156,7 +160,7 @@ def _not_utf8(source: InputFile, offset: int, byte: int, data: bytes) -> DataErr
     hint = "convert it (iconv -t UTF-8) or leave it out"
     for magic, suffix in _MAGIC.items():
         if offset < len(magic) and data.startswith(magic):
-            hint = f"it looks compressed: name it with {suffix} at the end"
+            hint = f"it seems to be compressed: rename it to end in {suffix}"
     unpacked = " of the decompressed text" if source.compression else ""
     return DataError(
         f"input {source.path}: not UTF-8 at byte {offset}{unpacked} (0x{byte:02x}); {hint}"
@@ -173,19 +177,22 @@ SAMPLE_BYTES = 64 << 20  # 8 s of training on two cores; more text hardly change
 
 
 def sample_text(
-    work: Sequence[Slice], text_key: str, consumed: Callable[[int], None], limit: int = SAMPLE_BYTES
+    input_slices: Sequence[Slice],
+    text_key: str,
+    consumed: Callable[[int], None],
+    limit: int = SAMPLE_BYTES,
 ) -> Iterator[str]:
-    """From the beginning of every slice the same share of its bytes, `limit` in all; cut inside a document if need be.
+    """The same share of every slice, from its beginning, `limit` bytes in all; a document may be cut.
 
-    Depends on the input alone. An uncompressed input of at most `limit` bytes is used whole.
+    The result depends only on the input. An uncompressed input of at most `limit` bytes is used whole.
     """
-    total = sum(each.size for each in work)
+    total = sum(piece.size for piece in input_slices)
     done = 0
-    for each in work:
-        quota = each.size if total <= limit else -(-limit * each.size // total)
-        for document in documents(each, text_key):
-            for piece in split_text(document):
-                taken = piece if len(piece) <= quota else _first(piece, quota)
+    for piece in input_slices:
+        quota = piece.size if total <= limit else -(-limit * piece.size // total)
+        for document in documents(piece, text_key):
+            for text in split_text(document):
+                taken = text if len(text) <= quota else _first(text, quota)
                 quota -= len(taken) if taken.isascii() else len(taken.encode())
                 if taken:
                     yield taken
@@ -193,7 +200,7 @@ def sample_text(
                     break
             if quota <= 0:
                 break
-        done += each.size
+        done += piece.size
         consumed(done)
 
 

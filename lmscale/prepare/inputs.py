@@ -1,4 +1,4 @@
-"""Which files are read, in which order, in which slices workers share them, and how they are decompressed.
+"""The input files, their order, the slices that workers process, and their decompression.
 
 A truncated compressed file is an error: its end is never taken for the end of the text.
 """
@@ -20,7 +20,9 @@ import zstandard
 from lmscale.base.errors import DataError, RetryableError, UsageError
 
 MIN_SLICE_BYTES = 4 << 20
-MAX_SLICES = 4096  # about; so a terabyte has slices of 256 MiB and few files in the scratch folder
+MAX_SLICES = (
+    4096  # approximate: one terabyte has slices of 256 MiB and few files in the scratch folder
+)
 MAX_SLICE_FILES = 4096
 
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
@@ -33,7 +35,7 @@ class InputFile:
     """One input file as it was when the work was planned."""
 
     path: str  # absolute
-    format: str  # "text": the file is one document | "lines": JSON Lines, one document a line
+    format: str  # "text": the file is one document | "lines": JSON Lines, one document per line
     compression: str  # "" | "gzip" | "zstd"
     size: int  # bytes on disk
     mtime_ns: int
@@ -41,7 +43,7 @@ class InputFile:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes [start, stop) of a source; of JSON Lines, the lines that begin there."""
+    """Bytes [start, stop) of a source; for JSON Lines, the lines that begin in this range."""
 
     source: InputFile
     start: int
@@ -50,7 +52,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A piece of work: spans of the input, the same for any number of workers."""
+    """The spans of the input that one job reads; they do not depend on the number of workers."""
 
     number: int
     spans: tuple[Span, ...]
@@ -61,7 +63,7 @@ class Slice:
         return sum(span.stop - span.start for span in self.spans)
 
     def as_json(self) -> dict[str, Any]:
-        """For a worker process."""
+        """A JSON value, to send to a worker process."""
         return asdict(self)
 
     @classmethod
@@ -77,36 +79,36 @@ class Slice:
 def discover(inputs: Sequence[Path], out: Path) -> list[InputFile]:
     """All files of the inputs: arguments in their order, folders by path; names with a leading dot are left out.
 
-    Raises UsageError for an input that is missing or contains OUT, DataError for what cannot be read.
+    Raises UsageError for an input that is missing or contains OUT, DataError for one that cannot be read.
     """
     if not inputs:
         raise UsageError("no input: name at least one text file, JSON Lines file or folder")
     sources: list[InputFile] = []
-    for given in inputs:
-        path = given.absolute()
+    for argument in inputs:
+        path = argument.absolute()
         if not path.exists():
-            raise UsageError(f"input {given}: no such file or folder")
+            raise UsageError(f"input {argument}: no such file or folder")
         if not path.is_dir():
             sources.append(_source(path))
             continue
         if out.absolute().is_relative_to(path):
             raise UsageError(
-                f"input {given} contains the output {out}, which would be read as text; "
+                f"input {argument} contains the output {out}, which would be read as text; "
                 "write the corpus outside the input folder"
             )
-        found = [_source(file) for file in _files(path)]
-        if not found:
+        files = [_source(file) for file in _files(path)]
+        if not files:
             raise DataError(
-                f"input {given}: the folder holds no file; give a folder with text in it"
+                f"input {argument}: the folder contains no files; give a folder with text files"
             )
-        sources += found
-    seen: set[str] = set()
+        sources += files
+    paths: set[str] = set()
     for source in sources:
-        if source.path in seen:
+        if source.path in paths:
             raise UsageError(
                 f"input {source.path} is given twice; name each file or its folder once"
             )
-        seen.add(source.path)
+        paths.add(source.path)
     if not any(source.size for source in sources):
         raise DataError(
             f"input: all {len(sources)} files are empty, e.g. {sources[0].path}; there is no text"
@@ -122,15 +124,15 @@ def slices(sources: Sequence[InputFile]) -> list[Slice]:
     total = sum(source.size for source in sources)
     target = max(MIN_SLICE_BYTES, -(-total // MAX_SLICES))
     result: list[Slice] = []
-    held: list[Span] = []
-    held_bytes = 0
+    spans: list[Span] = []  # of the next slice
+    num_bytes = 0
 
     def close() -> None:
-        nonlocal held_bytes
-        if held:
-            result.append(Slice(len(result), tuple(held)))
-            held.clear()
-            held_bytes = 0
+        nonlocal num_bytes
+        if spans:
+            result.append(Slice(len(result), tuple(spans)))
+            spans.clear()
+            num_bytes = 0
 
     for source in sources:
         if source.format == "lines" and not source.compression and source.size > target:
@@ -138,19 +140,19 @@ def slices(sources: Sequence[InputFile]) -> list[Slice]:
             count = -(-source.size // target)
             cuts = [source.size * index // count for index in range(count + 1)]
             for start, stop in pairwise(cuts):
-                held.append(Span(source, start, stop))
+                spans.append(Span(source, start, stop))
                 close()
             continue
-        held.append(Span(source, 0, source.size))
-        held_bytes += source.size
-        if held_bytes >= target or len(held) >= MAX_SLICE_FILES:
+        spans.append(Span(source, 0, source.size))
+        num_bytes += source.size
+        if num_bytes >= target or len(spans) >= MAX_SLICE_FILES:
             close()
     close()
     return result
 
 
 def open_source(source: InputFile) -> BinaryIO:
-    """The raw bytes of a source, refused where it is no longer the file that was planned."""
+    """The raw bytes of a source. Raises DataError if the file has changed since the work was planned."""
     try:
         file = open(source.path, "rb")  # noqa: SIM115 - the caller closes it
     except OSError as error:
@@ -174,30 +176,30 @@ def _files(folder: Path) -> Iterator[Path]:
     def fail(error: OSError) -> None:
         raise DataError(f"input {error.filename}: cannot be read: {error.strerror}") from error
 
-    found: list[str] = []
+    paths: list[str] = []
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    # by path parts, as bytes: the same on every machine, whatever its locale
-    return map(Path, sorted(found, key=lambda path: os.fsencode(path).split(b"/")))
+        paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    # By path parts, as bytes: the order is the same on every machine and in every locale.
+    return map(Path, sorted(paths, key=lambda path: os.fsencode(path).split(b"/")))
 
 
 def _source(path: Path) -> InputFile:
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in _REFUSED:
         raise DataError(
-            f"input {path}: {suffixes[-1]} is not read; give UTF-8 text or JSON Lines, plain, .gz or .zst"
+            f"input {path}: {suffixes[-1]} is not supported; give UTF-8 text or JSON Lines, plain, .gz or .zst"
         )
     compression = _COMPRESSIONS.get(suffixes[-1], "") if suffixes else ""
     inner = suffixes[:-1] if compression else suffixes
     try:
-        facts = path.stat()
+        status = path.stat()
     except OSError as error:
         raise DataError(f"input {path}: cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(facts.st_mode):
-        raise DataError(f"input {path}: not a regular file; write it to a file first")
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"input {path}: not a regular file; copy its content to a file first")
     kind = "lines" if inner and inner[-1] in _LINES else "text"
-    return InputFile(str(path), kind, compression, facts.st_size, facts.st_mtime_ns)
+    return InputFile(str(path), kind, compression, status.st_size, status.st_mtime_ns)
 
 
 # Compressed bytes given to zstd at a time: bounds the output of one call, 130 KiB for ordinary text.
@@ -205,14 +207,14 @@ _ZSTD_BLOCK = 1 << 15
 
 
 class _ZstdFile(io.RawIOBase):
-    """Frames of zstd, one after the other. zstandard's own stream_reader ends at a cut without an error."""
+    """Consecutive frames of zstd. zstandard's own stream_reader ends at a truncation without an error."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._frame = zstandard.ZstdDecompressor().decompressobj()
         self._inside = False  # a frame has begun and not ended
-        self._held = memoryview(b"")
-        self._unused = b""  # read, but behind the end of its frame
+        self._output = memoryview(b"")
+        self._unused = b""  # compressed bytes that were read past the end of a frame
 
     def readable(self) -> bool:
         return True
@@ -220,7 +222,7 @@ class _ZstdFile(io.RawIOBase):
     def readinto(self, buffer: object) -> int:
         """Fill the buffer; 0 at the end of the last frame. Raises EOFError inside a frame."""
         view = memoryview(cast(bytearray, buffer)).cast("B")
-        while not self._held:
+        while not self._output:
             block = self._unused or self._file.read(_ZSTD_BLOCK)
             self._unused = b""
             if not block and self._inside:
@@ -228,14 +230,14 @@ class _ZstdFile(io.RawIOBase):
             if not block:
                 return 0
             self._inside = True
-            self._held = memoryview(self._frame.decompress(block))
+            self._output = memoryview(self._frame.decompress(block))
             if self._frame.eof:
                 self._unused = self._frame.unused_data
                 self._frame = zstandard.ZstdDecompressor().decompressobj()
                 self._inside = False
-        count = min(len(view), len(self._held))
-        view[:count] = self._held[:count]
-        self._held = self._held[count:]
+        count = min(len(view), len(self._output))
+        view[:count] = self._output[:count]
+        self._output = self._output[count:]
         return count
 
 
@@ -250,10 +252,11 @@ def decompressed(source: InputFile, file: BinaryIO) -> BinaryIO:
 
 @contextmanager
 def read_errors(source: InputFile, stream: BinaryIO) -> Iterator[None]:
-    """Turn what the libraries raise while reading a source into words.
+    """Turn errors of the decompression libraries and of reads into DataError and RetryableError.
 
-    Damage inside a compressed file often shows as strange text first: its checksum comes last. So
-    before an error about the text is raised, the rest is read, and damage there is reported instead.
+    Damage inside a compressed file often appears as invalid text first, because its checksum comes
+    last. So before an error about the text is raised, the rest is read, and damage found there is
+    reported instead.
     """
     with _libraries(source):
         try:
@@ -274,7 +277,7 @@ def _libraries(source: InputFile) -> Iterator[None]:
         ) from error
     except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
-            f"input {source.path}: not sound {source.compression} data: {error}; download it again"
+            f"input {source.path}: damaged {source.compression} data: {error}; download it again"
         ) from error
     except OSError as error:
         raise RetryableError(

@@ -1,4 +1,4 @@
-"""One stage of a run: jobs of known size, which workers do, with progress in bytes."""
+"""What the passes of one run share, and the progress of a stage: jobs of known size, in bytes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from lmscale.prepare.workers import Job, run_all
 
 @dataclass(frozen=True, slots=True)
 class PrepareProgress:
-    """Where a run stands, what earlier runs did included."""
+    """Progress of one stage, including what earlier runs have finished."""
 
     stage: str  # "check input" | "train tokenizer" | "tokenize" | "write train" | "write heldout"
     done: int  # bytes of this stage
@@ -25,29 +25,29 @@ ProgressCallback = Callable[[PrepareProgress], None]
 
 @dataclass(frozen=True, slots=True)
 class PrepareRun:
-    """What all stages of one run share."""
+    """The values that all stages of one run share."""
 
     out: Path
     scratch: Scratch
     options: PrepareOptions
-    work: list[Slice]
+    slices: list[Slice]
     progress: ProgressCallback
-    lock: int  # descriptor; workers hold it too, so that no later run meets an orphan
+    lock: int  # descriptor; workers keep it open too, so that no later run meets an orphan
 
     @property
     def input_bytes(self) -> int:
         """Size of the input on disk."""
-        return sum(each.size for each in self.work)
+        return sum(piece.size for piece in self.slices)
 
     def stage(
         self, name: str, jobs: Sequence[tuple[Job, int]], *, total: int
     ) -> Iterator[tuple[int, Any]]:
-        """Do jobs given with their bytes; yields (number, result). `total` counts earlier runs' jobs too."""
+        """Do jobs given with their bytes; yields (index, result). `total` includes jobs of earlier runs."""
         return run_stage(
             name,
             jobs,
             total=total,
-            workers=self.options.num_workers,
+            num_workers=self.options.num_workers,
             progress=self.progress,
             keep_open=(self.lock,),
         )
@@ -58,25 +58,27 @@ def run_stage(
     jobs: Sequence[tuple[Job, int]],
     *,
     total: int,
-    workers: int,
+    num_workers: int,
     progress: ProgressCallback,
     keep_open: Sequence[int] = (),
 ) -> Iterator[tuple[int, Any]]:
-    """Do jobs given with their bytes, yielding (number, result) in any order."""
-    done = total - sum(size for _, size in jobs)
-    running: dict[int, int] = {}
+    """Do jobs given with their bytes, yielding (index, result) in any order."""
+    finished_bytes = total - sum(size for _, size in jobs)
+    running: dict[int, int] = {}  # index of a job -> bytes of it that are done
 
-    def tell() -> None:
-        progress(PrepareProgress(name, min(total, done + sum(running.values())), total))
+    def publish() -> None:
+        progress(PrepareProgress(name, min(total, finished_bytes + sum(running.values())), total))
 
-    def report(number: int, consumed: int) -> None:
-        running[number] = min(consumed, jobs[number][1])
-        tell()
+    def report(index: int, consumed: int) -> None:
+        running[index] = min(consumed, jobs[index][1])
+        publish()
 
-    tell()
-    plain = [job for job, _ in jobs]
-    for number, result in run_all(plain, workers=workers, report=report, keep_open=keep_open):
-        running.pop(number, None)
-        done += jobs[number][1]
-        tell()
-        yield number, result
+    publish()
+    results = run_all(
+        [job for job, _ in jobs], num_workers=num_workers, report=report, keep_open=keep_open
+    )
+    for index, result in results:
+        running.pop(index, None)
+        finished_bytes += jobs[index][1]
+        publish()
+        yield index, result

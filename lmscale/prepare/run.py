@@ -1,8 +1,8 @@
-"""`prepare`: raw text in, corpora out. The order of the passes, and whether OUT is new, finished or unfinished.
+"""`prepare` turns raw text into corpora: the order of the passes, and the state of OUT (new, unfinished, finished).
 
     input -> slices -> [workers: raw ids in scratch] -> cuts -> [workers: shards] -> manifests
 
-Slices follow from the input, cuts from the ids, shards from the cuts: never from the workers.
+Slices follow from the input, cuts from the ids, shards from the cuts; none depends on the number of workers.
 """
 
 import hashlib
@@ -38,14 +38,17 @@ from lmscale.prepare.workers import finished_shard
 from lmscale.tokenizer.tokenizer import Tokenizer
 from lmscale.tokenizer.training import bytes_tokenizer, train_bpe
 
+_log = logging.getLogger(__name__)
+_TOKENIZER_NAME = "tokenizer.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What stands in OUT."""
+    """The corpora in OUT."""
 
     parts: dict[str, Manifest]  # train, heldout
     seconds: float
-    already: bool  # an earlier run had finished it
+    already: bool  # an earlier run has finished it
 
 
 def prepare(
@@ -56,28 +59,34 @@ def prepare(
 ) -> Summary:
     """Write the corpora OUT/train and OUT/heldout, and OUT/manifest.json, which comes last.
 
-    Resumes where a killed run stopped. On a finished OUT it checks that input and options are the
-    same and does nothing; raises UsageError if they are not. Raises DataError for bad input,
+    Resumes where a killed run stopped. A finished OUT is only compared with input and options;
+    UsageError is raised if they differ. Raises DataError for bad input,
     RetryableError for a full disk.
     """
-    begin = time.monotonic()
+    begun_s = time.monotonic()
     sources = discover(inputs, out)
-    work = slices(sources)
+    input_slices = slices(sources)
     fixed = _given_tokenizer(options)
     made_from = {**options.identity(), "tokenizer_file": fixed.fingerprint if fixed else None,
                  "special": fixed.special.as_dict() if fixed else None}  # fmt: skip
     already = (out / MANIFEST_NAME).exists()
     with write_errors(out):
         if already:
-            check_same_job(out, work, made_from, workers=options.num_workers, progress=progress)
+            check_same_job(
+                out, input_slices, made_from, num_workers=options.num_workers, progress=progress
+            )
         else:
             scratch = open_scratch(out)
             with scratch.locked() as lock:
                 adopt_or_reset(scratch, sources, made_from)
-                _build(PrepareRun(out, scratch, options, work, progress, lock), fixed, made_from)
+                _build(
+                    PrepareRun(out, scratch, options, input_slices, progress, lock),
+                    fixed,
+                    made_from,
+                )
         shutil.rmtree(out / SCRATCH_NAME, ignore_errors=already)
     parts = {name: Manifest.load(out / name) for name in sorted(Collection.load(out).parts)}
-    return Summary(parts, time.monotonic() - begin, already)
+    return Summary(parts, time.monotonic() - begun_s, already)
 
 
 def _build(run: PrepareRun, fixed: Tokenizer | None, made_from: dict[str, Any]) -> None:
@@ -86,8 +95,8 @@ def _build(run: PrepareRun, fixed: Tokenizer | None, made_from: dict[str, Any]) 
     segments = [segment for result in results for segment in result.segments]
     if not sum(segment.text_bytes for segment in segments):
         count = sum(segment.documents for segment in segments)
-        raise DataError(f"input: {count} documents without any text; give files that hold text")
-    cuts = compute_cuts(segments, run.scratch, every=run.options.every)
+        raise DataError(f"input: {count} documents without any text; give files that contain text")
+    cuts = compute_cuts(segments, run.scratch, every=run.options.heldout_every)
     cuts.save(run.scratch)
     digests = {part: write_part(run, cuts, part, tokenizer) for part in cuts.sizes}
     source = {**made_from, "input": combine_digests(result.source for result in results)}
@@ -126,7 +135,7 @@ def _tokenizer(run: PrepareRun, fixed: Tokenizer | None) -> Tokenizer:
             run.progress(PrepareProgress("train tokenizer", done, run.input_bytes))
 
         consumed(0)
-        texts = sample_text(run.work, run.options.text_key, consumed)
+        texts = sample_text(run.slices, run.options.text_key, consumed)
         tokenizer = train_bpe(texts, run.options.bpe_size)
     tokenizer.save(path)
     return tokenizer
@@ -135,53 +144,61 @@ def _tokenizer(run: PrepareRun, fixed: Tokenizer | None) -> Tokenizer:
 def _tokenize(run: PrepareRun, tokenizer: Tokenizer) -> list[SliceResult]:
     """First pass over all slices that no earlier run has finished."""
     itemsize = DTYPES[dtype_for(tokenizer.vocab_size)].itemsize
-    results = {each.number: finished_slice(each.number, run.scratch, itemsize) for each in run.work}
-    missing = [each for each in run.work if results[each.number] is None]
-    plain = {
+    results = {
+        piece.number: finished_slice(piece.number, run.scratch, itemsize) for piece in run.slices
+    }
+    missing = [piece for piece in run.slices if results[piece.number] is None]
+    arguments = {
         "call": "tokenize",
         "scratch": str(run.scratch.path),
         "fingerprint": tokenizer.fingerprint,
         "special": tokenizer.special.as_dict(),
         "text_key": run.options.text_key,
     }
-    jobs = [({**plain, "slice": each.as_json()}, each.size) for each in missing]
-    for number, _ in run.stage("tokenize", jobs, total=run.input_bytes):
-        done = missing[number].number
-        results[done] = finished_slice(done, run.scratch, itemsize)
+    jobs = [({**arguments, "slice": piece.as_json()}, piece.size) for piece in missing]
+    for index, _ in run.stage("tokenize", jobs, total=run.input_bytes):
+        number = missing[index].number
+        results[number] = finished_slice(number, run.scratch, itemsize)
     finished = [result for _, result in sorted(results.items()) if result is not None]
-    assert len(finished) == len(run.work), "a worker said that its slice is finished"
+    assert len(finished) == len(run.slices), (
+        "a slice that a worker reported as finished is incomplete"
+    )
     return finished
 
 
-log = logging.getLogger(__name__)
+# ---- the state of OUT ----------------------------------------------------------------------------
 
 
 def check_same_job(
     out: Path,
-    work: Sequence[Slice],
+    input_slices: Sequence[Slice],
     made_from: dict[str, Any],
     *,
-    workers: int,
+    num_workers: int,
     progress: ProgressCallback,
 ) -> None:
-    """Raise UsageError unless a finished OUT was made from this very input with these options.
+    """Raise UsageError unless a finished OUT was made from the same input with the same options.
 
-    Reads all input once: content counts, not names or times.
+    Reads all input once and compares its content, not names or times.
     """
     source = Collection.load(out).source
-    other = [key for key, value in made_from.items() if source.get(key) != value]
-    if other:
-        facts = ", ".join(f"{key} {source.get(key)!r}, now {made_from[key]!r}" for key in other)
+    differing = [key for key, value in made_from.items() if source.get(key) != value]
+    if differing:
+        differences = ", ".join(
+            f"{key} {source.get(key)!r}, now {made_from[key]!r}" for key in differing
+        )
         raise UsageError(
-            f"{out} holds a finished corpus made with other options ({facts}); "
+            f"{out} contains a finished corpus made with other options ({differences}); "
             "choose another OUT, or delete this one"
         )
-    jobs = [({"call": "digest", "slice": each.as_json()}, each.size) for each in work]
+    jobs = [({"call": "digest", "slice": piece.as_json()}, piece.size) for piece in input_slices]
     total = sum(size for _, size in jobs)
-    found = dict(run_stage("check input", jobs, total=total, workers=workers, progress=progress))
-    if combine_digests(found[number] for number in range(len(jobs))) != source.get("input"):
+    digests = dict(
+        run_stage("check input", jobs, total=total, num_workers=num_workers, progress=progress)
+    )
+    if combine_digests(digests[index] for index in range(len(jobs))) != source.get("input"):
         raise UsageError(
-            f"{out} holds a finished corpus made from other input; "
+            f"{out} contains a finished corpus made from other input; "
             "choose another OUT, or delete this one"
         )
 
@@ -193,7 +210,7 @@ def open_scratch(out: Path) -> Scratch:
         raise UsageError(f"{out} is a file; choose a new folder as OUT")
     if out.is_dir() and not scratch.path.is_dir() and any(out.iterdir()):
         raise UsageError(
-            f"{out} is not empty and holds no unfinished corpus; choose a new folder as OUT"
+            f"{out} is not empty and contains no unfinished corpus; choose a new folder as OUT"
         )
     scratch.path.mkdir(parents=True, exist_ok=True)
     return scratch
@@ -202,9 +219,9 @@ def open_scratch(out: Path) -> Scratch:
 def adopt_or_reset(
     scratch: Scratch, sources: Sequence[InputFile], made_from: dict[str, Any]
 ) -> None:
-    """Keep what an earlier run of the same job left, drop anything else.
+    """Keep the files of an earlier run of the same job; remove those of any other job.
 
-    Stricter than check_same, because nothing is read: a file that was only touched counts as changed.
+    Stricter than `check_same_job`, because no input is read: a file with a new time counts as changed.
     """
     listing = json.dumps([asdict(source) for source in sources]).encode()
     job = {
@@ -212,15 +229,18 @@ def adopt_or_reset(
         "sources": hashlib.sha256(listing).hexdigest(),
         "versions": [lmscale.__version__, tokenizers.__version__],
     }
-    left = read_json(scratch.job, dict[str, Any])
-    if left == job:
-        log.info("resuming where an earlier run stopped")
+    previous = read_json(scratch.job, dict[str, Any])
+    if previous == job:
+        _log.info("resuming where an earlier run stopped")
         return
-    if left is not None:
-        log.info(
+    if previous is not None:
+        _log.info(
             "input or options have changed since an unfinished run: starting from the beginning"
         )
-    for part in (TRAIN, HELDOUT):  # before job.json goes, so that a kill here is seen again
+    for part in (
+        TRAIN,
+        HELDOUT,
+    ):  # before job.json is removed, so that a run after a kill here does the same
         shutil.rmtree(scratch.path.parent / part, ignore_errors=True)
     scratch.clear()
     scratch.slices.mkdir()
@@ -232,13 +252,13 @@ def combine_digests(digests: Iterable[str]) -> str:
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-_TOKENIZER_NAME = "tokenizer.json"
+# ---- second pass ---------------------------------------------------------------------------------
 
 
 def write_part(run: PrepareRun, cuts: Cuts, part: str, tokenizer: Tokenizer) -> str:
     """Make OUT/PART a whole corpus; returns its manifest's digest."""
     final = run.out / part
-    if final.exists():  # an earlier run came that far: only whole parts are moved there
+    if final.exists():  # from an earlier run: only complete parts are moved there
         return manifest_digest(final)
     folder, size = run.scratch.part(part), cuts.sizes[part]
     folder.mkdir(exist_ok=True)
@@ -270,12 +290,12 @@ def _shards(run: PrepareRun, cuts: Cuts, part: str, tokenizer: Tokenizer) -> lis
     entries = {}
     missing = []
     for shard in range(-(-num_chunks(tokens, options.chunk_tokens) // options.shard_chunks)):
-        known = read_json(run.scratch.shard_entry(part, shard), ShardEntry)
-        if entry := finished_shard(known, run.scratch.part(part)):
+        recorded = read_json(run.scratch.shard_entry(part, shard), ShardEntry)
+        if entry := finished_shard(recorded, run.scratch.part(part)):
             entries[shard] = entry
         else:
             missing.append(shard)
-    plain = {
+    arguments = {
         "call": "shard",
         "scratch": str(run.scratch.path),
         "part": part,
@@ -286,7 +306,8 @@ def _shards(run: PrepareRun, cuts: Cuts, part: str, tokenizer: Tokenizer) -> lis
     item = DTYPES[dtype_for(tokenizer.vocab_size)].itemsize
     whole = options.chunk_tokens * options.shard_chunks
     jobs = [
-        ({**plain, "shard": shard}, min(whole, tokens - shard * whole) * item) for shard in missing
+        ({**arguments, "shard": shard}, min(whole, tokens - shard * whole) * item)
+        for shard in missing
     ]
     for number, entry in run.stage(f"write {part}", jobs, total=tokens * item):
         entries[missing[number]] = ShardEntry(**entry)

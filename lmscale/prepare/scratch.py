@@ -1,4 +1,4 @@
-"""OUT/.prepare: what a killed run leaves, so that the next one resumes from there.
+"""OUT/.prepare, the scratch folder: its files let a run resume where a killed one stopped.
 
 lock             locked (flock) by the run and by each of its workers
 job.json         the input and options that the other files belong to
@@ -10,12 +10,10 @@ cuts.json        which documents each part contains
 train/ heldout/  the parts, moved to OUT when they are complete
 """
 
-import contextlib
 import json
-import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +25,7 @@ T = TypeVar("T")
 
 SCRATCH_NAME = ".prepare"
 _LIMITS = Limits(max_bytes=1 << 30)
-_LOCK_PATIENCE_S = 5.0  # workers of a run killed just now need a moment to die
+_LOCK_TIMEOUT_S = 5.0  # workers of a run that has just been killed need time to end
 
 
 class Scratch:
@@ -42,7 +40,7 @@ class Scratch:
         self.slices = path / "slices"
 
     def slice(self, number: int) -> Path:
-        """The file that says a slice is finished."""
+        """The file whose existence marks a slice as finished."""
         return self.slices / f"{number:06d}.json"
 
     def segment(self, number: int, segment: int, kind: str) -> Path:
@@ -50,11 +48,11 @@ class Scratch:
         return self.slices / f"{number:06d}-{segment:04d}.{kind}"
 
     def part(self, name: str) -> Path:
-        """Where a part is built."""
+        """The folder where a part is built."""
         return self.path / name
 
     def shard_entry(self, part: str, shard: int) -> Path:
-        """The file that says a shard is finished."""
+        """The file whose existence marks a shard as finished."""
         return self.path / f"{part}-entries" / f"{shard:06d}.json"
 
     def clear(self) -> None:
@@ -67,27 +65,28 @@ class Scratch:
 
     @contextmanager
     def locked(self) -> Iterator[int]:
-        """Hold the folder against a second run; gives the descriptor that workers keep open too.
+        """Lock the folder against a second run; gives the descriptor that workers keep open too.
 
-        A file system without locks (some NFS) is not guarded, which is logged.
+        On a file system without locks (some NFS) a warning is logged instead. Raises UsageError where
+        another run has the lock.
         """
-        with lock_folder(self.lock, timeout_s=_LOCK_PATIENCE_S) as lock:
+        with lock_folder(self.lock, timeout_s=_LOCK_TIMEOUT_S) as lock:
             if not lock.acquired:
                 raise UsageError(
-                    f"{self.path.parent}: another `lmscale prepare` is at work here; "
-                    "let it finish or end it, then run the command again"
+                    f"{self.path.parent}: another `lmscale prepare` is running here; "
+                    "wait until it has finished or stop it, then run the command again"
                 )
             yield lock.descriptor
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file that appears whole or not at all, also after a power cut."""
+    """Write a JSON file atomically and durably. The lock guarantees that there is one writer per file."""
     with atomic_writer(path, single_writer=True) as file:
         file.write(json.dumps(value).encode())
 
 
 def read_json(path: Path, spec: type[T]) -> T | None:
-    """The value of a JSON file of this scratch folder; None where it is missing or not of the spec."""
+    """The value of a JSON file of the scratch folder; None where it is missing or does not match the spec."""
     try:
         return decode_file(spec, path, limits=_LIMITS)
     except (FileNotFoundError, RecordError):
@@ -96,21 +95,18 @@ def read_json(path: Path, spec: type[T]) -> T | None:
 
 @contextmanager
 def write_errors(out: Path) -> Iterator[None]:
-    """Turn a failed write under OUT into words."""
+    """Turn an OSError of a write under OUT into RetryableError or ConfigError."""
     try:
         yield
     except OSError as error:
-        place = error.filename or out
+        path = error.filename or out
         if error.errno in FULL_ERRORS:
             free = 0
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 free = shutil.disk_usage(out).free
             raise RetryableError(
-                f"{place}: the disk is full or a limit on file sizes is reached ({error.strerror}; "
-                f"{free >> 20} MiB free at {out}). Make room for about twice the size of the corpus and run "
+                f"{path}: the disk is full or a limit on file sizes is reached ({error.strerror}; "
+                f"{free >> 20} MiB free at {out}). Free about twice the size of the corpus and run "
                 "the same command again: it resumes where it stopped"
             ) from error
-        raise storage_error(f"writing {place}", error) from error
-
-
-log = logging.getLogger(__name__)
+        raise storage_error(f"writing {path}", error) from error

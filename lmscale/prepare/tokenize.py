@@ -1,4 +1,4 @@
-"""First pass: a slice of the input becomes raw ids in scratch files. One call is one job of a worker."""
+"""First pass: the raw ids of one slice of the input, written to scratch files. One call is one job of a worker."""
 
 from array import array
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from lmscale.prepare.scratch import Scratch, read_json, write_json
 from lmscale.tokenizer.tokenizer import Tokenizer
 from lmscale.tokenizer.training import split_text
 
-# A slice that unpacks to more is kept in several segments: bounds the tables of the second pass.
+# A slice with more ids is split into several segments: this bounds the tables of the second pass.
 SEGMENT_TOKENS = 1 << 24
 
 
@@ -30,15 +30,14 @@ class Segment:
     documents: int
     tokens: int
     text_bytes: int
-    tokens_crc32c: (
-        int  # of the scratch files: a run that goes on trusts no byte that has lain on a disk
-    )
+    # CRC32Cs of the two scratch files: a run that resumes checks every byte that it reads from disk.
+    tokens_crc32c: int
     documents_crc32c: int
 
 
 @dataclass(frozen=True, slots=True)
 class SliceResult:
-    """What a finished slice holds."""
+    """The segments of a finished slice."""
 
     source: str  # SHA-256 of the raw input
     segments: tuple[Segment, ...]
@@ -55,55 +54,55 @@ class SliceResult:
 
 
 def tokenize(
-    work: Slice,
+    input_slice: Slice,
     *,
     scratch: Scratch,
     tokenizer: Tokenizer,
     text_key: str,
     consumed: Callable[[int], None],
 ) -> SliceResult:
-    """Write the segments of a slice, its .json last; nothing of an earlier try is kept."""
+    """Write the segments of a slice, its .json last; files of an earlier attempt are overwritten."""
     dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
-    writer = _Segments(work.number, scratch, dtype)
+    writer = _SegmentWriter(input_slice.number, scratch, dtype)
     before, after = tokenizer.special.frame()
     with writer:
-        for document in documents(work, text_key, consumed):
+        for document in documents(input_slice, text_key, consumed):
             writer.add(before)
             for piece in split_text(document) if tokenizer.cuttable else ["".join(document)]:
                 writer.add(tokenizer.encode(piece))
                 writer.text_bytes += len(piece) if piece.isascii() else len(piece.encode())
             writer.add(after)
             writer.end_document()
-    result = SliceResult(slice_sha256(work), tuple(writer.done))
+    result = SliceResult(slice_sha256(input_slice), tuple(writer.segments))
     rows = [astuple(segment)[2:] for segment in result.segments]
-    write_json(scratch.slice(work.number), {"source": result.source, "segments": rows})
+    write_json(scratch.slice(input_slice.number), {"source": result.source, "segments": rows})
     return result
 
 
 class _SliceFile(TypedDict):
     source: str
-    segments: list[tuple[int, int, int, int, int]]  # the fields of Segment after the numbers
+    segments: list[tuple[int, int, int, int, int]]  # the fields of Segment from `documents` on
 
 
 def finished_slice(number: int, scratch: Scratch, itemsize: int) -> SliceResult | None:
-    """The result of an earlier run, None if it is not all there."""
+    """The result of an earlier run; None if a file is missing or differs from its CRC32C."""
     value = read_json(scratch.slice(number), _SliceFile)
     if value is None:
         return None
     segments = tuple(Segment(number, index, *row) for index, row in enumerate(value["segments"]))
     for segment in segments:
-        want = {
+        expected = {
             "tokens": (segment.tokens * itemsize, segment.tokens_crc32c),
             "documents": (segment.documents * 16, segment.documents_crc32c),
         }
-        for kind, expected in want.items():
-            if _size_and_sum(scratch.segment(number, segment.number, kind)) != expected:
+        for kind, size_and_sum in expected.items():
+            if _size_and_sum(scratch.segment(number, segment.number, kind)) != size_and_sum:
                 return None
     return SliceResult(value["source"], segments)
 
 
 def _size_and_sum(path: Path) -> tuple[int, int]:
-    """Bytes and CRC32C of a file; (-1, 0) where there is none."""
+    """Bytes and CRC32C of a file; (-1, 0) where it does not exist."""
     size = checksum = 0
     try:
         with path.open("rb") as file:
@@ -114,31 +113,31 @@ def _size_and_sum(path: Path) -> tuple[int, int]:
     return size, checksum
 
 
-class _Segments:
-    """Writes documents to segment files, a new pair each time one is long enough."""
+class _SegmentWriter:
+    """Writes documents to pairs of segment files; a new pair begins after SEGMENT_TOKENS ids."""
 
     def __init__(self, number: int, scratch: Scratch, dtype: np.dtype[Any]) -> None:
         self._number, self._scratch, self._dtype = number, scratch, dtype
-        self.done: list[Segment] = []
-        self.text_bytes = 0  # of the document at hand
+        self.segments: list[Segment] = []
+        self.text_bytes = 0  # of the current document
         self._files: tuple[IO[bytes], IO[bytes]] | None = None
         self._document_tokens = 0
-        self._totals = [0, 0, 0]  # documents, tokens, bytes of the segment at hand
+        self._totals = [0, 0, 0]  # documents, tokens, bytes of the current segment
         self._sums = [0, 0]  # CRC32C of its two files
 
-    def __enter__(self) -> "_Segments":
+    def __enter__(self) -> "_SegmentWriter":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._close(keep=kind is None)
 
     def add(self, ids: list[int] | tuple[int, ...]) -> None:
-        """Append ids to the document at hand."""
+        """Append ids to the current document."""
         self._write(0, np.asarray(ids, dtype=self._dtype).tobytes())
         self._document_tokens += len(ids)
 
     def end_document(self) -> None:
-        """The next ids belong to the next document."""
+        """End the current document: the next ids belong to the next one."""
         self._write(1, array("q", [self._document_tokens, self.text_bytes]).tobytes())
         for index, count in enumerate((1, self._document_tokens, self.text_bytes)):
             self._totals[index] += count
@@ -148,7 +147,7 @@ class _Segments:
 
     def _paths(self) -> Iterator[Path]:
         for kind in ("tokens", "documents"):
-            yield self._scratch.segment(self._number, len(self.done), kind)
+            yield self._scratch.segment(self._number, len(self.segments), kind)
 
     def _write(self, file: int, data: bytes) -> None:
         self._open()[file].write(data)
@@ -172,5 +171,5 @@ class _Segments:
             for path in self._paths():
                 fsync_file(path)
             totals = (*self._totals, *self._sums)
-            self.done.append(Segment(self._number, len(self.done), *totals))
+            self.segments.append(Segment(self._number, len(self.segments), *totals))
             self._totals, self._sums = [0, 0, 0], [0, 0]

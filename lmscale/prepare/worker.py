@@ -1,4 +1,4 @@
-"""One worker process: reads jobs as JSON lines and answers with JSON lines.
+"""One worker process: it reads jobs as JSON lines and answers with JSON lines.
 
 workers.py starts it as `python -m lmscale.prepare.worker PARENT_PID`. It ends when its parent ends.
 """
@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from lmscale.base.decoding import decode
 from lmscale.base.errors import LmscaleError
 from lmscale.base.proc import die_with_parent
 from lmscale.prepare.workers import do_job
@@ -19,9 +20,10 @@ _REPORT_S = 0.2
 
 
 def answer(line: str, report: Callable[[int], None]) -> dict[str, Any]:
-    """Do one piece of work and say how it went."""
+    """Do the job that a line describes and return the message about its result or its error."""
     try:
-        return {"done": do_job(json.loads(line), report)}
+        job = decode(dict[str, Any], line, where="a job from the parent process")
+        return {"done": do_job(job, report)}
     except LmscaleError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except Exception:
@@ -30,24 +32,25 @@ def answer(line: str, report: Callable[[int], None]) -> dict[str, Any]:
 
 def main(parent: int) -> None:
     """Serve until standard input ends."""
-    die_with_parent(parent, exit_code=1)  # where that is not supported, the closed pipe ends it
-    # What libraries print must not get between the answers.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    # Where the kernel has no death signal, the closed pipe ends this process.
+    die_with_parent(parent, exit_code=1)
+    # Output of libraries must not mix with the messages: descriptor 1 becomes standard error.
+    messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    last = time.monotonic()
+    reported_s = time.monotonic()
+
+    def send(message: dict[str, Any]) -> None:
+        messages.write(json.dumps(message) + "\n")
+        messages.flush()
 
     def report(consumed: int) -> None:
-        nonlocal last
-        if (now := time.monotonic()) - last >= _REPORT_S:
-            last = now
-            say({"consumed": consumed})
-
-    def say(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message) + "\n")
-        answers.flush()
+        nonlocal reported_s
+        if (now := time.monotonic()) - reported_s >= _REPORT_S:
+            reported_s = now
+            send({"consumed": consumed})
 
     for line in sys.stdin:
-        say(answer(line, report))
+        send(answer(line, report))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The jobs of `prepare`, as calls with plain JSON values, and a few worker processes that do them.
+"""The jobs of `prepare`, as calls with plain JSON values, and the worker processes that do them.
 
-With one worker the jobs run in this process. The worker processes are our own rather than multiprocessing's:
-the caller's __main__ is not imported again, no semaphores are left behind, a dead worker is noticed at once,
-and Ctrl-C reaches only the parent.
+With one worker the jobs run in the calling process. Plain subprocesses rather than multiprocessing: the
+caller's __main__ is not imported again, no semaphores are left behind, a dead worker is noticed at once, and
+Ctrl-C reaches only the parent.
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from lmscale.base import errors
+from lmscale.base.decoding import decode
 from lmscale.corpus.shard_format import (
     DTYPES,
     Chunk,
@@ -35,9 +36,17 @@ from lmscale.prepare.scratch import Scratch, write_errors, write_json
 from lmscale.prepare.tokenize import tokenize
 from lmscale.tokenizer.tokenizer import SpecialTokens, Tokenizer
 
+Job = dict[str, Any]  # {"call": "digest" | "tokenize" | "shard", and plain arguments}
+Report = Callable[[int, int], None]  # index of the job, bytes of it that are done so far
 
-def do_job(job: dict[str, Any], consumed: Callable[[int], None]) -> Any:  # as JSON
-    """Do one job; `consumed` hears the bytes dealt with so far."""
+_RERUN = "run the same command again: it resumes where it stopped"
+
+
+# ---- the jobs ------------------------------------------------------------------------------------
+
+
+def do_job(job: Job, consumed: Callable[[int], None]) -> Any:
+    """Do one job and return its result, a JSON value; `consumed` is called with the bytes done so far."""
     call = job["call"]
     if call == "digest":
         return slice_sha256(Slice.from_json(job["slice"]))
@@ -58,10 +67,8 @@ def do_job(job: dict[str, Any], consumed: Callable[[int], None]) -> Any:  # as J
         return None
 
 
-def _shard(
-    job: dict[str, Any], scratch: Scratch, consumed: Callable[[int], None]
-) -> dict[str, Any]:
-    """Write one shard of a part and note that it is finished."""
+def _shard(job: Job, scratch: Scratch, consumed: Callable[[int], None]) -> dict[str, Any]:
+    """Write one shard of a part, then the entry that marks it as finished."""
     part, shard, chunk_tokens = job["part"], job["shard"], job["chunk_tokens"]
     cuts = Cuts.load(scratch)
     dtype = dtype_for(job["vocab_size"])
@@ -84,7 +91,7 @@ def _shard(
 
 
 def finished_shard(entry: ShardEntry | None, folder: Path) -> ShardEntry | None:
-    """The entry of a shard that an earlier run wrote, None if the file is not there whole."""
+    """The entry of a shard that an earlier run wrote; None if its file is missing or has another size."""
     if entry is None:
         return None
     path = folder / entry.name
@@ -93,65 +100,64 @@ def finished_shard(entry: ShardEntry | None, folder: Path) -> ShardEntry | None:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path, fingerprint: str, special: SpecialTokens) -> Tokenizer:
-    """Loaded once per process; the fingerprint distinguishes two tokenizers at the same path."""
+    """The tokenizer, loaded once per process; the fingerprint distinguishes two at the same path."""
     tokenizer = Tokenizer.load(path, special)
     assert tokenizer.fingerprint == fingerprint, f"{path} is not the tokenizer of this run"
     return tokenizer
 
 
-Job = dict[str, Any]  # {"call": ..., plain arguments}: see work.py
-Report = Callable[[int, int], None]  # number of the job, bytes consumed of it so far
+# ---- the processes -------------------------------------------------------------------------------
 
 
 def run_all(
-    jobs: Sequence[Job], *, workers: int, report: Report, keep_open: Sequence[int] = ()
+    jobs: Sequence[Job], *, num_workers: int, report: Report, keep_open: Sequence[int] = ()
 ) -> Iterator[tuple[int, Any]]:
-    """Do all jobs, yielding (number, result) as they finish, in any order. The first error ends all.
+    """Do all jobs, yielding (index, result) as they finish, in any order. The first error ends all.
 
-    `keep_open` are descriptors that the workers hold as long as they live.
+    `keep_open` are descriptors that every worker process inherits and keeps open until it ends.
     """
-    if min(workers, len(jobs)) <= 1:
-        for number, job in enumerate(jobs):
-            yield number, do_job(job, lambda consumed, number=number: report(number, consumed))  # type: ignore[misc]
+    if min(num_workers, len(jobs)) <= 1:
+        for index, job in enumerate(jobs):
+            yield index, do_job(job, lambda consumed, index=index: report(index, consumed))  # type: ignore[misc]
         return
-    crew: list[_Worker] = []
+    workers: list[_WorkerProcess] = []
     try:
-        with selectors.DefaultSelector() as ready:
-            left = iter(enumerate(jobs))
-            for _ in range(min(workers, len(jobs))):
-                worker = _Worker(keep_open)
-                crew.append(worker)
-                ready.register(worker.answers, selectors.EVENT_READ, worker)
-                worker.take(next(left))
-            yield from _serve(ready, left, report)
+        with selectors.DefaultSelector() as selector:
+            pending = iter(enumerate(jobs))
+            for _ in range(min(num_workers, len(jobs))):
+                worker = _WorkerProcess(keep_open)
+                workers.append(worker)
+                selector.register(worker.messages, selectors.EVENT_READ, worker)
+                worker.assign(*next(pending))
+            yield from _results(selector, pending, report)
     finally:
-        for worker in crew:
+        for worker in workers:
             worker.kill()
 
 
-def _serve(
-    ready: selectors.BaseSelector, left: Iterator[tuple[int, Job]], report: Report
+def _results(
+    selector: selectors.BaseSelector, pending: Iterator[tuple[int, Job]], report: Report
 ) -> Iterator[tuple[int, Any]]:
-    while ready.get_map():
-        for key, _ in ready.select():
-            worker: _Worker = key.data
-            message = worker.hear()
+    while selector.get_map():
+        for key, _ in selector.select():
+            worker: _WorkerProcess = key.data
+            message = worker.receive()
             if "consumed" in message:
-                report(worker.number, message["consumed"])
+                report(worker.index, message["consumed"])
                 continue
-            yield worker.number, message["done"]
-            following = next(left, None)
+            yield worker.index, message["done"]
+            following = next(pending, None)
             if following is None:
-                ready.unregister(worker.answers)
-                worker.dismiss()
+                selector.unregister(worker.messages)
+                worker.close_input()
             else:
-                worker.take(following)
+                worker.assign(*following)
 
 
-class _Worker:
+class _WorkerProcess:
     """The parent's end of one worker process."""
 
-    number: int
+    index: int  # of the job that the process works on
 
     def __init__(self, keep_open: Sequence[int]) -> None:
         self._process = subprocess.Popen(
@@ -160,57 +166,62 @@ class _Worker:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            # One thread a worker; paths of this process, which may not be an installed one.
+            # One thread per worker. The module path is that of this process: lmscale may not be installed.
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false",
                  "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             pass_fds=keep_open,
-            process_group=0,  # a terminal's Ctrl-C reaches the parent only, which kills us
+            # Ctrl-C on a terminal reaches only the parent, which kills its workers.
+            process_group=0,
         )  # fmt: skip
-        # Raw: a line that waits in a buffer of ours is one that select() never tells of.
-        self.answers = cast(Any, self._process.stdout).buffer.raw
+        # Unbuffered: select() does not report a line that already is in a buffer of this process.
+        self.messages = cast(Any, self._process.stdout).buffer.raw
 
-    def take(self, numbered: tuple[int, Job]) -> None:
-        """Start on a job."""
-        self.number, job = numbered
+    def assign(self, index: int, job: Job) -> None:
+        """Send a job. `receive` reports it if the process has died."""
+        self.index = index
         stdin = cast(IO[str], self._process.stdin)
-        with suppress(BrokenPipeError):  # it is dead: hear() says so
+        with suppress(BrokenPipeError):
             stdin.write(json.dumps(job) + "\n")
             stdin.flush()
 
-    def hear(self) -> dict[str, Any]:
-        """The next message. Raises what went wrong in the worker, RetryableError if it died."""
-        line = self.answers.readline()
+    def receive(self) -> dict[str, Any]:
+        """The next message. Raises the error that the worker reports, RetryableError if it died."""
+        line = self.messages.readline()
         if not line.endswith(b"\n"):
             status = self._process.wait()
-            how = f"signal {-status}" if status < 0 else f"exit status {status}"
+            reason = f"signal {-status}" if status < 0 else f"exit status {status}"
             raise errors.RetryableError(
-                f"a worker process died ({how}). If memory ran out, use fewer --workers; "
-                "run the same command again: it resumes where it stopped"
+                f"a worker process died ({reason}). If memory ran out, use fewer --workers; {_RERUN}"
             )
-        message: dict[str, Any] = json.loads(line)
+        message = decode(dict[str, Any], line, where="a message of a worker process", hint=_RERUN)
         if "error" in message:
             raise _error(message["error"], message["message"])
         return message
 
-    def dismiss(self) -> None:
-        """Let it end: there is no more work."""
+    def close_input(self) -> None:
+        """Let the process end: no job is left."""
         cast(IO[str], self._process.stdin).close()
 
     def kill(self) -> None:
-        """End it now and wait for that."""
+        """Kill the process and wait for its end."""
         self._process.kill()
         self._process.wait()
-        self.answers.close()
+        self.messages.close()
         if self._process.stdin and not self._process.stdin.closed:
             with suppress(BrokenPipeError):
                 self._process.stdin.close()
 
 
 def _error(name: str, message: str) -> Exception:
-    kinds: dict[str, type[errors.LmscaleError]] = {
-        kind.__name__: kind
-        for kind in (errors.DataError, errors.RetryableError, errors.UsageError, errors.ConfigError)
+    types: dict[str, type[errors.LmscaleError]] = {
+        error.__name__: error
+        for error in (
+            errors.DataError,
+            errors.RetryableError,
+            errors.UsageError,
+            errors.ConfigError,
+        )
     }
-    if name in kinds:
-        return kinds[name](message)
+    if name in types:
+        return types[name](message)
     return RuntimeError(f"in a worker process:\n{message}")

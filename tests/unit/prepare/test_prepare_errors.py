@@ -43,22 +43,22 @@ def _refused(
         ("a.txt", b"good \xff bad", "not UTF-8 at byte 5 (0xff)"),
         ("a.txt", b"x" * (1 << 20) + b"\xc3", f"not UTF-8 at byte {1 << 20} (0xc3)"),
         ("a.txt", "x".encode("utf-16"), "not UTF-8 at byte 0"),
-        ("a.txt", gzip.compress(b"text", mtime=0), "name it with .gz at the end"),
-        ("a.txt", zstandard.compress(b"text"), "name it with .zst at the end"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "rename it to end in .gz"),
+        ("a.txt", zstandard.compress(b"text"), "rename it to end in .zst"),
         ("a.txt.gz", gzip.compress(b"ab\xff", mtime=0), "not UTF-8 at byte 2 of the decompressed text"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "not UTF-8 at byte 24"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "line 3: not JSON"),
         ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
-        ("a.jsonl", b'["x"]\n', "line 1: holds a list, not an object"),
+        ("a.jsonl", b'["x"]\n', "line 1: contains a list, not an object"),
         ("a.jsonl", b'{"body": "x", "id": 1}\n', "no key 'text' (keys: 'body', 'id')"),
-        ("a.jsonl", b'{"text": 3}\n', "key 'text' holds a number, not a text"),
+        ("a.jsonl", b'{"text": 3}\n', "key 'text' contains a number, not a text"),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', "character 1: half a surrogate pair (\\ud800)"),
         ("a.jsonl.gz", gzip.compress(BIG, mtime=0)[:-9], "truncated, the gzip stream has no end"),
         ("a.jsonl.zst", zstandard.compress(BIG)[:-9], "truncated, the zstd stream has no end"),
-        ("a.jsonl.gz", b"not compressed", "not sound gzip data"),
-        ("a.jsonl.zst", b"not compressed", "not sound zstd data"),
-        ("a.jsonl.zst", zstandard.compress(BIG) + b"more", "not sound zstd data"),
-        ("a.tar", b"x", ".tar is not read"),
+        ("a.jsonl.gz", b"not compressed", "damaged gzip data"),
+        ("a.jsonl.zst", b"not compressed", "damaged zstd data"),
+        ("a.jsonl.zst", zstandard.compress(BIG) + b"more", "damaged zstd data"),
+        ("a.tar", b"x", ".tar is not supported"),
     ],
 )  # fmt: skip
 def test_bad_input_is_explained(tmp_path: Path, name: str, content: bytes, words: str) -> None:
@@ -92,7 +92,7 @@ def test_the_line_number_is_right_in_every_slice(
     [
         (lambda folder: [], UsageError, "no input"),
         (lambda folder: [folder / "absent"], UsageError, "no such file"),
-        (lambda folder: [folder / "empty"], DataError, "the folder holds no file"),
+        (lambda folder: [folder / "empty"], DataError, "the folder contains no files"),
         (lambda folder: [folder / "dangling"], DataError, "cannot be read"),
         (lambda folder: [folder / "pipes"], DataError, "not a regular file"),
         (lambda folder: [folder / "a.txt", folder / "a.txt"], UsageError, "given twice"),
@@ -169,12 +169,12 @@ def test_an_out_that_is_somebody_elses_is_left_alone(tmp_path: Path) -> None:
 def test_a_second_run_at_the_same_time_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scratch, "_LOCK_PATIENCE_S", 0.1)
+    monkeypatch.setattr(scratch, "_LOCK_TIMEOUT_S", 0.1)
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "out/.prepare").mkdir(parents=True)
     with (tmp_path / "out/.prepare/lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another `lmscale prepare` is at work"):
+        with pytest.raises(UsageError, match="another `lmscale prepare` is running"):
             prepare(tmp_path / "out", [tmp_path / "a.txt"], SMALL)
 
 

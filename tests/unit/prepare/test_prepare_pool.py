@@ -1,4 +1,4 @@
-"""The pool hears every answer, however they arrive."""
+"""The parent receives every message of its workers, in whatever pieces they arrive."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ for _ in sys.stdin:
 """
 
 
-def test_an_answer_that_comes_with_the_line_before_it_is_heard(
+def test_two_messages_that_arrive_together_are_both_received(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As when the parent was asleep (Ctrl-Z, a busy machine) while a worker wrote both."""
@@ -30,7 +30,7 @@ def test_an_answer_that_comes_with_the_line_before_it_is_heard(
     got: list[tuple[int, Any]] = []
     jobs: list[Any] = [{"call": "a"}, {"call": "b"}, {"call": "c"}]
     run = threading.Thread(
-        target=lambda: got.extend(pool.run_all(jobs, workers=2, report=lambda *_: None)),
+        target=lambda: got.extend(pool.run_all(jobs, num_workers=2, report=lambda *_: None)),
         daemon=True,
     )
     run.start()
