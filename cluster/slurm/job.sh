@@ -15,7 +15,9 @@ srun_options=(@{srun})
 command=(@{command})
 
 set -u
+asked=
 trap 'asked=85' "$signal"; trap 'asked=143' TERM  # until the library handles signals
+[ -r @{library} ] || { echo "job $SLURM_JOB_ID on $(hostname): cannot read "@{library} >&2; exit 75; }
 . @{library} || exit 78
 job_begin 1 "$@"  # may this job start?
 

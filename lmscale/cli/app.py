@@ -3,6 +3,7 @@
 `lmscale --help` and a config error load neither numpy nor torch.
 """
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -182,6 +183,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a checkpoint on held-out corpora."""
+    _end_by_keyboard_interrupt()
     from lmscale.train.commands import eval_verb
 
     raise typer.Exit(
@@ -215,6 +217,7 @@ def generate(  # noqa: PLR0913, PLR0917 one parameter per option
     """Continue a prompt with a trained model."""
     if (prompt is None) == (tokens is None):
         raise UsageError("give exactly one of --prompt and --tokens")
+    _end_by_keyboard_interrupt()
     from lmscale.train.commands import generate_verb
 
     raise typer.Exit(
@@ -367,6 +370,12 @@ def stage(
 
     target = StagingTarget(node, nodes, ranks_per_node)
     raise typer.Exit(stage_verb(run, overrides or [], target))
+
+
+def _end_by_keyboard_interrupt() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt, so that files are closed and the process ends with 130."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _configure_log() -> None:

@@ -5,6 +5,7 @@ Ctrl-C in that time must not end in a traceback.
 """
 
 import atexit
+import errno
 import os
 import signal
 import sys
@@ -67,9 +68,15 @@ def _invoke(argv: list[str], stop: "StopRequest | None") -> int:
 
     try:
         return int(app(args=argv, prog_name="lmscale", obj=stop, standalone_mode=False) or 0)
-    except typer.Abort:  # older versions of typer turn a KeyboardInterrupt into it
+    except (
+        typer.Abort
+    ) as aborted:  # typer makes it of a KeyboardInterrupt, and of an EOFError of any library
+        if isinstance(aborted.__cause__, EOFError):
+            raise aborted.__cause__ from None
         return 128 + signal.SIGINT
-    except SystemExit as exited:  # of shell completion
+    except SystemExit as exited:  # of shell completion, and what typer makes of a closed pipe
+        if isinstance(exited.__context__, OSError) and exited.__context__.errno == errno.EPIPE:
+            return 128 + signal.SIGPIPE
         return int(exited.code or 0)
     except Exception as error:
         # Usage errors of click. Newer versions of typer contain a copy of click whose classes have no

@@ -92,19 +92,35 @@ class StatusWriter:
     def update(self, state: WrittenState, *, step: int | None = None, reason: str = "") -> None:
         """Note the status; write it if state or reason changed, or if the file is 10 s old."""
         with self._lock:
-            now, old = self._clock(), self._record
-            changed = (state, reason) != (old.state, old.reason)
-            record = replace(
-                old,
-                state=state,
-                step=old.step if step is None else step,
-                reason=reason,
-                since=now if changed else old.since,
-            )
-            if changed or now - old.time >= BEAT_S:
-                record = replace(record, time=now)
-                self._write(record)
-            self._record = record
+            self._update(state, step, reason)
+
+    def update_if_changed(self, state: WrittenState, *, step: int | None, reason: str) -> None:
+        """`update` for the thread that trains: only at a change, and never waiting for another thread.
+
+        A heartbeat that hangs in the file system holds the lock; the next heartbeat brings the change.
+        """
+        if (state, reason) == (self._record.state, self._record.reason):
+            return
+        if self._lock.acquire(blocking=False):
+            try:
+                self._update(state, step, reason)
+            finally:
+                self._lock.release()
+
+    def _update(self, state: WrittenState, step: int | None, reason: str) -> None:
+        now, old = self._clock(), self._record
+        changed = (state, reason) != (old.state, old.reason)
+        record = replace(
+            old,
+            state=state,
+            step=old.step if step is None else step,
+            reason=reason,
+            since=now if changed else old.since,
+        )
+        if changed or now - old.time >= BEAT_S:
+            record = replace(record, time=now)
+            self._write(record)
+        self._record = record
 
     def _write(self, record: StatusRecord) -> None:
         newer = _read(self._path)
@@ -120,11 +136,15 @@ class StatusWriter:
             self._failed = True
 
 
-def state_after_exit(folder: RunFolder, code: int) -> tuple[WrittenState, str]:
+def state_after_exit(folder: RunFolder, code: int, *, scheduled: bool) -> tuple[WrittenState, str]:
     """The state of a run whose newest start has ended with this exit code, with a reason.
 
-    For the process that knows that nothing starts the run again by itself. Reads the newest attempt.
+    `scheduled`: a scheduler has made this start and may make another one. Reads RUN/stop and the
+    newest attempt. Raises OSError or LmscaleError where they cannot be read.
     """
+    may_restart = code in (ExitCode.RETRY, ExitCode.BUG, ExitCode.SAVED) or code > 128
+    if scheduled and may_restart and not folder.stop.exists():
+        return "waiting", "the scheduler may start it again"
     match code:
         case ExitCode.DONE if finished_at(folder) is not None:
             return "finished", ""

@@ -78,12 +78,19 @@ class StatusReport:
     """
 
     def __init__(
-        self, events: EventLog | None, folder: RunFolder, progress: RankProgress, stop: StopRequest
+        self,
+        events: EventLog | None,
+        folder: RunFolder,
+        progress: RankProgress,
+        stop: StopRequest,
+        *,
+        scheduled: bool,
     ) -> None:
         self._events = events
         self._folder = folder
         self._progress = progress
         self._stop = stop
+        self._scheduled = scheduled
         self._writer = StatusWriter(folder, events.start) if events is not None else None
 
     @classmethod
@@ -97,12 +104,16 @@ class StatusReport:
     ) -> Self:
         """The report of this rank. A supervisor that shares memory with it writes the file itself."""
         supervised = env.get(SUPERVISED) == "1" or progress.is_shared
-        return cls(None if supervised else events, folder, progress, stop)
+        scheduled = "LMSCALE_START" in env
+        return cls(None if supervised else events, folder, progress, stop, scheduled=scheduled)
 
     def ended(self, code: int, reason: str = "") -> None:
         """Write the last state of this start."""
-        if self._writer is not None and self._detach():
-            state, phrase = state_after_exit(self._folder, code)
+        if self._writer is None or not self._detach():
+            return
+        # The exit code is decided: a file system that fails now must not change it.
+        with contextlib.suppress(OSError, LmscaleError):
+            state, phrase = state_after_exit(self._folder, code, scheduled=self._scheduled)
             self._writer.update(
                 state, step=self._progress.reading.steps_done, reason=reason or phrase
             )
@@ -117,14 +128,23 @@ class StatusReport:
 
     def _update(self) -> None:
         assert self._writer is not None
+        state, step, reason = self._status()
+        self._writer.update(state, step=step, reason=reason)
+
+    def _observe(self) -> None:
+        assert self._writer is not None
+        state, step, reason = self._status()
+        self._writer.update_if_changed(state, step=step, reason=reason)
+
+    def _status(self) -> tuple[WrittenState, int | None, str]:
         reading, reason = self._progress.reading, self._stop.reason
         begun = reading.warm or reading.phase in STEPPING
         state: WrittenState = "saving" if reason else "running" if begun else "starting"
-        self._writer.update(state, step=reading.steps_done, reason=reason)
+        return state, reading.steps_done, reason
 
     def __enter__(self) -> Self:
         if self._events is not None:
-            self._progress.observer = self._events.on_beat = self._update
+            self._progress.observer, self._events.on_beat = self._observe, self._update
             self._update()
         return self
 

@@ -47,6 +47,7 @@ class JobEnd:
     code: int  # exit code of the script
     reason: str  # one sentence
     again: bool  # another start follows: requeued, or a follow-up job is queued
+    time: float = 0.0  # when it was written, in seconds since 1970
 
 
 @dataclass(frozen=True, slots=True)

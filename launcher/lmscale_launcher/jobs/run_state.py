@@ -227,7 +227,9 @@ def _without_answer(
     if own is None and facts.stop is not None and answer.raw == "FORGOTTEN":
         return _by_stop(facts, None)  # a job that is out of the queue for minutes
     decided = facts.end is not None and not facts.end.again
-    if facts.end is not None and decided and (own is None or own.exit is None):
+    # A start that began after the decision is a newer one: its script could not remove the old file.
+    newer = own is not None and facts.end is not None and own.time > facts.end.time
+    if facts.end is not None and decided and not newer and (own is None or own.exit is None):
         return _by_script(facts.end)
     if own is None:
         return "unknown", silent
@@ -475,6 +477,7 @@ def _code(facts: RunFacts, start: StartRecord | None, answer: JobState | None) -
     if (
         facts.end is not None
         and not facts.end.again
+        and (start is None or (of_job and start.time <= facts.end.time))
         and (answer is None or answer.standing in ("ended", "unknown"))
     ):
         return facts.end.code

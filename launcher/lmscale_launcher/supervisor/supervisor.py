@@ -283,14 +283,13 @@ class _StartLoop:
         return code
 
     def _report_end(self, code: int, reason: str) -> None:
+        """Write the last status. The exit code is decided: a file system that fails now must not change it."""
         job = self._job
-        if not job.by_hand and _is_retryable(code) and not job.folder.stop.exists():
-            self._coordinator.report_status(
-                "waiting", reason=f"{reason}; the scheduler may start it again"
-            )
-            return
-        state, phrase = state_after_exit(job.folder, code)
-        self._coordinator.report_status(state, reason=phrase if state != "failed" else reason)
+        with suppress(OSError, LmscaleError):
+            state, phrase = state_after_exit(job.folder, code, scheduled=not job.by_hand)
+            if state == "waiting":
+                phrase = f"{reason}; {phrase}"
+            self._coordinator.report_status(state, reason=reason if state == "failed" else phrase)
 
     def _write_event(self, kind: str, code: int, reason: str) -> None:
         codes = self._coordinator.codes

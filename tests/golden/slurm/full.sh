@@ -50,7 +50,9 @@ command=(
 )
 
 set -u
+asked=
 trap 'asked=85' "$signal"; trap 'asked=143' TERM  # until the library handles signals
+[ -r /shared/runs/seven/jobs/3.lib.sh ] || { echo "job $SLURM_JOB_ID on $(hostname): cannot read "/shared/runs/seven/jobs/3.lib.sh >&2; exit 75; }
 . /shared/runs/seven/jobs/3.lib.sh || exit 78
 job_begin 1 "$@"  # may this job start?
 

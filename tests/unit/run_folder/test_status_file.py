@@ -159,8 +159,16 @@ def test_a_write_that_fails_is_logged_once(
 def test_the_state_after_an_exit_code(folder: RunFolder) -> None:
     number = attempts.claim(folder, {})
     attempts.settle(folder, number, 0)
-    assert state_after_exit(folder, ExitCode.DONE) == ("stopped", "at train.stop_at")
+    assert state_after_exit(folder, ExitCode.DONE, scheduled=False) == (
+        "stopped",
+        "at train.stop_at",
+    )
     attempts.mark_finished(folder, number, 10)
-    assert state_after_exit(folder, ExitCode.DONE) == ("finished", "")
-    assert state_after_exit(folder, ExitCode.SAVED)[0] == "stopped"
-    assert state_after_exit(folder, ExitCode.RETRY) == ("failed", "exit code 75")
+    assert state_after_exit(folder, ExitCode.DONE, scheduled=False) == ("finished", "")
+    assert state_after_exit(folder, ExitCode.SAVED, scheduled=False)[0] == "stopped"
+    assert state_after_exit(folder, ExitCode.RETRY, scheduled=False) == ("failed", "exit code 75")
+    assert state_after_exit(folder, ExitCode.SAVED, scheduled=True)[0] == "waiting"
+    assert state_after_exit(folder, ExitCode.RETRY, scheduled=True)[0] == "waiting"
+    folder.stop.parent.mkdir(exist_ok=True)
+    folder.stop.write_text("")
+    assert state_after_exit(folder, ExitCode.SAVED, scheduled=True)[0] == "stopped"
