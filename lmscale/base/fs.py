@@ -282,8 +282,9 @@ def open_descriptor(path: Path, max_bytes: int | None = None) -> int:
         # A FIFO without a writer would block the open call without O_NONBLOCK.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENODEV):  # a socket, or a device without a driver
-            raise UnsuitableFile(_refusal(path, "a socket or a device")) from error
+        # A socket gives ENXIO. So does a device that has just disappeared, which proves nothing about the data.
+        if error.errno == errno.ENXIO and stat.S_ISSOCK(os.stat(path).st_mode):
+            raise UnsuitableFile(_refusal(path, "a socket")) from error
         raise
     try:
         facts = os.fstat(descriptor)

@@ -33,6 +33,9 @@ class Limits:
     max_depth: int = 64  # of lists and objects within each other
     max_number_chars: int = 64
     wide_integers: bool = False  # whole numbers beyond 64 bits too, as some foreign files have
+    foreign: bool = (
+        False  # a byte order mark and repeated keys too, as other programs write and accept them
+    )
 
 
 DEFAULT_LIMITS = Limits()
@@ -45,9 +48,13 @@ def parse_json(
     try:
         if len(data) > limits.max_bytes:
             raise ValueError(f"{len(data)} bytes, at most {limits.max_bytes} are allowed")
-        text = data if isinstance(data, str) else data.decode("utf-8")
+        text = (
+            data
+            if isinstance(data, str)
+            else data.decode("utf-8-sig" if limits.foreign else "utf-8")
+        )
         _check_depth(text, limits.max_depth)
-        return _decoder(limits.max_number_chars, limits.wide_integers).decode(text)
+        return _decoder(limits.max_number_chars, limits.wide_integers, limits.foreign).decode(text)
     except UnicodeDecodeError as error:
         fact = f"not UTF-8 at byte {error.start}"
     except json.JSONDecodeError as error:
@@ -72,7 +79,7 @@ def _check_depth(text: str, max_depth: int) -> None:
 
 
 @lru_cache(maxsize=8)
-def _decoder(max_number_chars: int, wide_integers: bool) -> json.JSONDecoder:
+def _decoder(max_number_chars: int, wide_integers: bool, foreign: bool) -> json.JSONDecoder:
     def whole(text: str) -> int:
         # int() of many digits takes quadratic time, and 20 are enough for 64 bits.
         number = int(text) if len(text) <= (max_number_chars if wide_integers else 20) else None
@@ -104,7 +111,7 @@ def _decoder(max_number_chars: int, wide_integers: bool) -> json.JSONDecoder:
         parse_int=whole,
         parse_float=real,
         parse_constant=constant,
-        object_pairs_hook=unique,
+        object_pairs_hook=None if foreign else unique,
     )
 
 

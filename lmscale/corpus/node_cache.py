@@ -214,7 +214,7 @@ def cache_lock(
         say(f"another start stages into {cache_dir}: waiting until it is done")
 
     try:
-        lock = lock_folder(lock_path, stop=stop, on_wait=on_wait)
+        lock = lock_folder(lock_path, required=True, stop=stop, on_wait=on_wait)
     except OSError as error:
         became_read_only = error.errno == errno.EROFS and lock_path.exists()
         if became_read_only or error.errno not in _USER_ERRORS:

@@ -280,6 +280,10 @@ def write_part(run: PrepareRun, cuts: Cuts, part: str, tokenizer: Tokenizer) -> 
         shards=tuple(shards),
     )
     digest = manifest.save(folder)
+    for left in folder.glob(
+        "*.tmp"
+    ):  # of a killed run of an earlier version, which used other names
+        left.unlink()
     folder.rename(final)
     return digest
 

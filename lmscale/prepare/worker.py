@@ -14,7 +14,7 @@ from typing import Any
 from lmscale.base.decoding import decode
 from lmscale.base.errors import LmscaleError
 from lmscale.base.proc import die_with_parent
-from lmscale.prepare.workers import do_job
+from lmscale.prepare.workers import do_job, error_kind
 
 _REPORT_S = 0.2
 
@@ -25,7 +25,7 @@ def answer(line: str, report: Callable[[int], None]) -> dict[str, Any]:
         job = decode(dict[str, Any], line, where="a job from the parent process")
         return {"done": do_job(job, report)}
     except LmscaleError as error:
-        return {"error": type(error).__name__, "message": str(error)}
+        return {"error": error_kind(error), "message": str(error)}
     except Exception:
         return {"error": "bug", "message": traceback.format_exc()}
 

@@ -212,16 +212,19 @@ class _WorkerProcess:
                 self._process.stdin.close()
 
 
+_ERROR_KINDS: dict[str, type[errors.LmscaleError]] = {
+    kind.__name__: kind
+    for kind in (errors.DataError, errors.RetryableError, errors.UsageError, errors.ConfigError)
+}
+
+
+def error_kind(error: errors.LmscaleError) -> str:
+    """The name by which a worker reports an error; a subclass counts as the class that has its exit code."""
+    names = [base.__name__ for base in type(error).__mro__]
+    return next((name for name in names if name in _ERROR_KINDS), names[0])
+
+
 def _error(name: str, message: str) -> Exception:
-    types: dict[str, type[errors.LmscaleError]] = {
-        error.__name__: error
-        for error in (
-            errors.DataError,
-            errors.RetryableError,
-            errors.UsageError,
-            errors.ConfigError,
-        )
-    }
-    if name in types:
-        return types[name](message)
+    if name in _ERROR_KINDS:
+        return _ERROR_KINDS[name](message)
     return RuntimeError(f"in a worker process:\n{message}")

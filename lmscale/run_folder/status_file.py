@@ -109,6 +109,8 @@ class StatusWriter:
 
     def _update(self, state: WrittenState, step: int | None, reason: str) -> None:
         now, old = self._clock(), self._record
+        if old.state in _ENDED and state not in _ENDED:
+            return  # a heartbeat that was waiting for the lock when the start ended
         changed = (state, reason) != (old.state, old.reason)
         record = replace(
             old,

@@ -66,7 +66,7 @@ class SpecialTokens:
 ROLES: tuple[str, ...] = tuple(field.name for field in fields(SpecialTokens))
 
 # tokenizer_config.json of many published models has model_max_length 10^30.
-_LIMITS = Limits(max_bytes=1 << 28, wide_integers=True)
+_LIMITS = Limits(max_bytes=1 << 28, wide_integers=True, foreign=True)
 
 NUM_RESERVED = 16
 # Ids 0-15 of every vocabulary trained here. No text is ever encoded to them.
