@@ -224,7 +224,9 @@ else:
 class ClusterConfig(Section):
     """Where the ranks run, and what starts them."""
 
-    kind: KindName = placement("What starts the ranks.", default="local")
+    kind: KindName = placement(
+        "What starts the ranks; kubernetes is not supported yet.", default="local"
+    )
     nodes: int = placement("Number of hosts.", example=2, default=1, ge=1)
     min_nodes: int | None = placement(
         "Smallest number of hosts with which a run continues. null means all of them.",

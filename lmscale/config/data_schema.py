@@ -30,7 +30,7 @@ class DataConfig(Section):
     """Training corpora, and the order in which their samples are read."""
 
     corpora: Annotated[tuple[CorpusConfig, ...], as_corpora] = identity(
-        "Training corpora; of a prepared collection its train part is read.",
+        "Training corpora, so far exactly one; of a prepared collection its train part is read.",
         example=["data/smoke"],
         schema=LIST_OR_TEXT | {"minItems": 1},
     )
@@ -66,12 +66,15 @@ class DataConfig(Section):
         schema=NUMBER_OR_TEXT,
     )
     on_damage: Literal["fail", "mask"] = placement(
-        "What happens at a damaged chunk: fail ends the run, mask leaves its samples out of the"
+        "What happens at a damaged chunk: fail ends the run; mask (not supported yet) leaves its samples out of the"
         " loss.",
         default="fail",
     )
     max_damage_rate: float = placement(
-        "Fraction of masked samples at which the run ends.", default=0.001, ge=0, le=1
+        "Fraction of masked samples at which the run ends. Not supported yet.",
+        default=0.001,
+        ge=0,
+        le=1,
     )
     cache_dir: str | None = placement(
         "Folder on the disk of each node that is filled, before the first step, with the chunks"

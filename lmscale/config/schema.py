@@ -195,7 +195,7 @@ class EngineConfig(Section):
     offload: Literal["none", "optimizer", "all", "nvme"] = placement(
         "What is kept in host memory instead of the accelerator. optimizer: the optimizer "
         "states and the update (deepspeed with zero_stage 1 to 3); all: weights and gradients "
-        "as well (fsdp, and zero_stage 3).",
+        "as well (fsdp, and zero_stage 3); nvme is not supported.",
         default="none",
     )
     precision: Literal["bf16", "fp32", "fp16", "fp64"] = placement(
@@ -330,7 +330,7 @@ class TrainConfig(Section):
         min_length=1,
     )
     init_from: str | None = identity(
-        "Path of a checkpoint whose weights a new run starts from. null means random initial "
+        "Path of a checkpoint whose weights a new run starts from; not supported yet. null means random initial "
         "weights.",
         example="runs/base/checkpoints/step-00010000-a1",
         default=None,
@@ -371,7 +371,9 @@ class CheckpointConfig(Section):
     )
     keep: int = placement("Number of newest checkpoints that are kept.", default=3, ge=1)
     asynchronous: bool = placement(
-        "Whether a checkpoint is written while training continues.", default=False, alias="async"
+        "Whether a checkpoint is written while training continues. Not supported yet.",
+        default=False,
+        alias="async",
     )
 
 
