@@ -148,7 +148,7 @@ def test_an_mpi_that_does_not_know_its_ranks_is_no_run_of_one_rank_each(
     argv = [*RANKS, "bash", "-c", forget, "bash", LMSCALE, "train", "run.yaml"]
     done = finished_process(argv, cwd=job.folder, env=clean_env())
     assert done.returncode == 78, done.stdout + done.stderr
-    assert "2 ranks were started, but the MPI that mpi4py uses knows 1" in done.stderr
+    assert "2 ranks were started, but the MPI that mpi4py uses reports 1" in done.stderr
     assert not job.run_dir.exists()
 
 
