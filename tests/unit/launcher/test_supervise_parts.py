@@ -131,7 +131,9 @@ def test_twenty_restarts_leave_no_descriptor_open(start: Start) -> None:
         ("sys.exit(78)", {}, 78, "failed", "config, 78"),
         ("sys.exit(75)", {"by_hand": False}, 75, "failed", "retry, 75"),  # the budget is used up
         ("pass", {"by_hand": False, "unhealthy": ["disk: full"]}, 75, "waiting", "retry, 75: the"),
-        ("sys.exit(85)", {"by_hand": False}, 85, "stopped", "saved and stopped on request"),
+        ("sys.exit(85)", {"by_hand": True}, 85, "stopped", "saved and stopped on request"),
+        # A scheduler that asked for the checkpoint (a time limit, a preemption) starts the run again.
+        ("sys.exit(85)", {"by_hand": False}, 85, "waiting", "saved, 85; the scheduler may"),
     ],
 )
 def test_the_status_file_has_the_end_of_the_run(
