@@ -71,7 +71,7 @@ def test_from_submit_to_the_end_with_a_stop_and_a_resume(
     stopped = verb(job, "stop", "run")
     again = verb(job, "resume", "run", "cluster.ranks_per_node=2")
     assert again["number"] == 3
-    wait_until(lambda: len(job.lines()) == STEPS, 90, "the last step")
+    wait_until(lambda: len(job.lines()) == STEPS, 300, "the last step")
     wait_until(lambda: not processes_of(job.folder), 20, "all have ended")
     for got, want in zip(losses(job), uninterrupted, strict=True):
         assert got == pytest.approx(
@@ -90,7 +90,7 @@ def test_a_killed_supervisor_is_seen_and_the_run_goes_on_bitwise(
     wait_until(lambda: not processes_of(job.folder), 10, "no rank is left")
     assert verb(job, "stop", "run")["what"] == "not running"
     verb(job, "resume", "run")
-    wait_until(lambda: len(job.lines()) == STEPS, 90, "the last step")
+    wait_until(lambda: len(job.lines()) == STEPS, 300, "the last step")
     wait_until(lambda: not processes_of(job.folder), 20, "all have ended")
     assert losses(job) == uninterrupted
 
