@@ -182,7 +182,8 @@ def test_a_submitted_mpi_job_restarts_stops_and_goes_on(
         assert stopped.returncode == 0, stopped.stderr
         result = json.loads(stopped.stdout)
         assert result["what"] in ("stopped", "not running"), result
-        assert result["code"] in (85, None)
+        # The last of 40 steps may come before the request is seen: then the run has finished.
+        assert result["code"] in ((85, None) if len(job.lines()) < 40 else (85, None, 0))
         wait_until(lambda: not processes_of(job.folder), 10, "all have ended")
         lines = len(job.lines())
         if lines < 40:
