@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lmscale.base.closing import Closing
 from lmscale.corpus.checked_files import CheckedFiles
 from lmscale.corpus.manifest import Manifest
 from lmscale.corpus.node_cache import (
@@ -42,7 +42,7 @@ Work = Callable[[int], bool]  # False: nothing more can be done, which is not an
 Tick = Callable[[], None]
 
 
-class StagingPool:
+class StagingPool(Closing):
     """Threads that process lists of items, one list at a time each. Leaving the context ends them."""
 
     def __init__(self, worker: Callable[[], Work], stop: threading.Event, *, threads: int) -> None:
@@ -107,12 +107,8 @@ class StagingPool:
             thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Stop the threads and wait for them for a moment."""
         self._ended.set()
         for thread in self._threads:
             thread.join(_JOIN_S / len(self._threads))

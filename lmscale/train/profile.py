@@ -1,12 +1,12 @@
 """`log.profile`: a torch profiler trace, and on CUDA a memory snapshot, of chosen steps."""
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lmscale.base.closing import Closing
 from lmscale.train.run_context import RunContext
 
 
@@ -19,7 +19,7 @@ def profile_of(rank: RunContext) -> "Profile":
     return Profile(rank.folder.logs, first=first, last=last, device=rank.device)
 
 
-class Profile:
+class Profile(Closing):
     """Records steps first..last (both included; steps count from 1) into RUN/logs/profile-STEP-*.json.
 
     The trace opens in Perfetto or chrome://tracing, the snapshot in pytorch.org/memory_viz.
@@ -51,21 +51,13 @@ class Profile:
         """Call after each step; the path of the trace once it is written."""
         if self._profiler is None or step < self._last:
             return None
-        self.__exit__(None, None, None)
+        self.close()
         return self._path("trace.json")
 
     def _path(self, name: str) -> Path:
         return self._folder / f"profile-{self._first}-{self._last}-{name}"
 
-    def __enter__(self) -> "Profile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Write what was recorded, also when the run ends inside the chosen steps."""
         if self._profiler is None:
             return
