@@ -58,6 +58,11 @@ def decisive(codes: Iterable[int]) -> int:
     return unknown[0] if unknown else int(ExitCode.DONE)
 
 
+def is_restartable(code: int) -> bool:
+    """Whether a start that ended with this code may be followed by another one without a request."""
+    return code in (ExitCode.RETRY, ExitCode.BUG) or code > 128
+
+
 class LmscaleError(Exception):
     """Root of everything raised on purpose; `exit_code` is what the process ends with."""
 

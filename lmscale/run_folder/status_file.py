@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lmscale.base.decoding import Limits, convert, decode_file
-from lmscale.base.errors import DataError, ExitCode
+from lmscale.base.errors import DataError, ExitCode, is_restartable
 from lmscale.base.fs import atomic_write
 from lmscale.base.proc import this_host
 from lmscale.base.units import show_seconds
@@ -144,7 +144,7 @@ def state_after_exit(folder: RunFolder, code: int, *, scheduled: bool) -> tuple[
     `scheduled`: a scheduler has made this start and may make another one. Reads RUN/stop and the
     newest attempt. Raises OSError or LmscaleError where they cannot be read.
     """
-    may_restart = code in (ExitCode.RETRY, ExitCode.BUG, ExitCode.SAVED) or code > 128
+    may_restart = is_restartable(code) or code == ExitCode.SAVED
     if scheduled and may_restart and not folder.stop.exists():
         return "waiting", "the scheduler may start it again"
     match code:

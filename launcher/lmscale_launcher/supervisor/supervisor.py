@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from lmscale.base.errors import ExitCode, LmscaleError, RetryableError, decisive
+from lmscale.base.errors import ExitCode, LmscaleError, RetryableError, decisive, is_restartable
 from lmscale.base.fs import atomic_write, read_text, storage_errors
 from lmscale.base.listener import listen
 from lmscale.base.proc import adopt_orphans
@@ -214,7 +214,7 @@ class _StartLoop:
     def _may_restart(self, code: int, bad_nodes: Collection[BadNode]) -> bool:
         """Whether to restart in place; reports the reason where a user may expect a restart."""
         job = self._job
-        if not _is_retryable(code) or job.folder.stop.exists():
+        if not is_restartable(code) or job.folder.stop.exists():
             return False
         if self._coordinator.lost:
             self._output.report(
@@ -294,10 +294,6 @@ class _StartLoop:
     def _write_event(self, kind: str, code: int, reason: str) -> None:
         codes = self._coordinator.codes
         self._coordinator.write_event(kind, code=int(code), reason=reason, codes=codes)
-
-
-def _is_retryable(code: int) -> bool:
-    return code in (ExitCode.RETRY, ExitCode.BUG) or code > 128
 
 
 def _listen_for_ranks() -> socket.socket:
