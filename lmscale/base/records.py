@@ -331,7 +331,8 @@ class FollowedFile:
 
     def _read(self) -> list[bytes]:
         assert self._file is not None
-        if os.fstat(self._file.fileno()).st_size < self._file.tell():  # truncated: written anew
+        # A shorter file was truncated and written again.
+        if os.fstat(self._file.fileno()).st_size < self._file.tell():
             self._file.seek(0)
             self._rest = b""
         found: list[bytes] = []

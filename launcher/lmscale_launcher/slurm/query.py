@@ -18,7 +18,7 @@ from typing import Any
 from lmscale.base.env import scrubbed
 from lmscale.base.errors import ConfigError, Problem, RetryableError
 
-# Slurm's own commands give up after 9 to 10 s where nobody answers (MessageTimeout, measured).
+# Slurm's own commands give up after 9 to 10 s without an answer (MessageTimeout, measured).
 TIMEOUT_S = 10.0
 # Twice, for a look at the newest job before a submit, is still within 15 s.
 PING_TIMEOUT_S = 6.0

@@ -193,8 +193,8 @@ def command(
     bad = ",".join(bad_nodes(plan, known))
     if not bad:
         return ["sbatch", how, str(plan.script)]
-    # The command line comes before the script's own options. The script is told which job it
-    # follows (none), and which nodes it was queued without, so that it knows of new ones.
+    # The command line comes before the script's own options. The script receives the id of the job it
+    # follows (none), and the nodes it was queued without, so that new ones are noticed.
     return [
         "sbatch",
         how,
